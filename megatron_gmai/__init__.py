@@ -1,1 +1,1 @@
-"""Train GMAI-VL, a medical vision-language model, with Megatron-Core 3D parallelism on CPU or GPU."""
+"""Train GMAI-VL, a medical vision-language model, with Megatron-Core 3D parallelism."""

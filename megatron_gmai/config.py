@@ -1,16 +1,22 @@
 """Every setting of a run, as frozen dataclasses; no torch import, so tools can read it instantly.
 
 `cli.py` makes the command line from these fields: `metadata["flags"]` lists the spellings besides
-`--field-name`, `metadata["help"]` is the line that `--help` shows.
+`--field-name`, `metadata["help"]` is the line that `--help` shows. The defaults are GMAI-VL's sizes
+and the recipe's third stage; `presets.py` names complete sets, `validation.py` judges a set.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 
 def option(default: Any, help: str, *flags: str, choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field that is also a command-line flag."""
     return field(default=default, metadata={"help": help, "flags": flags, "choices": choices})
+
+
+PRESET_NAMES = ("gmai-vl-7b", "gmai-vl-tiny")
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,22 @@ class ModelConfig:
 class DataConfig:
     datasets: str | None = option(None, "GMAI-VL list file (JSON): data sets, ratios, folders")
     shards: str | None = option(None, "folder of WebDataset shards with an index")
-    dset_cache_dir: str | None = option(None, "where shards made from --datasets are kept")
-    dset_from_cache: bool = option(False, "use the shards in --dset-cache-dir; never build them")
-    tokenizer: str | None = option(None, "sentencepiece model file, or a folder that holds one")
+    dset_cache_dir: str | None = option(
+        None, "where shards made from --datasets are kept (default: WORK_DIR/shards)"
+    )
+    dset_from_cache: bool = option(
+        False, "take the shards in --dset-cache-dir as they are; built first only where none are"
+    )
+    tokenizer: str | None = option(
+        None,
+        "sentencepiece model, or a folder that holds tokenizer.model (default: the folder of "
+        "--llava, of the shards or of --load)",
+        "--tokenizer-model",
+    )
     chat_template: str = option(
         "internlm2", "conversation format", choices=("internlm2", "qwen", "llama3_chat")
     )
-    max_length: int = option(2048, "tokens per pack")
+    max_length: int = option(2048, "tokens per pack", "--seq-length")
     dset_pack_level: str = option(
         "soft", "how samples share a pack", choices=("soft", "hard", "none")
     )
@@ -85,7 +100,8 @@ class ParallelConfig:
     sequence_parallel: bool = option(False, "split activations over the TP ranks between layers")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP ranks (ZeRO-1)")
     shard_strategy: str | None = option(
-        None, "GMAI-VL's name for it: zero1 and zero2 mean --use-distributed-optimizer",
+        None,
+        "GMAI-VL's name for the same: each value turns --use-distributed-optimizer on",
         choices=("zero1", "zero2", "full"),
     )
     overlap_grad_reduce: bool = option(False, "reduce gradients during the backward pass")
@@ -94,7 +110,9 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    micro_batch_size: int = option(1, "packs per forward pass", "--mirco-batch-size")
+    micro_batch_size: int = option(
+        1, "packs per forward pass (the second spelling is GMAI-VL's)", "--mirco-batch-size"
+    )
     global_batch_size: int = option(512, "packs per optimizer step")
     epochs: float = option(1.0, "passes over the data; ignored with --train-iters")
     train_iters: int | None = option(None, "optimizer steps, instead of --epochs")
@@ -105,11 +123,15 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW beta 2")
     adam_eps: float = option(1e-8, "AdamW epsilon")
     max_grad_norm: float = option(1.0, "clip the global gradient norm", "--clip-grad")
-    warmup_ratio: float = option(0.03, "share of the steps that warm up linearly")
+    warmup_ratio: float = option(
+        0.03, "share of the steps that warm up linearly", "--lr-warmup-fraction"
+    )
     freeze_vit: bool = option(False, "do not train the vision tower")
     freeze_llm: bool = option(False, "do not train the language model")
     freeze_projector: bool = option(False, "do not train the projector")
-    selective_recompute: float = option(0.0, "share of decoder layers recomputed in backward")
+    selective_recompute: float = option(
+        0.0, "share of the decoder layers, 0 to 1, that are recomputed in the backward pass"
+    )
     recompute_granularity: str | None = option(
         None, "Megatron's activation recomputation", choices=("full", "selective")
     )
@@ -122,17 +144,23 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    preset: str | None = option(
+        None, "model sizes and fitting defaults; flags given beside it win", choices=PRESET_NAMES
+    )
     work_dir: str = option("runs/train", "metrics, checkpoints, logs and the saved config")
     save: str | None = option(None, "checkpoint folder (default: WORK_DIR/checkpoints)")
-    load: str | None = option(None, "start from the weights of this checkpoint")
+    load: str | None = option(None, "start a new stage from the weights of this checkpoint")
     llava: str | None = option(None, "start from Hugging Face weights (original or transformers)")
-    resume: bool = option(False, "continue from the newest whole checkpoint of this work dir")
+    resume: bool = option(
+        False,
+        "continue from the newest whole checkpoint of this run; where there is none, start as told",
+    )
     checkpoint_interval: float = option(
         -1, "below 1: share of the run; 1 and more: steps; -1: at the end", "--save-interval"
     )
     checkpoint_drop_optimizer: bool = option(False, "save weights only; such a run cannot resume")
     log_interval: int = option(10, "steps between progress lines")
-    tensorboard_dir: str | None = option(None, "default: WORK_DIR/tensorboard")
+    tensorboard_dir: str | None = option(None, "event files (default: WORK_DIR/tensorboard)")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "bf16", "fp16", "fp32")
@@ -147,3 +175,63 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
+
+    def to_json(self) -> str:
+        """This configuration as an indented JSON object, one member per section."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Reads what `to_json` wrote; keys left out keep their defaults.
+
+        Raises ValueError, naming every place, for text that is not JSON, unknown keys and values
+        of the wrong type.
+        """
+        try:
+            tree = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is not JSON: {error}") from error
+        if problems := list(_problems(cls, tree, "")):
+            raise ValueError("the configuration cannot be read:\n  " + "\n  ".join(problems))
+        return _build(cls, tree)
+
+
+def scalar_type(hint: Any) -> type:
+    """`int` for the annotation `int` as well as for `int | None`."""
+    return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+
+
+def _problems(section: type, tree: Any, place: str) -> Iterator[str]:
+    if not isinstance(tree, dict):
+        yield f"{place or 'the whole'}: an object was expected, not {tree!r}"
+        return
+    hints = get_type_hints(section)
+    for key, value in tree.items():
+        where = f"{place}.{key}" if place else key
+        if key not in hints:
+            yield f"{where}: unknown key; known here: {', '.join(hints)}"
+        elif is_dataclass(hints[key]):
+            yield from _problems(hints[key], value, where)
+        elif not _fits(value, hints[key]):
+            yield f"{where}: {value!r} is not {scalar_type(hints[key]).__name__}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if value is None:
+        return type(None) in get_args(hint)
+    kind = scalar_type(hint)
+    if isinstance(value, bool):  # Python counts True as an int
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _build(section: Any, tree: dict[str, Any]) -> Any:
+    hints = get_type_hints(section)
+    values = {
+        item.name: _build(hints[item.name], tree[item.name])
+        if is_dataclass(hints[item.name])
+        else tree[item.name]
+        for item in fields(section)
+        if item.name in tree
+    }
+    return section(**values)

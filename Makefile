@@ -1,0 +1,52 @@
+# `make help` lists the targets. Each makes .venv when it is missing or its requirements changed.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# One thread per process: tests start several processes on few cores.
+test: export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench bench-kernels bench-data clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS=... goes to the program"
+	@echo "  (make test ARGS='tests/test_cli.py -x'), OMP_NUM_THREADS=N sets threads per process."
+
+train: $(VENV)/.train  ## the quick start: real images, three stages, evaluation, export
+	$(RUN) -m examples.quickstart.run $(ARGS)
+
+test: $(VENV)/.dev  ## all tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: bench-kernels bench-data  ## all benchmarks, results under runs/bench
+
+bench-kernels: $(VENV)/.dev  ## the fused kernels against torch and others
+	$(RUN) tools/bench_kernels.py $(ARGS)
+
+bench-data: $(VENV)/.dev  ## loader, packing and planning
+	$(RUN) tools/bench_data.py $(ARGS)
+
+clean:  ## remove what the targets above made, but neither .venv nor other runs
+	rm -rf runs/quickstart runs/bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.train: $(addprefix requirements/,cpu.txt quickstart.txt images.txt) setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements/cpu.txt -r requirements/quickstart.txt
+	$(RUN) -m pip install --quiet --no-deps -r requirements/images.txt
+	$(RUN) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train requirements/dev.txt
+	$(RUN) -m pip install --quiet -r requirements/dev.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""Runnable examples; started from the repository root with `python -m examples.NAME`."""

@@ -1,0 +1,159 @@
+"""Questions and answers about a crop, from what is known of it; answers are one to ten words.
+
+Each question type has one right answer that the image shows. The types `plane`, `window`,
+`zone`, `direction`, `stain`, `channel` and `probe` exist only for the kinds that have the detail.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.quickstart.crops import CHANNELS, CT_WINDOWS, PROBE_SIDES, Crop
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of every crop of a kind."""
+
+    modality: str
+    organ: str
+    caption: str  # with the detail's value where `{}` stands
+
+
+FACTS = {
+    "brain_mr": Facts("MR", "brain", "T1-weighted MR of the brain in the {} plane."),
+    "echo": Facts("ultrasound", "heart", "Ultrasound of the heart, transducer at the {}."),
+    "abdominal_ct": Facts("CT", "abdomen", "CT of the abdomen shown in a {} window."),
+    "chest_xray": Facts("X-ray", "chest", "Chest X-ray with ribs and lung."),
+    "leg_xray": Facts("X-ray", "leg", "X-ray of a leg, bone running {}."),
+    "shoulder_mr": Facts("MR", "shoulder", "MR of a shoulder in the coronal plane."),
+    "colon_histology": Facts("histology", "colon", "Stained section of colon glands."),
+    "fundus": Facts("fundus photography", "retina", "Photograph of the retina with vessels."),
+    "nuclei": Facts("fluorescence microscopy", "cell nuclei", "Fluorescence of cell nuclei in {}."),
+}
+MODALITIES = tuple(dict.fromkeys(facts.modality for facts in FACTS.values()))
+ORGANS = tuple(facts.organ for facts in FACTS.values())
+# Question type -> the question and all its answers.
+DETAILS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "plane": ("In which plane is this slice?", ("axial", "coronal", "sagittal")),
+    "window": ("Which display window is used?", tuple(CT_WINDOWS)),
+    "zone": ("Which zone of the chest is shown?", ("upper", "lower")),
+    "direction": ("In which direction does the bone run?", ("vertical", "horizontal")),
+    "stain": ("Which stain colour prevails?", ("brown", "blue")),
+    "channel": ("In which colour is the channel displayed?", tuple(CHANNELS)),
+    "probe": ("On which side of the image is the transducer?", PROBE_SIDES),
+}
+QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
+_ADVERBS = {"vertical": "vertically", "horizontal": "horizontally"}
+_OPEN = {
+    "modality": ("Which imaging modality is this?", "How was this image acquired?"),
+    "organ": ("What does the image show?", "Which organ or body part is this?"),
+    "caption": ("Describe the image in one sentence.", "Write a short caption."),
+}
+_LETTERS = "ABCD"
+
+# What a text-only sample asks, and its answer.
+TEXT_FACTS = (
+    ("Which modality uses sound waves?", "ultrasound"),
+    ("Which modality uses a strong magnet?", "MR"),
+    ("Which modality turns an X-ray tube around the patient?", "CT"),
+    ("Which modality projects the body onto one plane with X-rays?", "X-ray"),
+    ("Which modality looks at stained tissue?", "histology"),
+    ("Which modality takes a picture of the eye?", "fundus photography"),
+    ("Which modality makes marked cells glow?", "fluorescence microscopy"),
+    ("Which organ thinks?", "brain"),
+    ("Which organ pumps blood?", "heart"),
+    ("Which part of the eye sees light?", "retina"),
+    ("Which part of the body holds the liver and the kidneys?", "abdomen"),
+    ("Which part of the body holds the lungs?", "chest"),
+    ("Which organ takes up water from food?", "colon"),
+    ("Which part of the body has a knee?", "leg"),
+    ("Which joint lifts the arm?", "shoulder"),
+    ("Where is the DNA of a cell?", "cell nuclei"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One turn of a conversation; `kind` is the question type that accuracy is reported for."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def question_types(crop: Crop) -> tuple[str, ...]:
+    """The types that can be asked of this crop."""
+    common = ("modality", "organ", "yes_no", "multiple_choice", "caption", "position")
+    return (*common, *crop.details)
+
+
+def ask(question_type: str, crop: Crop, quadrant: str, rng: np.random.Generator) -> Question:
+    """A question about a crop.
+
+    Args:
+        question_type: one of `question_types(crop)`.
+        crop: what is asked about.
+        quadrant: where the ring is drawn, one of `QUADRANTS`; only for `position`.
+        rng: chooses among wordings and wrong options.
+    """
+    facts = FACTS[crop.kind]
+    if question_type == "position":
+        return Question("position", "In which quadrant is the yellow ring?", quadrant)
+    if question_type == "yes_no":
+        return _yes_no(facts, rng)
+    if question_type == "multiple_choice":
+        return _about_image(facts, rng)
+    if question_type in DETAILS:
+        return Question(question_type, DETAILS[question_type][0], crop.details[question_type])
+    answers = {"modality": facts.modality, "organ": facts.organ, "caption": _caption(crop)}
+    prompts = _OPEN[question_type]
+    return Question(question_type, prompts[int(rng.integers(len(prompts)))], answers[question_type])
+
+
+def text_only(index: int, rng: np.random.Generator) -> list[Question]:
+    """A text-only exchange; every second one is multiple choice."""
+    prompt, answer = TEXT_FACTS[index % len(TEXT_FACTS)]
+    if (index // len(TEXT_FACTS)) % 2:
+        pool = MODALITIES if answer in MODALITIES else ORGANS
+        return [choose(prompt, answer, pool, rng)]
+    return [Question("text", prompt, answer)]
+
+
+def pair(first: str, second: str) -> Question:
+    """Which organs two images show, in order; the arguments are kinds of crop."""
+    answer = f"{FACTS[first].organ}, then {FACTS[second].organ}"
+    return Question("pair", "What do the two images show, in order?", answer)
+
+
+def choose(prompt: str, answer: str, pool: Sequence[str], rng: np.random.Generator) -> Question:
+    """A multiple-choice question of four options in random order; the answer is a letter."""
+    wrong = [option for option in pool if option != answer]
+    options = [answer, *(str(o) for o in rng.permutation(wrong)[: len(_LETTERS) - 1])]
+    options = [options[i] for i in rng.permutation(len(options))]
+    lines = [f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=True)]
+    text = "\n".join([prompt, *lines, "Answer with the letter."])
+    return Question("multiple_choice", text, _LETTERS[options.index(answer)])
+
+
+def _about_image(facts: Facts, rng: np.random.Generator) -> Question:
+    if rng.random() < 0.5:
+        return choose("Which modality is this?", facts.modality, MODALITIES, rng)
+    return choose("What is shown?", facts.organ, ORGANS, rng)
+
+
+def _yes_no(facts: Facts, rng: np.random.Generator) -> Question:
+    about_organ, positive = rng.random() < 0.5, rng.random() < 0.5
+    truth, pool = (facts.organ, ORGANS) if about_organ else (facts.modality, MODALITIES)
+    named = truth if positive else str(rng.choice([o for o in pool if o != truth]))
+    prompt = f"Does the image show this: {named}?" if about_organ else f"Is the modality {named}?"
+    return Question("yes_no", prompt, "yes" if positive else "no")
+
+
+def _caption(crop: Crop) -> str:
+    template = FACTS[crop.kind].caption
+    if "{}" not in template:
+        return template
+    value = next(iter(crop.details.values()))
+    return template.format(_ADVERBS.get(value, value))

@@ -1,0 +1,182 @@
+"""`make train`: data, shards, three stages, evaluation, export, a table and a picture.
+
+    python -m examples.quickstart.run [--output runs/quickstart]
+
+A second run reuses every step that is complete. The stages freeze what GMAI-VL's stages freeze;
+their lengths and learning rates differ from the paper's, because here both towers start from
+random weights and stage 3 has to teach them nearly everything.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from examples.quickstart import report
+from examples.quickstart.build import build
+from examples.quickstart.sources import DISTRIBUTIONS
+from examples.quickstart.steps import Done, StepFailed, Steps, command
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA_MODULES = ("sources.py", "crops.py", "questions.py", "samples.py", "tokenizer.py", "build.py")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the three stages: its optimizer steps, peak learning rate, and what is frozen."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    frozen: tuple[str, ...]
+
+
+STAGES = (
+    Stage("stage1", 30, 2e-3, ("--freeze-vit", "--freeze-llm")),
+    Stage("stage2", 60, 1e-3, ("--freeze-llm",)),
+    Stage("stage3", 600, 1e-3, ()),
+)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Everything the quick start makes, below one folder."""
+
+    output: Path
+
+    @property
+    def data(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def shards(self) -> Path:
+        return self.output / "shards"
+
+    @property
+    def export(self) -> Path:
+        return self.output / "hf"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.output / "evaluation.json"
+
+    @property
+    def last_checkpoints(self) -> Path:
+        return self.stage(STAGES[-1]) / "checkpoints"
+
+    def stage(self, stage: Stage) -> Path:
+        return self.output / stage.name
+
+
+def layout(gpus: int) -> tuple[int, tuple[str, ...]]:
+    """Processes, and the flags that share the model among them.
+
+    Four processes on the CPU or on four GPUs and more: TP2 x PP2. Fewer GPUs: TP2, or one process.
+    """
+    tensor = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    if gpus == 1:
+        return 1, ()
+    if gpus in (2, 3):
+        return 2, tensor
+    return 4, (*tensor, "--pipeline-model-parallel-size", "2")
+
+
+def training_command(folders: Folders, index: int, gpus: int) -> list[str]:
+    """The command of stage `index`; each stage but the first starts from the one before."""
+    stage = STAGES[index]
+    processes, parallel = layout(gpus)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words += [f"--nproc-per-node={processes}", "pretrain_gmai_vl.py", "--preset", "gmai-vl-tiny"]
+    words += ["--shards", str(folders.shards), "--work-dir", str(folders.stage(stage)), *parallel]
+    words += ["--train-iters", str(stage.steps), "--lr", str(stage.learning_rate), *stage.frozen]
+    words += ["--log-interval", "5"]
+    if index > 0:
+        words += ["--load", str(folders.stage(STAGES[index - 1]) / "checkpoints")]
+    return words
+
+
+def train(output: Path) -> None:
+    """All steps. Raises StepFailed or ValueError with a message for the user."""
+    folders, gpus = Folders(output.resolve()), _gpus()
+    steps = Steps(folders.output / "steps")
+    data = _data(steps, folders)
+    done = {"data": data, "shards": _shards(steps, folders, data)}
+    previous = done["shards"]
+    for index, stage in enumerate(STAGES):
+        words = training_command(folders, index, gpus)
+        previous = _command_step(steps, stage.name, previous, words, folders.stage(stage))
+        done[stage.name] = previous
+    done["evaluation"] = _evaluation(steps, folders, previous)
+    done["export"] = _export(steps, folders, previous)
+    seconds = {name: step.seconds for name, step in done.items()}
+    summary = report.summarise(folders.output, [stage.name for stage in STAGES], seconds)
+    report.draw(folders.output, summary)
+    print(report.table(summary))
+
+
+def _data(steps: Steps, folders: Folders) -> Done:
+    here = Path(__file__).parent
+    inputs = [(here / name).read_text() for name in DATA_MODULES]
+    inputs += [
+        f"{name} {version(name)}"
+        for name in (*DISTRIBUTIONS.values(), "pydicom", "pillow", "numpy")
+    ]
+
+    def action() -> None:
+        made = build(folders.data)
+        print(f"{made.list_file}; guessing scores {made.guess_accuracy:.3f} on {made.held_out}")
+
+    return steps.run("data", inputs, [folders.data], action)
+
+
+def _shards(steps: Steps, folders: Folders, data: Done) -> Done:
+    words = [sys.executable, "tools/make_shards.py"]
+    words += ["--datasets", str(folders.data / "quickstart.json")]
+    words += ["--tokenizer", str(folders.data / "tokenizer.model")]
+    words += ["--output", str(folders.shards)]
+    return _command_step(steps, "shards", data, words, folders.shards)
+
+
+def _evaluation(steps: Steps, folders: Folders, trained: Done) -> Done:
+    words = [sys.executable, "tools/evaluate.py", "--load", str(folders.last_checkpoints)]
+    words += ["--data", str(folders.data / "held_out.json"), "--output", str(folders.evaluation)]
+    return _command_step(steps, "evaluation", trained, words, folders.evaluation)
+
+
+def _export(steps: Steps, folders: Folders, trained: Done) -> Done:
+    words = [sys.executable, "tools/convert_checkpoint.py", "to-hf"]
+    words += ["--load", str(folders.last_checkpoints), "--output", str(folders.export)]
+    return _command_step(steps, "export", trained, words, folders.export)
+
+
+def _command_step(steps: Steps, name: str, before: Done, words: list[str], made: Path) -> Done:
+    inputs = [before.fingerprint, *words]
+    try:
+        return steps.run(name, inputs, [made], lambda: command(words, ROOT))
+    except StepFailed as error:
+        raise StepFailed(f"{name} failed: {error}") from error
+
+
+def _gpus() -> int:
+    import torch  # heavy: only when something is to be run
+
+    return torch.cuda.device_count()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart")
+    try:
+        train(parser.parse_args().output)
+    except (StepFailed, ValueError) as error:
+        print(f"quick start: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("quick start: stopped; the same command continues with the next step")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

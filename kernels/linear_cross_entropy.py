@@ -1,0 +1,218 @@
+"""Output layer and cross-entropy in one op: the full logits never exist.
+
+    x = hidden weight^T      loss as in cross_entropy.py      dhidden = dx weight      dweight = dx^T hidden
+
+Tokens without a label are left out first: they cost nothing. The others go through in chunks. A chunk's logits are made, turned into their gradient in place (for an incoming
+gradient of 1) and used for both products at once, in the forward pass; the backward pass only scales.
+Scaling is exact for dhidden, one factor a row, and for dweight when all supervised tokens share one
+factor, which every mean or sum of the loss gives. For any other incoming gradient the backward pass
+repeats the chunks with the true factors.
+Legend: T tokens, S supervised tokens, H hidden size, V vocabulary rows held by this rank, C tokens of one chunk, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmai_kernels.checks import check_dtype, check_matrix, check_same, check_weight
+from gmai_kernels.cross_entropy import backend, cross_entropy_reference
+from gmai_kernels.dispatch import chosen_implementation
+from gmai_kernels.vocabulary import (
+    IGNORED,
+    AllGather,
+    check_labels,
+    check_vocabulary,
+    combine,
+    local_targets,
+    true_columns,
+)
+
+Collective = Callable[[Tensor], Tensor]
+CPU_CHUNK = 256  # tokens; more raises the memory, fewer slows the products
+GPU_CHUNK = 2048  # tokens; every chunk re-reads the weight and re-writes dweight, so large ones pay
+ROW_ALIGNMENT = 64  # elements: rows of a chunk start on 128 bytes also for an odd vocabulary
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    all_gather: AllGather | None = None,
+    reduce_hidden_grad: Collective | None = None,
+    gather_hidden: Collective | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Return the cross-entropy of `hidden @ weight.T` for every token, fp32 [T], 0 where ignored.
+
+    hidden: [T, H] fp32, bf16 or fp16. weight: [V, H], the rows [vocab_start, vocab_start + V) of the
+    output layer, same dtype, contiguous; its gradient is summed in fp32, and skipped when the weight
+    does not require one. labels, vocab_size, ignore_index, all_gather: as in
+    `vocab_parallel_cross_entropy`; all_gather is called once a chunk, in order, on every rank.
+
+    reduce_hidden_grad: sums the hidden gradient [T, H] over the tensor-parallel ranks (all-reduce).
+    gather_hidden: for sequence-parallel input; maps this rank's hidden [T / W, H] to [T, H]. Then
+    reduce_hidden_grad is the matching reduce-scatter [T, H] -> [T / W, H]. Both get and return tensors
+    that need no gradient. labels always hold all T tokens.
+    chunk_size: tokens whose logits are held at once; the default is 256 on a CPU and 2048 on a GPU.
+    Raises ValueError for wrong shapes, dtypes or labels, before any launch.
+    """
+    implementation = chosen_implementation(hidden)
+    check_matrix("hidden", hidden, "[T, H]")
+    check_dtype("hidden", hidden, float64=implementation == "reference")
+    check_same("weight", weight, "hidden", hidden)
+    check_matrix("weight", weight, "[V, H]")
+    check_weight(weight, (weight.shape[0], hidden.shape[1]))
+    vocab_size = check_vocabulary(weight.shape[0], vocab_start, vocab_size, all_gather is not None)
+    tokens = labels.numel() if gather_hidden is not None else hidden.shape[0]
+    check_labels(labels, tokens, vocab_size, ignore_index, hidden.device)
+    if (gather_hidden is not None or all_gather is not None) and reduce_hidden_grad is None:
+        raise ValueError(
+            "reduce_hidden_grad: needed with all_gather or gather_hidden; pass the reduction"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: {chunk_size} is not positive")
+    columns = true_columns(weight.shape[0], vocab_start, vocab_size)
+    plan = _Plan(
+        target=local_targets(labels, vocab_start, columns, ignore_index),
+        columns=columns,
+        all_gather=all_gather,
+        chunk=chunk_size or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK),
+    )
+    if gather_hidden is not None or reduce_hidden_grad is not None:
+        hidden = _Gather.apply(hidden, gather_hidden, reduce_hidden_grad)
+        if hidden.shape[0] != tokens:
+            raise ValueError(
+                f"gather_hidden: returned {hidden.shape[0]} tokens for {tokens} labels"
+            )
+    if implementation == "reference":
+        logits = hidden @ weight.T
+        return cross_entropy_reference(logits, plan.target, columns, all_gather)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, plan, backend(implementation))
+    return loss
+
+
+@dataclass(frozen=True)
+class _Plan:
+    target: Tensor  # int64 [T], columns of this rank, ELSEWHERE or IGNORED
+    columns: int  # true vocabulary columns of this rank
+    all_gather: AllGather | None
+    chunk: int
+
+
+class _Gather(torch.autograd.Function):
+    """Gather sequence-parallel hidden states, and reduce their gradient over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gather: Collective | None, reduce: Collective) -> Tensor:
+        ctx.reduce = reduce
+        return hidden.view_as(hidden) if gather is None else gather(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.reduce(dhidden), None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: _Plan, ops: ModuleType) -> Tensor:
+        rows = (plan.target != IGNORED).nonzero()[:, 0]  # [S]
+        ones = torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)
+        ctx.save_for_backward(hidden, weight, rows)
+        ctx.plan, ctx.ops = plan, ops
+        loss, *ctx.grads = _run_chunks(
+            hidden, weight, rows, ones, plan, ops, ctx.needs_input_grad[:2]
+        )
+        return torch.zeros_like(plan.target, dtype=torch.float32).index_copy_(0, rows, loss)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, rows = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
+        scale = dloss.float()[rows]
+        factor = _common_factor(scale) if need[1] else 1.0
+        if (
+            ctx.grads is None or factor is None
+        ):  # a second backward pass, or factors that differ by token
+            _, dhidden, dweight = _run_chunks(hidden, weight, rows, scale, ctx.plan, ctx.ops, need)
+        else:
+            dhidden, dweight = ctx.grads
+            if dhidden is not None:
+                dhidden.mul_(scale[:, None])
+            if dweight is not None:
+                dweight.mul_(factor)
+        ctx.grads = None  # handed over: they are scaled now, and the caller may change them
+        if dhidden is not None and len(rows) < len(hidden):
+            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
+        return dhidden, dweight, None, None
+
+
+def _run_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    plan: _Plan,
+    ops: ModuleType,
+    need: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (loss [S], dhidden [S, H] or None, dweight [V, H] or None) for incoming gradient `scale` [S]."""
+    target = plan.target
+    if len(rows) < len(hidden):
+        hidden, target = hidden[rows], target[rows]
+    loss = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
+    dweight: Tensor | None = None
+    buffer = _logits_buffer(min(plan.chunk, len(rows)), weight.shape[0], hidden)
+    for start in range(0, len(rows), plan.chunk):
+        part = slice(start, min(start + plan.chunk, len(rows)))
+        logits = torch.mm(hidden[part], weight.T, out=buffer[: part.stop - start])  # [C, V]
+        lse, label_logit = combine(
+            ops.statistics(logits, target[part], plan.columns), plan.all_gather
+        )
+        loss[part] = lse - label_logit
+        if not any(need):
+            continue
+        ops.gradient_(logits, target[part], lse, scale[part], plan.columns)
+        if dhidden is not None:
+            torch.mm(logits, weight, out=dhidden[part])
+        if need[1]:
+            dweight = _add_product(dweight, logits, hidden[part])
+    if not need[1]:
+        return loss, dhidden, None
+    return loss, dhidden, torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+
+
+def _logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return an uninitialised [rows, columns] matrix whose row stride is a multiple of ROW_ALIGNMENT."""
+    stride = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return torch.empty(rows, stride, dtype=like.dtype, device=like.device)[:, :columns]
+
+
+def _add_product(total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
+    """Return total + dlogits^T hidden in fp32 [V, H], added inside the product where there is a total."""
+    left = dlogits.T
+    if dlogits.dtype == torch.float32:
+        return left @ hidden if total is None else total.addmm_(left, hidden)
+    if not dlogits.is_cuda:  # the CPU has no product of low-precision matrices into fp32
+        return _add_product(total, dlogits.float(), hidden.float())
+    if total is None:
+        return torch.mm(left, hidden, out_dtype=torch.float32)
+    return torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
+
+
+def _common_factor(scale: Tensor) -> float | None:
+    """Return the value that all entries of `scale` share, or None."""
+    if len(scale) == 0:
+        return 1.0
+    low, high = torch.stack(scale.aminmax()).tolist()
+    return low if low == high else None

@@ -1,0 +1,87 @@
+"""A vocabulary split over tensor-parallel ranks: whose column a label is, and how the ranks' sums join.
+
+Legend: T tokens, V columns held by this rank, N of them true vocabulary (the rest is padding), W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AllGather = Callable[[Tensor], Tensor]  # [T, 3] -> [W, T, 3]
+
+ELSEWHERE = -1  # target of a token whose label another rank holds
+IGNORED = -2  # target of a token without a label
+
+
+def local_targets(labels: Tensor, vocab_start: int, columns: int, ignore_index: int) -> Tensor:
+    """Return int64 [T]: each label's column on this rank, or ELSEWHERE, or IGNORED."""
+    local = labels - vocab_start
+    held = torch.where((local >= 0) & (local < columns), local, ELSEWHERE)
+    return torch.where(labels == ignore_index, IGNORED, held)
+
+
+def true_columns(columns: int, vocab_start: int, vocab_size: int) -> int:
+    """Return how many of this rank's columns are true vocabulary (0 for a slice of padding)."""
+    return max(0, min(columns, vocab_size - vocab_start))
+
+
+def combine(stats: Tensor, all_gather: AllGather | None) -> tuple[Tensor, Tensor]:
+    """Join all ranks' [T, 3] (maximum, sum of exp(x - maximum), label logit): (log-sum-exp, label logit)."""
+    joined = stats[None] if all_gather is None else all_gather(stats)  # [W, T, 3]
+    if joined.dim() != 3 or joined.shape[1:] != stats.shape:
+        raise ValueError(
+            f"all_gather: returned shape {tuple(joined.shape)}; expected [ranks, {stats.shape[0]}, 3]"
+        )
+    maximum, total, label_logit = joined.unbind(-1)
+    peak = maximum.amax(0)
+    lse = peak + (total * torch.exp(maximum - peak)).sum(0).log()
+    return lse, label_logit.sum(0)
+
+
+def check_labels(
+    labels: Tensor, tokens: int, vocab_size: int, ignore_index: int, device: torch.device
+) -> None:
+    """Raise ValueError unless `labels` is int64 [T] with values in the vocabulary or `ignore_index`.
+
+    The range check reads two numbers back, which on a GPU waits for the stream once a call.
+    """
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: dtype {labels.dtype} is not int64; call .long()")
+    if tuple(labels.shape) != (tokens,):
+        raise ValueError(
+            f"labels: shape {tuple(labels.shape)} does not match; expected ({tokens},)"
+        )
+    if labels.device != device:
+        raise ValueError(f"labels: device {labels.device} differs from {device}; move them")
+    used = labels.masked_fill(labels == ignore_index, 0)
+    low, high = torch.stack(used.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"labels: value {low if low < 0 else high} lies outside the vocabulary [0, {vocab_size}); "
+            f"fix the tokenizer, or mark unsupervised tokens with ignore_index={ignore_index}"
+        )
+
+
+def check_vocabulary(columns: int, vocab_start: int, vocab_size: int | None, gathered: bool) -> int:
+    """Return the true global vocabulary size; raise ValueError where the slice contradicts it."""
+    if vocab_start < 0:
+        raise ValueError(
+            f"vocab_start: {vocab_start} is negative; pass this rank's first global column"
+        )
+    if vocab_size is None:
+        if gathered or vocab_start:
+            raise ValueError(
+                "vocab_size: needed when the vocabulary is split; pass the global unpadded size"
+            )
+        return columns
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size: {vocab_size} is not positive; pass the global unpadded size")
+    held = f"columns [{vocab_start}, {vocab_start + columns})"
+    if not gathered and (vocab_start or columns < vocab_size):
+        raise ValueError(
+            f"all_gather: this rank holds {held} of {vocab_size}; pass the collective that joins the ranks"
+        )
+    return vocab_size

@@ -1,0 +1,131 @@
+"""Jinja chat templates that give exactly the tokens that training saw.
+
+Training encodes an answer apart from the text that opens it; a leading space stands for the dummy
+prefix that sentencepiece puts before the answer. Names of special tokens inside a message are
+broken up with a space, so that no message can forge the end of a turn; training does the same,
+the space being the dummy prefix (a model without one sees such a name without the space). Images
+of a user message come before its text, each on a line of its own, unless the message places them
+between words.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_gmai.convert.tokenizer import IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class Format:
+    """What stands before and after the messages of each role."""
+
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    opening_text: str  # the plain text right before an answer
+    end_of_answer: str
+
+
+_CHATML = Format(
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
+    opening_text="assistant\n",
+    end_of_answer="<|im_end|>",
+)
+
+
+def _llama3(role: str) -> tuple[str, str]:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"
+
+
+_FORMATS = {
+    "internlm2": _CHATML,
+    "qwen": _CHATML,
+    "llama3_chat": Format(
+        system=_llama3("system"),
+        user=_llama3("user"),
+        assistant=_llama3("assistant"),
+        opening_text="\n\n",
+        end_of_answer="<|eot_id|>",
+    ),
+}
+
+# One {{ }} a message; every tag strips the whitespace around it, so only quoted newlines count.
+_JINJA = """\
+{%- set openings = OPENINGS -%}
+{%- set closings = CLOSINGS -%}
+{%- for message in messages -%}
+  {%- set role = message['role'] -%}
+  {%- if role not in openings -%}
+    {{- raise_exception('role must be system, user or assistant, not ' ~ role) -}}
+  {%- endif -%}
+  {%- set ns = namespace(text='') -%}
+  {%- if message['content'] is string -%}
+    {%- set ns.text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' -%}
+        {%- set ns.text = ns.text ~ IMAGE -%}
+      {%- elif part['type'] == 'text' -%}
+        {%- set ns.text = ns.text ~ part['text'] -%}
+      {%- else -%}
+        {{- raise_exception('content must be text or image, not ' ~ part['type']) -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set ns.text = ns.text | trim -%}
+  {%- for name in SPECIALS -%}
+    {%- if role != 'user' or name != IMAGE -%}
+      {%- set ns.text = ns.text.replace(name, name[0] ~ ' ' ~ name[1:]) -%}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- if role == 'user' -%}
+    {%- set pieces = ns.text.split(IMAGE) -%}
+    {%- set words = pieces | map('trim') | select | list -%}
+    {%- if words | length < 2 -%}
+      {%- set ns.text = (IMAGE ~ '\\n') * (pieces | length - 1) ~ words | join -%}
+    {%- endif -%}
+  {%- endif -%}
+  {{- openings[role] ~ ns.text ~ closings[role] -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- PROMPT -}}
+{%- endif -%}
+"""
+
+
+def get_format(name: str) -> Format:
+    """The format of a `--chat-template` name; ValueError with the known names otherwise."""
+    if name not in _FORMATS:
+        raise ValueError(f"unknown chat template {name!r}; known are {', '.join(_FORMATS)}")
+    return _FORMATS[name]
+
+
+def jinja_template(name: str, special_tokens: Iterable[str], add_dummy_prefix: bool) -> str:
+    """Content of `chat_template.jinja`.
+
+    Args:
+        name: a `--chat-template` name.
+        special_tokens: names that may not be spelled in a message.
+        add_dummy_prefix: whether sentencepiece puts a space before every text.
+    """
+    form = get_format(name)
+    prompt, end = form.assistant
+    openings = {
+        "system": form.system[0],
+        "user": form.user[0],
+        "assistant": prompt + (" " if add_dummy_prefix else ""),
+    }
+    closings = {"system": form.system[1], "user": form.user[1], "assistant": end}
+    values = {
+        "OPENINGS": openings,
+        "CLOSINGS": closings,
+        "IMAGE": IMAGE_TOKEN,
+        "SPECIALS": sorted(special_tokens),
+        "PROMPT": prompt,
+    }
+    # JSON strings, lists and objects are Jinja literals too.
+    literals = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    return re.sub(rf"\b({'|'.join(literals)})\b", lambda match: literals[match[1]], _JINJA)

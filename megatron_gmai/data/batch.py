@@ -1,0 +1,109 @@
+"""One micro-batch: packs laid end to end, as the model takes them.
+
+Legend: M packs of S = max_length tokens, T = M * S, N images of I x I pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_gmai.data.template import IGNORE, Rendered
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """CPU tensors. Padding at the end of a pack is a segment of its own without labels."""
+
+    tokens: torch.Tensor  # int64 [T]; image placeholders hold the image token's id
+    labels: torch.Tensor  # int64 [T], shifted: what position t has to predict; -100: nothing
+    position_ids: torch.Tensor  # int64 [T], from 0 in each segment
+    cu_seqlens: torch.Tensor  # int32 [segments + 1], from 0 to T
+    max_seqlen: int
+    pixel_values: torch.Tensor  # uint8 [N, 3, I, I], not normalised; N = 0 where not asked for
+    image_starts: torch.Tensor  # int64 [N], flat position of each image's first placeholder
+    num_samples: int
+    num_tokens: int  # without padding
+    keys: tuple[str, ...]
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same batch in page-locked memory, for copies that overlap with computation."""
+        tensors = {
+            name: value.pin_memory()
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return MicroBatch(**{**vars(self), **tensors})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start up to stop of one sample. `sample` is None where a sample that was planned
+    cannot be read: its place becomes padding."""
+
+    key: str
+    sample: Rendered | None
+    start: int
+    stop: int
+    pixels: Sequence[np.ndarray] = ()  # uint8 [3, I, I] each, those inside start:stop
+
+
+class BatchBuilder:
+    """Fills the arrays of one micro-batch, pack after pack."""
+
+    def __init__(self, packs: int, max_length: int, pad_id: int) -> None:
+        self.max_length = max_length
+        total = packs * max_length
+        self.tokens = np.full(total, pad_id, dtype=np.int64)
+        self.labels = np.full(total, IGNORE, dtype=np.int64)
+        self.bounds = [0]
+        self.image_starts: list[int] = []
+        self.pixels: list[np.ndarray] = []
+        self.keys: list[str] = []
+        self.samples = self.filled = 0
+
+    def add_pack(self, segments: Sequence[Segment]) -> None:
+        """Appends one pack; what it leaves free becomes its padding segment."""
+        end = self.bounds[-1] + self.max_length
+        for segment in segments:
+            self._add(segment)
+        if self.bounds[-1] < end:
+            self.bounds.append(end)
+
+    def _add(self, segment: Segment) -> None:
+        first = self.bounds[-1]
+        last = first + segment.stop - segment.start
+        self.bounds.append(last)
+        if segment.sample is None:
+            return
+        inside = slice(segment.start, segment.stop)
+        self.tokens[first:last] = segment.sample.tokens[inside]
+        self.labels[first : last - 1] = segment.sample.labels[inside][1:]
+        starts = segment.sample.image_starts
+        starts = starts[(starts >= segment.start) & (starts < segment.stop)]
+        self.image_starts += (starts - segment.start + first).tolist()
+        self.pixels += segment.pixels
+        self.filled += last - first
+        if segment.start == 0:
+            self.samples += 1
+            self.keys.append(segment.key)
+
+    def build(self, image_size: int) -> MicroBatch:
+        bounds = np.array(self.bounds, dtype=np.int64)
+        sizes = np.diff(bounds)
+        positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
+        shape = (0, 3, image_size, image_size)
+        pixels = np.stack(self.pixels) if self.pixels else np.zeros(shape, dtype=np.uint8)
+        return MicroBatch(
+            tokens=torch.from_numpy(self.tokens),
+            labels=torch.from_numpy(self.labels),
+            position_ids=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+            max_seqlen=int(sizes.max()),
+            pixel_values=torch.from_numpy(pixels),
+            image_starts=torch.tensor(self.image_starts, dtype=torch.int64),
+            num_samples=self.samples,
+            num_tokens=self.filled,
+            keys=tuple(self.keys),
+        )

@@ -1,0 +1,185 @@
+"""A data set ready to train on: shards, token lengths and plan, read as packs."""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import cached_property
+
+from megatron_gmai.config import DataConfig, VisionConfig
+from megatron_gmai.data.batch import BatchBuilder, MicroBatch, Segment
+from megatron_gmai.data.image import load_image
+from megatron_gmai.data.ledger import BadSample, Ledger, Rejection, read_ledger
+from megatron_gmai.data.lengths import Encoder, token_lengths
+from megatron_gmai.data.mixture import read_ratios
+from megatron_gmai.data.packing import Piece
+from megatron_gmai.data.plan import Plan, PlanSettings
+from megatron_gmai.data.shards import REJECTED_FILE, Shards, StoredSample
+from megatron_gmai.data.template import get_template
+from megatron_gmai.data.tokenizer import Tokenizer
+
+
+class PackDataset:
+    """The endless stream of packs of one set of shards. Pickles as its settings."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        encoder: Encoder,
+        vision: VisionConfig,
+        ratios: Sequence[float],
+        settings: PlanSettings,
+        pad_to_square: bool,
+    ) -> None:
+        self.shards, self.encoder, self.vision = shards, encoder, vision
+        self.ratios, self.settings, self.pad_to_square = tuple(ratios), settings, pad_to_square
+        self.ledger = Ledger(None)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return PackDataset, (
+            self.shards,
+            self.encoder,
+            self.vision,
+            self.ratios,
+            self.settings,
+            self.pad_to_square,
+        )
+
+    @cached_property
+    def plan(self) -> Plan:
+        lengths, _ = token_lengths(self.shards, self.encoder)
+        first_rows = self.shards.first_rows
+        return Plan(
+            lengths,
+            first_rows,
+            self.shards.rows["source"][first_rows[:-1]],
+            self.ratios,
+            self.settings,
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shards, before ratios."""
+        return len(self.shards)
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """Packs of epoch 0; other epochs differ a little where ratios or packing do."""
+        return self.plan.total(0)
+
+    def total_packs(self, epochs: float) -> int:
+        """Packs of a run of `epochs` passes; a part of an epoch is rounded up to whole packs."""
+        whole = int(epochs)
+        packs = sum(self.plan.total(epoch) for epoch in range(whole))
+        if epochs > whole:
+            packs += math.ceil((epochs - whole) * self.plan.total(whole) - 1e-9)
+        return packs
+
+    def assemble(
+        self, packs: Sequence[Sequence[Piece]], with_pixels: bool = True
+    ) -> tuple[MicroBatch, list[Rejection]]:
+        """One micro-batch of these packs (an empty pack is all padding), and the samples that
+        could not be read and became padding.
+
+        Raises ValueError if a sample's tokens or images are not what the plan was made for.
+        """
+        builder = BatchBuilder(len(packs), self.settings.max_length, self.encoder.tokenizer.pad_id)
+        rejections: list[Rejection] = []
+        for pieces in packs:
+            builder.add_pack([self._segment(piece, with_pixels, rejections) for piece in pieces])
+        return builder.build(self.vision.image_size), rejections
+
+    def _segment(self, piece: Piece, with_pixels: bool, rejections: list[Rejection]) -> Segment:
+        try:
+            stored = self.shards.read(piece.sample)
+        except BadSample as error:
+            place = self.shards.place(piece.sample)
+            rejections.append(Rejection(place, self.shards.source_name(piece.sample), str(error)))
+            return Segment(place, None, piece.start, piece.stop)
+        rendered = self.encoder.encode(stored)
+        if piece.stop > len(rendered.tokens):
+            raise ValueError(
+                f"sample {stored.key} has {len(rendered.tokens)} tokens, the plan expects "
+                f"{piece.stop}: delete the lengths-*.npy files in {self.shards.folder}"
+            )
+        # Images end before any cut, so a sample's first piece holds them all.
+        pixels = self._pixels(stored) if with_pixels and piece.start == 0 else []
+        return Segment(stored.key, rendered, piece.start, piece.stop, pixels)
+
+    def _pixels(self, stored: StoredSample) -> list:
+        """All images of a sample. They were decoded once when the shards were made, and the
+        checksum holds, so a failure here means another decoder: it ends the run."""
+        try:
+            side = self.vision.image_size
+            return [load_image(data, side, self.pad_to_square) for data in stored.images]
+        except BadSample as error:
+            raise ValueError(
+                f"sample {stored.key}: {error}, though it was decoded when the shards were made; "
+                "make the shards again with the installed image libraries"
+            ) from error
+
+
+def open_dataset(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    seed: int,
+    rejected_path: str | os.PathLike[str] | None,
+    run: int = 512,
+) -> PackDataset:
+    """Opens the shards in `data.shards`, and measures token lengths if nobody has yet.
+
+    `rejected_path` is the ledger of the run, None for all ranks but one. `run` is the global batch
+    size, which `--group-by-length` needs. Raises ValueError for shards that are not complete, and
+    if the share of unusable samples exceeds `data.max_rejected`.
+    """
+    if data.shards is None:
+        raise ValueError("no data: give --shards DIR or --datasets LIST.json")
+    shards = Shards(data.shards)
+    encoder = make_encoder(data, tokenizer, vision)
+    _, too_long = token_lengths(shards, encoder)
+    ledger = Ledger(rejected_path)
+    ledger.add([*read_ledger(shards.folder / REJECTED_FILE), *too_long])
+    check_rejected(len(ledger), shards.manifest.samples + shards.manifest.rejected, data, ledger)
+    settings = PlanSettings(seed, data.max_length, data.dset_pack_level, data.group_by_length, run)
+    dataset = PackDataset(
+        shards, encoder, vision, _ratios(shards, data), settings, data.pad_to_square
+    )
+    dataset.ledger = ledger
+    return dataset
+
+
+def make_encoder(data: DataConfig, tokenizer: Tokenizer, vision: VisionConfig) -> Encoder:
+    """How `data` wants samples turned into tokens."""
+    return Encoder(
+        tokenizer,
+        get_template(data.chat_template),
+        vision.tokens_per_image,
+        data.max_length,
+        cut=data.dset_pack_level == "hard",
+    )
+
+
+def check_rejected(rejected: int, samples: int, data: DataConfig, ledger: Ledger) -> None:
+    """Raises ValueError if more than `data.max_rejected` of the samples cannot be used."""
+    if rejected > data.max_rejected * samples or rejected >= samples:
+        place = ledger.path or "rejected.jsonl"
+        raise ValueError(
+            f"{rejected} of {samples} samples cannot be used, more than --max-rejected "
+            f"{data.max_rejected}; the reasons are in {place}"
+        )
+
+
+def _ratios(shards: Shards, data: DataConfig) -> list[float]:
+    """A list file given beside the shards decides; its ratios may have changed since."""
+    sources = shards.manifest.sources
+    if data.datasets is None:
+        return [source.sample_ratio for source in sources]
+    ratios = read_ratios(data.datasets)
+    names = {source.name for source in sources}
+    if names != ratios.keys():
+        differing = ", ".join(sorted(names ^ ratios.keys()))
+        raise ValueError(
+            f"{data.datasets} and the shards in {shards.folder} differ in their data sets: "
+            f"{differing}"
+        )
+    return [ratios[source.name] for source in sources]

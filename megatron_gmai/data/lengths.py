@@ -1,0 +1,108 @@
+"""Token lengths: a table beside the shards, one for each way to turn samples into tokens.
+
+Shards do not depend on the tokenizer; the table does, and carries a fingerprint of the tokenizer,
+the template, the tokens of an image and the length limit in its name.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_gmai.data.conversation import parse_conversation
+from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
+from megatron_gmai.data.shards import Shards, StoredSample, write_atomically
+from megatron_gmai.data.template import Rendered, Template, fit, render
+from megatron_gmai.data.tokenizer import Tokenizer
+
+# A length of 0 marks a sample that cannot be used; a cut may fall at images_end or behind it.
+LENGTH_ROW = np.dtype([("length", "<i4"), ("images_end", "<i4")])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns stored samples into tokens. With `cut=True` (hard packing) samples may be longer than
+    `max_length`, since the packer cuts them."""
+
+    tokenizer: Tokenizer
+    template: Template
+    tokens_per_image: int
+    max_length: int
+    cut: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a sample's tokens could."""
+        parts = [
+            self.tokenizer.fingerprint,
+            self.template.name,
+            self.tokens_per_image,
+            self.max_length,
+            self.cut,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def encode(self, sample: StoredSample) -> Rendered:
+        """Raises BadSample if the sample cannot be used at this length."""
+        conversation = parse_conversation(sample.record, len(sample.images))
+        rendered = render(conversation, self.template, self.tokenizer, self.tokens_per_image)
+        if not self.cut:
+            return fit(rendered, self.max_length)
+        if rendered.images_end > self.max_length:
+            raise BadSample(
+                f"the images end at token {rendered.images_end}, behind max_length "
+                f"{self.max_length}, and an image is never cut"
+            )
+        return rendered
+
+
+def token_lengths(
+    shards: Shards,
+    encoder: Encoder,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[np.ndarray, list[Rejection]]:
+    """The table LENGTH_ROW [samples], mapped from its file, and the samples it rejects.
+
+    Computes and writes both on first use; `progress(done, total)` counts samples.
+    """
+    table = shards.folder / f"lengths-{encoder.fingerprint}.npy"
+    ledger = table.with_suffix(".rejected.jsonl")
+    if not table.exists():
+        rows, rejections = _measure(shards, encoder, progress)
+        write_atomically(ledger, "".join(map(dump_line, rejections)).encode())
+        _save(table, rows)
+    rows = np.load(table, mmap_mode="r")
+    if rows.dtype != LENGTH_ROW or len(rows) != len(shards):
+        raise ValueError(f"{table} does not belong to these shards; delete it")
+    return rows, read_ledger(ledger)
+
+
+def _measure(
+    shards: Shards, encoder: Encoder, progress: Callable[[int, int], None]
+) -> tuple[np.ndarray, list[Rejection]]:
+    rows = np.zeros(len(shards), dtype=LENGTH_ROW)
+    rejections = []
+    for sample in range(len(shards)):
+        key = shards.place(sample)
+        try:
+            stored = shards.read(sample)
+            key = stored.key
+            rendered = encoder.encode(stored)
+            rows[sample] = (len(rendered.tokens), rendered.images_end)
+        except BadSample as error:
+            rejections.append(Rejection(key, shards.source_name(sample), str(error)))
+        progress(sample + 1, len(shards))
+    return rows, rejections
+
+
+def _save(path: Path, rows: np.ndarray) -> None:
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
+    try:
+        np.save(partial, rows)
+    except OSError as error:
+        raise ValueError(f"cannot write token lengths to {path}: {error.strerror}") from error
+    partial.replace(path)

@@ -1,0 +1,24 @@
+"""Counter-based shuffles: an order is a pure function of numbers, not of a generator's history.
+
+Philox is counted and keyed (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011);
+its raw stream is fixed by definition, so the order is the same on every machine and numpy version.
+"""
+
+import numpy as np
+
+
+def permutation(count: int, *place: int) -> np.ndarray:
+    """A permutation of range(count), int64, that depends on `place` alone (5 numbers at most)."""
+    return np.argsort(random_words(count, *place), kind="stable")
+
+
+def random_words(count: int, *place: int) -> np.ndarray:
+    """`count` random uint64 that depend on `place` alone.
+
+    The first two numbers are Philox's key, the others the upper words of its counter; the lowest
+    word counts the output.
+    """
+    if len(place) > 5:
+        raise ValueError(f"a place has at most 5 numbers, found {len(place)}")
+    words = [number % 2**64 for number in place] + [0] * (5 - len(place))
+    return np.random.Philox(key=words[:2], counter=[0, *words[2:]]).random_raw(count)

@@ -1,0 +1,72 @@
+"""From the flags to shards that are there: build them, measure them, find the tokenizer."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_gmai.config import DataConfig, VisionConfig
+from megatron_gmai.data.build import build_shards
+from megatron_gmai.data.dataset import make_encoder
+from megatron_gmai.data.lengths import token_lengths
+from megatron_gmai.data.shards import MANIFEST_FILE, Shards, read_manifest, write_atomically
+from megatron_gmai.data.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
+
+
+def prepare_data(
+    data: DataConfig,
+    vision: VisionConfig,
+    default_cache_dir: str | os.PathLike[str],
+    is_builder: bool,
+    barrier: Callable[[], None],
+) -> DataConfig:
+    """Makes sure that shards and token lengths exist, and returns `data` with `shards` and
+    `tokenizer` filled in.
+
+    All processes call it. One that `is_builder` does the work, the others wait at `barrier` (called
+    once by each) and then find everything ready. Raises ValueError for a user's mistake.
+    """
+    if is_builder:
+        data = _locate(data, default_cache_dir, build=True)
+        tokenizer = load_tokenizer(resolve_tokenizer(data))
+        token_lengths(Shards(str(data.shards)), make_encoder(data, tokenizer, vision))
+    barrier()
+    data = _locate(data, default_cache_dir, build=False)
+    return dataclasses.replace(data, tokenizer=str(resolve_tokenizer(data)))
+
+
+def _locate(data: DataConfig, default_cache_dir: str | os.PathLike[str], build: bool) -> DataConfig:
+    """`data` with the folder of its shards; `--shards` wins over the cache of `--datasets`."""
+    if data.shards is not None:
+        read_manifest(Path(data.shards))
+        return data
+    if data.datasets is None:
+        raise ValueError("no data: give --shards DIR or --datasets LIST.json")
+    cache = Path(data.dset_cache_dir or default_cache_dir)
+    taken_as_is = data.dset_from_cache and (cache / MANIFEST_FILE).is_file()
+    if build and not taken_as_is:
+        build_shards(data.datasets, cache)
+    return dataclasses.replace(data, shards=str(cache))
+
+
+def resolve_tokenizer(data: DataConfig) -> Path:
+    """The tokenizer that was asked for, else the one in the shards' folder.
+
+    Raises ValueError if there is neither.
+    """
+    if data.tokenizer is not None:
+        return Path(data.tokenizer)
+    if data.shards is not None and (Path(data.shards) / MODEL_FILE).is_file():
+        return Path(data.shards) / MODEL_FILE
+    raise ValueError("no tokenizer: give --tokenizer FILE, or shards that hold tokenizer.model")
+
+
+def copy_tokenizer(tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Puts a tokenizer into a folder of shards, so that they can be trained on as they are."""
+    load_tokenizer(tokenizer)
+    file = Path(tokenizer)
+    file = file / MODEL_FILE if file.is_dir() else file
+    write_atomically(Path(folder) / MODEL_FILE, file.read_bytes())
+    if (file.parent / CONFIG_FILE).is_file():
+        shutil.copyfile(file.parent / CONFIG_FILE, Path(folder) / CONFIG_FILE)

@@ -1,0 +1,245 @@
+"""WebDataset tar shards with an index: written in order, read at random.
+
+A sample is a run of tar members that share a key: `KEY.json` (the annotation record) and
+`KEY.0.png`, `KEY.1.jpg`, ... (the image files, in the order of the record). `index.npy` holds one
+row a sample, `index.json` the shards and the data sets; it is written last, so a folder without it
+is not complete.
+"""
+
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_gmai.data.ledger import BadSample
+
+INDEX_FILE = "index.npy"
+MANIFEST_FILE = "index.json"
+REJECTED_FILE = "rejected.jsonl"
+FORMAT = 1
+OPEN_FILES = 64  # per process
+BLOCK = tarfile.BLOCKSIZE
+# One row a sample. A shard's rows are contiguous and in file order.
+ROW = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("source", "<u2"),
+        ("images", "<u2"),
+        ("offset", "<u8"),  # of the first member's header
+        ("size", "<u4"),  # up to the end of the last member
+        ("crc", "<u4"),  # CRC-32 of these bytes
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One tar file: its rows are the next `samples` ones of the index."""
+
+    name: str
+    samples: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What the shards hold of one data set of the list file."""
+
+    name: str
+    sample_ratio: float
+    data_augment: bool
+    samples: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of `index.json`. `inputs` is the fingerprint of what the shards were made from."""
+
+    shards: tuple[ShardFile, ...]
+    sources: tuple[SourceInfo, ...]
+    inputs: str
+    format: int = FORMAT
+
+    @property
+    def samples(self) -> int:
+        return sum(source.samples for source in self.sources)
+
+    @property
+    def rejected(self) -> int:
+        return sum(source.rejected for source in self.sources)
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample as stored: the annotation record and the image files it names, undecoded."""
+
+    key: str
+    record: dict[str, Any]
+    images: tuple[bytes, ...]
+
+
+class ShardWriter:
+    """Writes one tar file. It gets its name when it is complete; see `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._file: BinaryIO = self._partial.open("wb")
+        self._rows: list[tuple[int, int, int, int, int, int]] = []
+
+    def add(self, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> None:
+        """Appends a sample; `images` are (file suffix without dot, bytes)."""
+        members = [(f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8"))]
+        members += [(f"{key}.{i}.{suffix}", data) for i, (suffix, data) in enumerate(images)]
+        span = b"".join(_member(name, data) for name, data in members)
+        offset = self._file.tell()
+        self._file.write(span)
+        self._rows.append((0, 0, len(images), offset, len(span), zlib.crc32(span)))
+
+    def close(self) -> np.ndarray:
+        """Ends the tar file, gives it its name, and returns its rows (shard and source 0)."""
+        self._file.write(bytes(2 * BLOCK))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.rename(self.path)
+        return np.array(self._rows, dtype=ROW)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """A tar member without time, owner or anything else that differs from run to run."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    padding = -len(data) % BLOCK
+    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(padding)
+
+
+class Shards:
+    """A complete folder of shards, open for random reads. Cheap to open, pickle and fork."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Raises ValueError if the folder holds no complete set of shards."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self._files: dict[int, BinaryIO] = {}
+
+    def __reduce__(self) -> tuple[type["Shards"], tuple[Path]]:
+        return Shards, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The index, mapped and not loaded: all processes of a node share its memory."""
+        rows = np.load(self.folder / INDEX_FILE, mmap_mode="r")
+        if rows.dtype != ROW or len(rows) != self.manifest.samples:
+            raise ValueError(f"{self.folder / INDEX_FILE} does not belong to {MANIFEST_FILE}")
+        return rows
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """int64 [shards + 1]: shard s holds rows first_rows[s] up to first_rows[s + 1]."""
+        counts = [shard.samples for shard in self.manifest.shards]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    def source_name(self, sample: int) -> str:
+        return self.manifest.sources[int(self.rows[sample]["source"])].name
+
+    def read(self, sample: int) -> StoredSample:
+        """One sample, by its row. Raises BadSample if the stored bytes are not the ones written.
+
+        Every process that reads the sample comes to the same decision, whether it needs the
+        images or not, because the checksum covers all members.
+        """
+        row = self.rows[sample]
+        file = self._open(int(row["shard"]))
+        span = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
+        if zlib.crc32(span) != row["crc"]:
+            raise BadSample("the stored bytes have changed since they were written (checksum)")
+        return parse_sample(span)
+
+    def place(self, sample: int) -> str:
+        """Where the sample lies; names it when its own key cannot be read."""
+        row = self.rows[sample]
+        return f"{self.manifest.shards[int(row['shard'])].name}@{row['offset']}"
+
+    def _open(self, shard: int) -> BinaryIO:
+        if shard not in self._files:
+            if len(self._files) >= OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            path = self.folder / self.manifest.shards[shard].name
+            try:
+                self._files[shard] = path.open("rb", buffering=0)
+            except OSError as error:
+                raise ValueError(f"cannot open shard {path}: {error.strerror}") from error
+        return self._files[shard]
+
+
+def parse_sample(span: bytes) -> StoredSample:
+    """Splits the tar members of one sample. Raises BadSample if they are not one."""
+    record, images, keys = None, {}, set()
+    for name, data in tar_members(span):
+        folder, _, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        keys.add(f"{folder}/{stem}" if folder else stem)
+        if suffix == "json":
+            record = json.loads(data)
+        else:
+            images[int(suffix.partition(".")[0])] = data
+    if record is None or len(keys) != 1 or sorted(images) != list(range(len(images))):
+        raise BadSample("the tar members are not those of one sample")
+    return StoredSample(keys.pop(), record, tuple(images[i] for i in sorted(images)))
+
+
+def tar_members(span: bytes) -> Iterator[tuple[str, bytes]]:
+    """Regular files in a run of tar blocks: (name, data)."""
+    with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as archive:
+        for member in archive:
+            file = archive.extractfile(member)
+            if file is not None:
+                yield member.name, file.read()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads `index.json`. Raises ValueError if it is missing, unreadable or of another format."""
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no complete shards ({MANIFEST_FILE} is missing); "
+            "make them with tools/make_shards.py"
+        )
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        shards = tuple(ShardFile(**shard) for shard in fields["shards"])
+        sources = tuple(SourceInfo(**source) for source in fields["sources"])
+        manifest = Manifest(shards, sources, fields["inputs"], fields["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}; make the shards again") from error
+    if manifest.format != FORMAT:
+        raise ValueError(f"{file} has format {manifest.format}, expected {FORMAT}; make it again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `index.json` atomically: its presence says that the folder is complete."""
+    write_atomically(folder / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes under a name of this process alone, then renames: readers see all or nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

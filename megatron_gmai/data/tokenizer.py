@@ -1,0 +1,144 @@
+"""The sentencepiece tokenizer, and the special tokens that a chat template needs."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+IMAGE_TOKEN = "<image>"
+MODEL_FILE = "tokenizer.model"
+CONFIG_FILE = "tokenizer_config.json"
+# InternLM2's model file holds unnamed pieces where its chat models put their special tokens.
+INTERNLM2_PIECES = {
+    "<|im_start|>": "[UNUSED_TOKEN_146]",
+    "<|im_end|>": "[UNUSED_TOKEN_145]",
+    "<|action_start|>": "[UNUSED_TOKEN_144]",
+    "<|action_end|>": "[UNUSED_TOKEN_143]",
+    "<|interpreter|>": "[UNUSED_TOKEN_142]",
+    "<|plugin|>": "[UNUSED_TOKEN_141]",
+}
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Special tokens come from the model's own pieces, from `added` (name to id, as in a
+    `tokenizer_config.json`), or from InternLM2's unnamed pieces. `<image>` is appended as the last
+    id when nothing provides it.
+    """
+
+    def __init__(self, model: bytes, added: dict[str, int] | None = None) -> None:
+        self._model = model
+        self._added = dict(added or {})
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        self._pieces.LoadFromSerializedProto(model)
+        size = max([self._pieces.GetPieceSize(), *(i + 1 for i in self._added.values())])
+        self._specials = {**self._model_specials(), **self._added}
+        if IMAGE_TOKEN not in self._specials:
+            self._specials[IMAGE_TOKEN] = size
+            size += 1
+        self.vocab_size = size
+        self.image_token_id = self._specials[IMAGE_TOKEN]
+        self.bos_id = self._pieces.bos_id()
+        self.eos_id = self._pieces.eos_id()
+        self.pad_id = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos_id
+        self._split = re.compile("|".join(re.escape(name) for name in sorted(self._specials)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same text could give other ids."""
+        digest = hashlib.sha256(self._model)
+        digest.update(json.dumps(sorted(self._specials.items())).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def im_start_id(self) -> int:
+        return self.special_id("<|im_start|>")
+
+    @property
+    def im_end_id(self) -> int:
+        return self.special_id("<|im_end|>")
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token. Raises ValueError if the tokenizer has none of that name."""
+        if name not in self._specials:
+            raise ValueError(
+                f"the tokenizer has no token {name!r}; choose the --chat-template that belongs to "
+                f"it, or put a {CONFIG_FILE} with 'added_tokens_decoder' beside {MODEL_FILE}"
+            )
+        return self._specials[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without bos. Never gives a special id: names of special tokens in a
+        text are spelled out, so that no sample can forge the end of a turn."""
+        ids: list[int] = []
+        start = 0
+        for match in self._split.finditer(text):
+            inside = match.start() + 1
+            ids += self._pieces.EncodeAsIds(text[start:inside])
+            start = inside
+        return ids + self._pieces.EncodeAsIds(text[start:])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens written by name."""
+        names = {number: name for name, number in self._specials.items()}
+        parts: list[str] = []
+        run: list[int] = []
+        for number in ids:
+            if number in names:
+                parts += [self._pieces.DecodeIds(run), names[number]]
+                run = []
+            else:
+                run.append(int(number))
+        return "".join([*parts, self._pieces.DecodeIds(run)])
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes, dict[str, int]]]:
+        return Tokenizer, (self._model, self._added)
+
+    def _model_specials(self) -> dict[str, int]:
+        pieces = self._pieces
+        found = {
+            pieces.IdToPiece(i): i for i in range(pieces.GetPieceSize()) if _is_special(pieces, i)
+        }
+        unknown = pieces.unk_id()
+        for name, piece in INTERNLM2_PIECES.items():
+            number = pieces.PieceToId(piece)
+            if name not in found and number != unknown:
+                found[name] = number
+        return found
+
+
+def _is_special(pieces: sentencepiece.SentencePieceProcessor, number: int) -> bool:
+    piece = pieces.IdToPiece(number)
+    marked = piece.startswith("<|") and piece.endswith("|>")
+    return pieces.IsControl(number) or marked or piece == IMAGE_TOKEN
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a sentencepiece model file, or a folder that holds `tokenizer.model`.
+
+    Raises ValueError if there is none, or if the file is not a sentencepiece model.
+    """
+    file = Path(path)
+    file = file / MODEL_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"no sentencepiece model at {file}; give --tokenizer FILE or FOLDER")
+    try:
+        return Tokenizer(file.read_bytes(), _added_tokens(file.parent / CONFIG_FILE))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{file} is not a sentencepiece model: {error}") from error
+
+
+def _added_tokens(file: Path) -> dict[str, int]:
+    """Special tokens that a Hugging Face tokenizer configuration adds to the model's pieces."""
+    if not file.is_file():
+        return {}
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        return {entry["content"]: int(number) for number, entry in entries.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is not a tokenizer configuration: {error}") from error

@@ -1,0 +1,131 @@
+"""Core attention for Megatron's slot: packed segments, whole images, or a key-value cache.
+
+Shapes: T tokens of a pack (batch 1), S queries and K keys of a dense batch of B, A query heads,
+G key-value groups, D head size, all of this rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_gmai.runtime.device import Device, installed_packages
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """Where the samples of a pack begin and end.
+
+    `qkv_format` stays "sbhd": the rotary frequencies are already looked up per token, so Megatron
+    need not split the sequence again in every layer (its "thd" path asks the device for each
+    segment's length).
+    """
+
+    qkv_format: str = "sbhd"
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> "Segments":
+        """From int32 [segments + 1] on the host."""
+        lengths = tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+        on_device = cu_seqlens.to(device, non_blocking=True)
+        return cls(
+            cu_seqlens_q=on_device,
+            cu_seqlens_kv=on_device,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+            lengths=lengths,
+        )
+
+
+class SegmentAttention(torch.nn.Module):
+    """Attention by torch's scaled_dot_product_attention, one call a segment."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """query [S, B, A, D], key and value [K, B, G, D] -> [S, B, A·D].
+
+        `attention_mask` bool [B, K]: keys that are real (generation pads prompts on the left).
+        """
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, Segments)
+            out = self.packed(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
+            return out.flatten(1).unsqueeze(1)  # [T, 1, A·D]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, A|G, S|K, D]
+        mask = None if attention_mask is None else _cache_mask(attention_mask, q.size(2), k.size(2))
+        out = scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.size(1) != k.size(1)
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """[T, A, D], [T, G, D], [T, G, D] -> [T, A, D]; no attention across segments."""
+        pieces = []
+        split = (x.transpose(0, 1).split(segments.lengths, dim=1) for x in (query, key, value))
+        for q, k, v in zip(*split, strict=True):  # [A|G, length, D]
+            out = scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=self.causal, enable_gqa=q.size(0) != k.size(0)
+            )
+            pieces.append(out[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+
+class FlashVarlenAttention(SegmentAttention):
+    """Attention over all segments in one kernel of the flash-attn package."""
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            segments.cu_seqlens_q,
+            segments.cu_seqlens_kv,
+            segments.max_seqlen_q,
+            segments.max_seqlen_kv,
+            causal=self.causal,
+        )
+
+
+def attention_for(device: Device) -> type[SegmentAttention]:
+    """The class for the core-attention slot: flash-attn where it is installed and can run."""
+    half = device.dtype in (torch.bfloat16, torch.float16)
+    if device.is_cuda and half and installed_packages()["flash_attn"]:
+        return FlashVarlenAttention
+    return SegmentAttention
+
+
+def _cache_mask(real_keys: Tensor, queries: int, keys: int) -> Tensor:
+    """Bool [B, 1, S, K]: causal from the cache's end, real keys only, and always oneself.
+
+    (A padded query must see something: a row without keys would give NaN.)
+    """
+    position = torch.arange(keys, device=real_keys.device)
+    query_position = position[keys - queries :, None]  # [S, 1]
+    visible = (position <= query_position) & real_keys[:, None, :keys]  # [B, S, K]
+    return (visible | (position == query_position))[:, None]

@@ -1,0 +1,44 @@
+"""The vision tower: CLIP ViT, features of the last layer but one, class token dropped."""
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from torch import Tensor
+
+from megatron_gmai.config import VisionConfig
+from megatron_gmai.model.norm import LayerNorm
+from megatron_gmai.model.transformer import vision_layer_spec, vision_transformer_config
+from megatron_gmai.runtime.device import Device
+from megatron_gmai.runtime.groups import Groups
+
+# Pixel statistics of OpenAI's CLIP, in units of the 0..1 range.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTower(CLIPViTModel):
+    """Images in, one feature vector per patch out.
+
+    It is built on a group of this rank alone: each rank of the first stage encodes other images.
+    """
+
+    def __init__(self, vision: VisionConfig, device: Device, groups: Groups) -> None:
+        super().__init__(
+            vision_transformer_config(vision, device),
+            vision_layer_spec(device),
+            ln_pre_impl=LayerNorm,
+            patch_dim=vision.patch_size,
+            img_h=vision.image_size,
+            img_w=vision.image_size,
+            pg_collection=groups.for_vision(),
+        )
+        self.to(device=device.torch_device, dtype=device.dtype)
+        shape = (1, 3, 1, 1)
+        # Plain attributes: constants belong neither in a checkpoint nor among the parameters.
+        self.mean = torch.tensor(CLIP_MEAN, device=device.torch_device).view(shape) * 255
+        self.std = torch.tensor(CLIP_STD, device=device.torch_device).view(shape) * 255
+
+    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
+        """uint8 [N, 3, I, I] -> [N, P, Hv] with P patches an image."""
+        normalised = (pixels.float() - self.mean) / self.std
+        features = super().forward(normalised.to(self.conv1.weight.dtype))
+        return features[:, self.class_token_len :]

@@ -1,0 +1,182 @@
+"""Run Megatron-Core on a CPU: an explicit, reversible stand-in for `torch.cuda`.
+
+Megatron-Core writes `device="cuda"`, `tensor.cuda()` and `torch.cuda.current_device()` throughout.
+`install()` answers each of them with the CPU; `uninstall()` restores torch exactly. Nothing here is
+active on a machine whose GPU is in use.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _Stream:
+    """Work on a CPU is in order, so waiting is no work."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = CPU
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> "_Event":
+        return event or _Event()
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends what was meant for a GPU to the CPU, whichever torch function it is given to."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        result = func(*args, **(kwargs or {}))
+        # The optimizer sorts parameters by the names that CUDA tensors answer.
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def _answering(value: Any = None) -> Callable:
+    """A new function that returns `value` whatever it is given.
+
+    New each time: torch.compile keeps a table of torch's functions and refuses the same object
+    under two names.
+    """
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return stand_in
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None, *args: Any, **kwargs: Any) -> None:
+    torch.default_generator.set_state(state)
+
+
+# Every name that the imported parts of Megatron-Core use and that needs a GPU otherwise.
+TORCH_CUDA: dict[str, Any] = {
+    "current_device": _answering(CPU),
+    "set_device": _answering(),
+    "synchronize": _answering(),
+    "empty_cache": _answering(),
+    "Stream": _Stream,
+    "Event": _Event,
+    "stream": _answering(contextlib.nullcontext()),
+    "set_stream": _answering(),
+    "current_stream": _Stream,
+    "default_stream": _Stream,
+    "manual_seed": _seed,
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
+    "is_current_stream_capturing": _answering(False),
+    "memory_allocated": _answering(0),
+    "memory_reserved": _answering(0),
+    "memory_stats": _answering({}),
+}
+TORCH_CUDA_NVTX = {"range_push": _answering(), "range_pop": _answering(), "range": _answering(contextlib.nullcontext())}
+MEGATRON_RANDOM = {
+    "_get_cuda_rng_state": lambda device="cuda", clone=False, graph_safe=False: _get_rng_state(),
+    "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: _set_rng_state(state),
+}
+
+
+class _Installation:
+    """What `install` replaced, so that `uninstall` can put it back."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[Any, str, Any]] = []
+        self.mode: _CudaMeansCpu | None = None
+
+    def replace(self, owner: Any, names: dict[str, Any]) -> None:
+        for name, stand_in in names.items():
+            if not hasattr(owner, name):
+                raise RuntimeError(
+                    f"{owner.__name__}.{name} does not exist in this version; "
+                    "the CPU emulation must be brought up to date"
+                )
+            self.saved.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, stand_in)
+
+
+_installation = _Installation()
+
+
+def installed() -> bool:
+    return _installation.mode is not None
+
+
+def install() -> None:
+    """Make `torch.cuda` mean the CPU in this process. A second call does nothing.
+
+    Raises:
+        RuntimeError: this torch or Megatron-Core lacks a name that the emulation replaces.
+    """
+    if installed():
+        return
+    from megatron.core.tensor_parallel import random
+
+    _installation.replace(torch.cuda, TORCH_CUDA)
+    _installation.replace(torch.cuda.nvtx, TORCH_CUDA_NVTX)
+    _installation.replace(random, MEGATRON_RANDOM)
+    _installation.mode = _CudaMeansCpu()
+    _installation.mode.__enter__()
+
+
+def uninstall() -> None:
+    """Give torch its own functions back."""
+    if _installation.mode is None:
+        return
+    _installation.mode.__exit__(None, None, None)
+    _installation.mode = None
+    while _installation.saved:
+        owner, name, original = _installation.saved.pop()
+        setattr(owner, name, original)

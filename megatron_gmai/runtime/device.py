@@ -1,0 +1,75 @@
+"""Where a run computes: the one place that chooses between CPU with gloo and CUDA with NCCL."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megatron_gmai.runtime import cpu
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of this process and what follows from it."""
+
+    kind: str  # "cpu" or "cuda"
+    torch_device: torch.device
+    backend: str  # of torch.distributed
+    dtype: torch.dtype  # of parameters and activations
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.kind == "cuda"
+
+
+def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
+    """Resolve `--device` and `--dtype` for this process and prepare torch for them.
+
+    On CPU this installs the emulation of `torch.cuda` that Megatron-Core needs; on CUDA it selects
+    the GPU of the local rank and touches nothing else.
+
+    Raises:
+        ValueError: `cuda` is asked for and no GPU is visible, or fp16 on CPU.
+    """
+    available = torch.cuda.is_available() and not cpu.installed()
+    kind = ("cuda" if available else "cpu") if device == "auto" else device
+    if kind == "cuda" and not available:
+        raise ValueError("--device cuda: torch sees no GPU. Use --device cpu, or mend the driver.")
+    if kind == "cpu" and dtype == "fp16":
+        raise ValueError("--dtype fp16 needs a GPU. Use --dtype fp32 or bf16 on a CPU.")
+    name = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
+    if kind == "cuda":
+        index = local_rank() % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return Device("cuda", torch.device("cuda", index), "nccl", DTYPES[name])
+    cpu.install()
+    torch.set_num_threads(threads_per_process())
+    return Device("cpu", torch.device("cpu"), "gloo", DTYPES[name])
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def threads_per_process() -> int:
+    """Cores of this machine shared evenly by its ranks, at least one each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def installed_packages() -> dict[str, bool]:
+    """The single probe of the optional GPU packages."""
+    names = {"transformer_engine": "transformer_engine", "apex": "apex", "flash_attn": "flash_attn"}
+    return {name: importlib.util.find_spec(module) is not None for name, module in names.items()}
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """Peak device memory of this process; on CPU the peak resident set."""
+    if device.is_cuda:
+        return torch.cuda.max_memory_allocated(device.torch_device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

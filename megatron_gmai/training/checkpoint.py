@@ -1,0 +1,236 @@
+"""Checkpoints: Megatron's distributed format in folders that are either whole or refused.
+
+    SAVE/iter_0000100/     tensors of all ranks, in any layout's reach
+                      manifest.json   written last: the size of every file, the position, the config
+    SAVE/latest            name of the newest whole checkpoint
+
+A checkpoint is written under a temporary name and renamed when its manifest is in place.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+from megatron_gmai.config import Config
+from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.training.safe_metadata import check_metadata
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: all that resuming needs besides tensors."""
+
+    iteration: int = 0
+    consumed_packs: int = 0
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or of another model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    position: Position
+    config: Config
+    has_optimizer: bool
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's format written by torch's own writer, in this process.
+
+    Megatron's writer starts a manager process and forks beside the threads of torch.distributed,
+    which costs seconds for a small model and hides the error of a full disk.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save_checkpoint(
+    folder: Path,
+    position: Position,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer | None,
+    config: Config,
+    groups: Groups,
+) -> Path:
+    """Write `folder/iter_N` from all ranks; earlier checkpoints stay as they are.
+
+    Raises:
+        CheckpointError: writing failed (a full disk, say). What was written is removed.
+    """
+    final = folder / f"iter_{position.iteration:07d}"
+    temporary = folder / f".{final.name}.incomplete"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(model, optimizer, groups, loading=False)
+    problem: str | None = None
+    try:
+        dist_checkpointing.save(
+            state,
+            str(temporary),
+            sharded_strategy=InProcessSave("torch_dist", 1),
+        )
+        if first:
+            _write_manifest(temporary, position, config, has_optimizer=optimizer is not None)
+    except Exception as error:  # any rank's failure must reach all, or the others would wait
+        problem = f"{type(error).__name__}: {error}"
+    problem = _first_problem(problem)
+    if problem is not None:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not save {final}: {problem}\n"
+            f"Nothing of it was kept; earlier checkpoints in {folder} are untouched. "
+            "Free space or mend the path, then continue with --resume."
+        )
+    if first:
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        pointer = folder / f".{LATEST}.tmp"
+        pointer.write_text(final.name, encoding="utf-8")
+        pointer.replace(folder / LATEST)
+    dist.barrier()
+    return final
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Check a checkpoint folder, or the newest one in a folder of checkpoints.
+
+    Raises:
+        CheckpointError: nothing there, a file missing or of the wrong size, a manifest that does
+            not read, or metadata that would run code when it is loaded.
+    """
+    if (path / LATEST).is_file():
+        path = path / Path((path / LATEST).read_text(encoding="utf-8").strip()).name
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: it has no {MANIFEST}. "
+            "Give a folder iter_NNNNNNN that a run has finished writing, or its parent."
+        )
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        position = Position(**manifest["position"])
+        config = Config.from_json(json.dumps(manifest["config"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+    for name, size in files.items():
+        file = path / name
+        if file.parent != path or not file.is_file() or file.stat().st_size != size:
+            found = file.stat().st_size if file.is_file() else "no file"
+            raise CheckpointError(
+                f"{path} is damaged: {name} should have {size} bytes, found {found}. "
+                "Use an earlier checkpoint."
+            )
+    check_metadata(path / ".metadata")
+    return Checkpoint(path, position, config, bool(manifest["has_optimizer"]))
+
+
+def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint in `folder` that is whole, and why newer ones were passed over."""
+    skipped = []
+    for path in sorted(folder.glob("iter_*"), reverse=True):
+        try:
+            return open_checkpoint(path), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer | None,
+    groups: Groups,
+) -> None:
+    """Fill the model, and the optimizer if given, from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or holds no optimizer state.
+    """
+    if optimizer is not None and not checkpoint.has_optimizer:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights only (--checkpoint-drop-optimizer), so a run cannot "
+            "resume from it. Start from its weights with --load."
+        )
+    state = _sharded_state(model, optimizer, groups, loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(checkpoint.path))
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
+    model.module.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        if "rng" in loaded:
+            torch.set_rng_state(loaded["rng"])
+    elif hasattr(model, "broadcast_params"):
+        model.broadcast_params()
+
+
+def _sharded_state(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer | None,
+    groups: Groups,
+    loading: bool,
+) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": groups.dp_cp,
+        "non_homogeneous_layers": True,  # a key per layer: the canonical names
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+    state: dict[str, Any] = {"model": model.module.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state["model"], is_loading=loading, metadata=metadata
+        )
+    return state
+
+
+def _write_manifest(folder: Path, position: Position, config: Config, has_optimizer: bool) -> None:
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    manifest = {
+        "position": asdict(position),
+        "has_optimizer": has_optimizer,
+        "files": files,
+        "config": json.loads(config.to_json()),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _first_problem(problem: str | None) -> str | None:
+    """The first rank's problem on every rank, or None if no rank has one."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {rank}: {p}" for rank, p in enumerate(problems) if p is not None), None)

@@ -1,0 +1,81 @@
+"""The training loop: step, log, save, repeat."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_gmai.config import Config
+from megatron_gmai.runtime.device import Device, peak_memory_bytes
+from megatron_gmai.training.checkpoint import Position, save_checkpoint
+from megatron_gmai.training.metrics import MetricsLog, make_row
+from megatron_gmai.training.optimizer import learning_rate
+from megatron_gmai.training.setup import Run
+
+
+def train(run: Run) -> None:
+    """Take every step from the run's position to its end, saving on the way."""
+    config, total = run.config, run.total_iterations
+    log = open_log(run)
+    save_every = checkpoint_steps(config.run.checkpoint_interval, total)
+    for iteration in range(run.position.iteration + 1, total + 1):
+        began = time.monotonic()
+        lr = learning_rate(iteration, total, config.train)
+        result = run.step(run.batches, lr)
+        seconds = time.monotonic() - began
+        if iteration % config.run.log_interval == 0 or iteration == total:
+            memory = highest_of_all_ranks(peak_memory_bytes(run.device), run.device)
+            if log is not None:
+                log.write(make_row(iteration, result, lr, seconds, memory))
+        if iteration % save_every == 0 or iteration == total:
+            save(run, iteration)
+    if log is not None:
+        log.close()
+
+
+def save(run: Run, iteration: int) -> None:
+    """Write the checkpoint of this iteration."""
+    config = run.config
+    assert config.run.save is not None
+    optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
+    position = Position(iteration, iteration * config.train.global_batch_size)
+    path = save_checkpoint(
+        Path(config.run.save), position, run.model, optimizer, config, run.groups
+    )
+    if dist.get_rank() == 0:
+        print(f"saved {path}", flush=True)
+
+
+def open_log(run: Run) -> MetricsLog | None:
+    """The log on rank 0; other ranks have none."""
+    if dist.get_rank() != 0:
+        return None
+    settings = run.config.run
+    assert settings.tensorboard_dir is not None
+    return MetricsLog(
+        Path(settings.work_dir),
+        Path(settings.tensorboard_dir),
+        run.position.iteration,
+        run.total_iterations,
+        settings.log_interval,
+    )
+
+
+def checkpoint_steps(interval: float, total: int) -> int:
+    """Steps between checkpoints: below 1 a share of the run, -1 only at the end."""
+    if interval < 0:
+        return total
+    return max(1, round(interval * total)) if interval < 1 else int(interval)
+
+
+def highest_of_all_ranks(value: int, device: Device) -> int:
+    tensor = torch.tensor([value], dtype=torch.int64, device=device.torch_device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def save_config(config: Config) -> None:
+    """Keep the effective configuration beside the run."""
+    path = Path(config.run.work_dir) / "config.json"
+    path.write_text(config.to_json() + "\n", encoding="utf-8")

@@ -1,0 +1,193 @@
+"""Builds what a run needs from its configuration: sizes, data, model, optimizer, position."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_gmai.config import Config, ModelConfig
+from megatron_gmai.convert.huggingface import open_pretrained
+from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.dataset import PackDataset, open_dataset
+from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.prepare import prepare_data
+from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.layout import Layout
+from megatron_gmai.model.gmai_vl import GMAIVL
+from megatron_gmai.runtime.device import Device
+from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.training.checkpoint import (
+    Checkpoint,
+    Position,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    open_checkpoint,
+)
+from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
+from megatron_gmai.training.step import TrainStep
+from megatron_gmai.training.weights import SeededWeights, fill
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from, found before anything large is built."""
+
+    resume: Checkpoint | None = None
+    load: Checkpoint | None = None
+    llava: Path | None = None
+
+    @property
+    def model(self) -> ModelConfig | None:
+        """Sizes that the start weights dictate."""
+        checkpoint = self.resume or self.load
+        if checkpoint is not None:
+            return checkpoint.config.model
+        return None if self.llava is None else open_pretrained(self.llava).model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to take its first step."""
+
+    config: Config
+    device: Device
+    groups: Groups
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    step: TrainStep
+    batches: Iterator[MicroBatch]
+    position: Position
+    total_iterations: int
+
+
+def find_start(config: Config, log: Log) -> Start:
+    """Choose between resuming, weights of a checkpoint, Hugging Face weights and a fresh start.
+
+    `--resume` wins where its folder holds a whole checkpoint; otherwise `--load` or `--llava` count.
+    """
+    run = config.run
+    if run.resume:
+        assert run.save is not None
+        checkpoint, skipped = newest_whole_checkpoint(Path(run.save))
+        for reason in skipped:
+            log(f"passed over a checkpoint: {reason}")
+        if checkpoint is not None:
+            log(f"resuming from {checkpoint.path}")
+            return Start(resume=checkpoint)
+        log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
+    if run.load is not None:
+        return Start(load=open_checkpoint(Path(run.load)))
+    return Start(llava=Path(run.llava) if run.llava is not None else None)
+
+
+def with_sizes(config: Config, start: Start) -> Config:
+    """The configuration with the model sizes of the start weights, where there are any."""
+    return dataclasses.replace(config, model=start.model or config.model)
+
+
+def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Tokenizer]:
+    """Make or find the shards, then settle the vocabulary by the tokenizer."""
+    work_dir = Path(config.run.work_dir)
+    data = prepare_data(
+        config.data,
+        config.model.vision,
+        default_cache_dir=str(work_dir / "shards"),
+        is_builder=dist.get_rank() == 0,
+        barrier=barrier,
+    )
+    assert data.tokenizer is not None
+    tokenizer = load_tokenizer(data.tokenizer)
+    language = dataclasses.replace(
+        config.model.language,
+        vocab_size=max(config.model.language.vocab_size, tokenizer.vocab_size),
+    )
+    model = dataclasses.replace(
+        config.model, language=language, image_token_id=tokenizer.image_token_id
+    )
+    return dataclasses.replace(config, data=data, model=model), tokenizer
+
+
+def build_run(
+    config: Config, tokenizer: Tokenizer, start: Start, device: Device, groups: Groups
+) -> Run:
+    """Model, optimizer, data stream and position of a run, from a complete configuration."""
+    first = dist.get_rank() == 0
+    dataset = open_dataset(
+        config.data,
+        tokenizer,
+        config.model.vision,
+        config.train.seed,
+        Path(config.run.work_dir) / "rejected.jsonl" if first else None,
+        run=config.train.global_batch_size,
+    )
+    model = wrap_for_training(build_model(config, start, device, groups), config, groups)
+    optimizer = build_optimizer(model, config, device, groups)
+    checkpoint = start.resume or start.load
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, model, optimizer if start.resume else None, groups)
+    if start.resume is None:
+        optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
+    position = start.resume.position if start.resume else Position()
+    train = config.train
+    micro_batches = Layout.of(config.parallel, dist.get_world_size()).micro_batches(train)
+    return Run(
+        config=config,
+        device=device,
+        groups=groups,
+        model=model,
+        optimizer=optimizer,
+        step=TrainStep(
+            model,
+            optimizer,
+            device,
+            groups,
+            micro_batches,
+            train.micro_batch_size * config.data.max_length,
+        ),
+        batches=open_batches(config, dataset, groups, position),
+        position=position,
+        total_iterations=total_iterations(config, dataset),
+    )
+
+
+def build_model(config: Config, start: Start, device: Device, groups: Groups) -> GMAIVL:
+    """The stage of this rank with its start weights; a checkpoint's are loaded later."""
+    model = GMAIVL(config, device, groups)
+    if start.llava is not None:
+        fill(model, open_pretrained(start.llava).weights)
+    else:
+        fill(model, SeededWeights(config.model, config.train.seed))
+    return model
+
+
+def open_batches(
+    config: Config, dataset: PackDataset, groups: Groups, position: Position
+) -> Iterator[MicroBatch]:
+    """This data-parallel rank's micro-batches, from the position on; pixels only where needed."""
+    train = config.train
+    return iterate(
+        dataset,
+        groups.dp.rank(),
+        groups.dp.size(),
+        train.micro_batch_size,
+        train.global_batch_size,
+        start_pack=position.consumed_packs,
+        total_packs=None if train.train_iters else dataset.total_packs(train.epochs),
+        num_workers=config.data.num_workers,
+        with_pixels=groups.is_first_stage,
+    )
+
+
+def total_iterations(config: Config, dataset: PackDataset) -> int:
+    """Optimizer steps of the whole run."""
+    train = config.train
+    if train.train_iters is not None:
+        return train.train_iters
+    return math.ceil(dataset.total_packs(train.epochs) / train.global_batch_size)

@@ -1,0 +1,305 @@
+"""Judges a configuration before anything is built: every problem is found, then told at once.
+
+Each rule is a line: what was given, why it cannot work, what to change.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_gmai.config import Config
+from megatron_gmai.layout import Layout
+
+
+@dataclass(frozen=True)
+class Problem:
+    given: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.given}: {self.reason}; {self.remedy}"
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Checks `config` for a run of `world_size` processes; reads the file system, changes nothing.
+
+    The sizes must be the final ones: those of the start weights where a run has some. Raises one
+    ValueError that lists all problems.
+    """
+    rules = (_ranges, _model_sizes, _parallel_sizes, _batch, _inputs, _start, _memory)
+    problems = [str(problem) for rule in rules for problem in rule(config, world_size)]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError("\n  - ".join([f"{count} in the configuration:", *problems]))
+
+
+def tokenizer_path(config: Config) -> Path | None:
+    """The sentencepiece file of the run: `--tokenizer`, else `tokenizer.model` beside the start
+    weights or the shards. None where there is no such file."""
+    data, run = config.data, config.run
+    if data.tokenizer:
+        given = Path(data.tokenizer)
+        found = given / "tokenizer.model" if given.is_dir() else given
+        return found if found.is_file() else None
+    folders = (run.llava, data.shards, data.dset_cache_dir, run.load)
+    files = (Path(folder) / "tokenizer.model" for folder in folders if folder)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
+    data, train, run = config.data, config.train, config.run
+    bounds = [  # flag, value, lowest, highest
+        ("--micro-batch-size", train.micro_batch_size, 1, math.inf),
+        ("--global-batch-size", train.global_batch_size, 1, math.inf),
+        ("--train-iters", train.train_iters, 1, math.inf),
+        ("--wd", train.wd, 0, math.inf),
+        ("--min-lr", train.min_lr, 0, math.inf),
+        ("--max-grad-norm", train.max_grad_norm, 0, math.inf),
+        ("--warmup-ratio", train.warmup_ratio, 0, 1),
+        ("--selective-recompute", train.selective_recompute, 0, 1),
+        ("--seed", train.seed, 0, 2**32 - 1),
+        ("--max-rejected", data.max_rejected, 0, 1),
+        ("--num-workers", data.num_workers, 0, math.inf),
+        ("--log-interval", run.log_interval, 1, math.inf),
+    ]
+    for flag, value, lowest, highest in bounds:
+        if value is not None and not lowest <= value <= highest:
+            span = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+            yield Problem(f"{flag} {value}", "out of range", f"give a number {span}")
+    positive = [
+        ("--lr", train.lr),
+        ("--epochs", train.epochs),
+        ("--adam-eps", train.adam_eps),
+        ("--distributed-timeout-minutes", run.distributed_timeout_minutes),
+    ]
+    for flag, value in positive:
+        if not 0 < value < math.inf:
+            yield Problem(f"{flag} {value}", "out of range", "give a number above 0")
+    for flag, value in (("--adam-beta1", train.adam_beta1), ("--adam-beta2", train.adam_beta2)):
+        if not 0 <= value < 1:
+            yield Problem(f"{flag} {value}", "out of range", "give a number from 0 to below 1")
+    yield from _checkpoint_interval(run.checkpoint_interval)
+
+
+def _checkpoint_interval(interval: float) -> Iterator[Problem]:
+    share, steps = 0 < interval < 1, interval >= 1 and interval == int(interval)
+    if not (share or steps or interval == -1):
+        yield Problem(
+            f"--checkpoint-interval {interval:g}",
+            "neither a share of the run nor a number of steps",
+            "give a number between 0 and 1, a whole number of steps, or -1 for the end only",
+        )
+
+
+def _model_sizes(config: Config, world_size: int) -> Iterator[Problem]:
+    vision, language = config.model.vision, config.model.language
+    for name, tower in (("vision", vision), ("language", language)):
+        if tower.hidden_size % tower.num_attention_heads:
+            yield Problem(
+                f"{name} hidden size {tower.hidden_size}",
+                f"does not divide by {tower.num_attention_heads} attention heads",
+                "correct the model's sizes",
+            )
+    if language.num_attention_heads % language.num_query_groups:
+        yield Problem(
+            f"{language.num_attention_heads} attention heads",
+            f"do not divide by {language.num_query_groups} query groups",
+            "correct the model's sizes",
+        )
+    if vision.image_size % vision.patch_size:
+        yield Problem(
+            f"image size {vision.image_size}",
+            f"does not divide by the patch size {vision.patch_size}",
+            "correct the model's sizes",
+        )
+    if vision.num_layers < 2:
+        yield Problem(
+            f"{vision.num_layers} vision layer(s)",
+            "features are taken before the last layer",
+            "use a vision tower of at least 2 layers",
+        )
+    length = config.data.max_length
+    if length <= vision.tokens_per_image:
+        yield Problem(
+            f"--max-length {length}",
+            f"one image alone takes {vision.tokens_per_image} tokens",
+            "give a longer pack or a smaller image size",
+        )
+    if length > language.max_position_embeddings:
+        yield Problem(
+            f"--max-length {length}",
+            f"the language model knows {language.max_position_embeddings} positions",
+            "give a shorter pack",
+        )
+
+
+def _parallel_sizes(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel, language = config.parallel, config.model.language
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if tensor < 1 or stages < 1:
+        given = f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {stages}"
+        yield Problem(given, "out of range", "give numbers of at least 1")
+        return
+    if world_size % (tensor * stages):
+        yield Problem(
+            f"TP {tensor} x PP {stages} = {tensor * stages} ranks per model",
+            f"does not divide the {world_size} processes of this run",
+            "start a multiple of TP x PP processes (torchrun --nproc-per-node) or lower TP or PP",
+        )
+    sizes = [
+        ("attention heads", language.num_attention_heads),
+        ("query groups", language.num_query_groups),
+        ("feed-forward size", language.ffn_hidden_size),
+    ]
+    if parallel.sequence_parallel:
+        sizes.append(("tokens per pack (--max-length)", config.data.max_length))
+    for name, size in sizes:
+        if size % tensor:
+            yield Problem(
+                f"--tensor-model-parallel-size {tensor}",
+                f"does not divide the {name}, {size}",
+                f"choose a divisor of {size}",
+            )
+    if language.num_layers % stages:
+        yield Problem(
+            f"--pipeline-model-parallel-size {stages}",
+            f"does not divide the {language.num_layers} decoder layers",
+            f"choose a divisor of {language.num_layers}",
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        yield Problem(
+            "--sequence-parallel",
+            "there are no tensor-parallel ranks to share the sequence",
+            "leave it out, or give --tensor-model-parallel-size 2 or more",
+        )
+
+
+def _batch(config: Config, world_size: int) -> Iterator[Problem]:
+    train = config.train
+    try:
+        data_ranks = Layout.of(config.parallel, world_size).data
+    except ValueError:
+        return  # told by _parallel_sizes; the batch cannot be judged without it
+    together = train.micro_batch_size * data_ranks
+    if together > 0 and train.global_batch_size % together:
+        yield Problem(
+            f"--global-batch-size {train.global_batch_size}",
+            f"is no multiple of micro-batch {train.micro_batch_size} x DP {data_ranks} "
+            f"= {together} packs",
+            f"choose a multiple of {together}, or another --micro-batch-size",
+        )
+
+
+def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
+    data, run = config.data, config.run
+    if data.datasets and data.shards:
+        yield Problem("--datasets and --shards", "two sources of data", "give one of them")
+    cached = data.dset_from_cache and data.dset_cache_dir
+    if not (data.datasets or data.shards or cached):
+        yield Problem("no data", "nothing to train on", "give --datasets LIST.json or --shards DIR")
+    if data.dset_from_cache and not data.dset_cache_dir:
+        yield Problem("--dset-from-cache", "no cache is named", "give --dset-cache-dir DIR")
+    if data.datasets and not Path(data.datasets).is_file():
+        yield _missing("--datasets", data.datasets, "list file")
+    if cached and not data.datasets and not Path(data.dset_cache_dir or "").is_dir():
+        yield _missing("--dset-cache-dir", data.dset_cache_dir, "folder")
+    for flag, folder in (("--shards", data.shards), ("--llava", run.llava), ("--load", run.load)):
+        if folder and not Path(folder).is_dir():
+            yield _missing(flag, folder, "folder")
+    if data.tokenizer and not tokenizer_path(config):
+        yield _missing("--tokenizer", data.tokenizer, "tokenizer.model file")
+    elif not tokenizer_path(config):
+        yield Problem(
+            "no tokenizer",
+            "there is no tokenizer.model beside the start weights or the shards",
+            "give --tokenizer FILE",
+        )
+
+
+def _missing(flag: str, path: str | None, what: str) -> Problem:
+    near = _neighbour(Path(path or ""))
+    remedy = f"did you mean {near}?" if near else "correct the path"
+    return Problem(f"{flag} {path}", f"there is no such {what}", remedy)
+
+
+def _neighbour(path: Path) -> Path | None:
+    """What lies in the same folder under nearly the same name."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return path.parent / found[0] if found else None
+
+
+def _start(config: Config, world_size: int) -> Iterator[Problem]:
+    run, train = config.run, config.train
+    if run.load and run.llava:
+        yield Problem("--load and --llava", "two sets of start weights", "give one of them")
+    if run.resume and run.checkpoint_drop_optimizer:
+        yield Problem(
+            "--resume with --checkpoint-drop-optimizer",
+            "checkpoints without optimizer state cannot be resumed",
+            "leave one of them out",
+        )
+    if train.freeze_vit and train.freeze_llm and train.freeze_projector:
+        yield Problem(
+            "--freeze-vit --freeze-llm --freeze-projector",
+            "nothing is left to train",
+            "leave one of them out",
+        )
+    if train.min_lr > train.lr:
+        yield Problem(
+            f"--min-lr {train.min_lr:g}",
+            f"is above the peak, --lr {train.lr:g}",
+            "give a lower one",
+        )
+    if run.device == "cpu" and run.dtype == "fp16":
+        yield Problem(
+            "--dtype fp16 with --device cpu",
+            "half precision with loss scaling runs on GPUs only",
+            "use fp32 or bf16",
+        )
+
+
+def _memory(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel, train = config.parallel, config.train
+    gathers = parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    if parallel.overlap_param_gather and not gathers:
+        yield Problem(
+            "--overlap-param-gather",
+            "parameters are gathered by the distributed optimizer, behind reduced gradients",
+            "add --use-distributed-optimizer and --overlap-grad-reduce",
+        )
+    granularity, method = train.recompute_granularity, train.recompute_method
+    if train.selective_recompute and granularity:
+        yield Problem(
+            "--selective-recompute and --recompute-granularity",
+            "two ways to say what is recomputed",
+            "give one of them",
+        )
+    if granularity == "full" and (method is None or train.recompute_num_layers is None):
+        yield Problem(
+            "--recompute-granularity full",
+            "which layers is not said",
+            "add --recompute-method uniform|block and --recompute-num-layers N",
+        )
+    if granularity != "full" and (method or train.recompute_num_layers is not None):
+        yield Problem(
+            "--recompute-method and --recompute-num-layers",
+            "they belong to full recomputation",
+            "add --recompute-granularity full or leave them out",
+        )
+    yield from _recompute_layers(config)
+
+
+def _recompute_layers(config: Config) -> Iterator[Problem]:
+    count = config.train.recompute_num_layers
+    stages = max(1, config.parallel.pipeline_model_parallel_size)
+    most = config.model.language.num_layers // stages
+    if count is not None and not 1 <= count <= most:
+        yield Problem(
+            f"--recompute-num-layers {count}",
+            f"a pipeline stage has {most} layers",
+            f"give a number from 1 to {most}",
+        )

@@ -1,0 +1,181 @@
+"""Small random models in transformers' classes, and sentencepiece models trained on the spot."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_gmai.convert.huggingface import write_pretrained
+from megatron_gmai.convert.mapping import canonical_shapes
+from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+
+# Every size differs, so that no exchange of two dimensions goes unnoticed.
+MODEL = ModelConfig(
+    vision=VisionConfig(
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=56,
+        patch_size=7,
+        image_size=28,
+    ),
+    language=LanguageConfig(
+        num_layers=2,
+        hidden_size=48,
+        num_attention_heads=12,
+        num_query_groups=4,
+        ffn_hidden_size=80,
+        vocab_size=101,
+        max_position_embeddings=512,
+    ),
+    image_token_id=100,
+)
+
+CORPUS = (
+    "what is the modality of this image? brain MR",
+    "is there a fracture? yes, in the left tibia; no",
+    "chest X-ray, 512 x 512; histology: H&E stain",
+    "ab ba aab abab bab aba baab aabb",
+    "Réponse: café, naïve. 医学 画像",
+) * 20
+
+
+@pytest.fixture
+def model_config() -> ModelConfig:
+    return MODEL
+
+
+@pytest.fixture
+def random_weights() -> Callable[[ModelConfig], dict[str, Tensor]]:
+    """Canonical weights of a model, all different numbers."""
+
+    def make(model: ModelConfig) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: 0.1 * torch.randn(shape, generator=generator)
+            for name, shape in canonical_shapes(model).items()
+        }
+
+    return make
+
+
+@pytest.fixture
+def llava() -> LlavaForConditionalGeneration:
+    """A random model of the sizes of `MODEL`, as transformers builds it."""
+    vision, language = MODEL.vision, MODEL.language
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            num_hidden_layers=vision.num_layers,
+            hidden_size=vision.hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+            intermediate_size=vision.ffn_hidden_size,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
+        ),
+        text_config=LlamaConfig(
+            num_hidden_layers=language.num_layers,
+            hidden_size=language.hidden_size,
+            num_attention_heads=language.num_attention_heads,
+            num_key_value_heads=language.num_query_groups,
+            intermediate_size=language.ffn_hidden_size,
+            vocab_size=language.vocab_size,
+            rms_norm_eps=language.rmsnorm_eps,
+            rope_theta=language.rope_theta,
+            max_position_embeddings=language.max_position_embeddings,
+        ),
+        image_token_index=MODEL.image_token_id,
+        image_seq_length=vision.tokens_per_image,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def train_sentencepiece(tmp_path: Path) -> Callable[..., Path]:
+    """Trains a model file; keyword arguments override the trainer's settings below."""
+
+    def train(**settings: Any) -> Path:
+        stream = io.BytesIO()
+        defaults: dict[str, Any] = {
+            "model_type": "bpe",
+            "vocab_size": 420,
+            "hard_vocab_limit": False,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "user_defined_symbols": ["<|im_start|>", "<|im_end|>"],
+            "minloglevel": 2,
+        }
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS), model_writer=stream, **{**defaults, **settings}
+        )
+        path = tmp_path / "tokenizer.model"
+        path.write_bytes(stream.getvalue())
+        return path
+
+    return train
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder written by `write_pretrained`, and what went into it."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    model: ModelConfig
+    weights: dict[str, Tensor]
+
+
+@pytest.fixture
+def export(
+    tmp_path: Path,
+    train_sentencepiece: Callable[..., Path],
+    random_weights: Callable[[ModelConfig], dict[str, Tensor]],
+) -> Callable[..., Export]:
+    """Writes a random model with its tokenizer; more arguments go to `write_pretrained`."""
+
+    def write(
+        chat_template: str = "internlm2",
+        sentencepiece: dict[str, Any] | None = None,
+        folder: str = "export",
+        **settings: Any,
+    ) -> Export:
+        tokenizer_model = train_sentencepiece(**(sentencepiece or {}))
+        tokenizer = load_tokenizer(tokenizer_model)
+        language = replace(MODEL.language, vocab_size=tokenizer.vocab_size)
+        model = replace(MODEL, language=language, image_token_id=tokenizer.image_token_id)
+        weights = random_weights(model)
+        write_pretrained(
+            tmp_path / folder,
+            model,
+            weights,
+            tokenizer_model=tokenizer_model,
+            special_tokens=special_tokens(tokenizer),
+            chat_template=chat_template,
+            dtype=torch.float32,
+            **settings,
+        )
+        return Export(tmp_path / folder, tokenizer, model, weights)
+
+    return write
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    return dict(tokenizer._specials)

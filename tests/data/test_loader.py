@@ -1,0 +1,216 @@
+"""Micro-batches: exact segments, and the same global batches in any layout, from any point."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.dataset import PackDataset
+from megatron_gmai.data.image import load_image
+from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.template import IGNORE
+from tests.data.world import VISION, mixed_records, open_list, record
+
+GLOBAL = 12
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, write_list: Callable, tokenizer_file: Path) -> PackDataset:
+    list_file = write_list(A=mixed_records(tmp_path, 40), B=mixed_records(tmp_path, 20))
+    return open_list(list_file, tokenizer_file)
+
+
+def segments(batch: MicroBatch) -> Iterator[slice]:
+    bounds = batch.cu_seqlens.tolist()
+    return (slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def test_shapes_and_types(dataset: PackDataset) -> None:
+    batch = next(iterate(dataset, 0, 1, 2, GLOBAL))
+    total = 2 * 128
+    for tensor in (batch.tokens, batch.labels, batch.position_ids):
+        assert tensor.shape == (total,) and tensor.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == total
+    assert 128 in batch.cu_seqlens
+    assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
+    images = len(batch.image_starts)
+    assert batch.pixel_values.shape == (images, 3, 28, 28)
+    assert batch.pixel_values.dtype == torch.uint8
+
+
+def test_segments_hold_whole_samples_and_predict_only_their_own_tokens(
+    dataset: PackDataset,
+) -> None:
+    tokenizer = dataset.encoder.tokenizer
+    for batch in iterate(dataset, 0, 1, 2, GLOBAL, total_packs=dataset.total_packs(1)):
+        found = 0
+        for segment in segments(batch):
+            tokens, labels = batch.tokens[segment], batch.labels[segment]
+            assert batch.position_ids[segment].tolist() == list(range(len(tokens)))
+            assert labels[-1] == IGNORE
+            supervised = labels[:-1] != IGNORE
+            assert torch.equal(labels[:-1][supervised], tokens[1:][supervised])
+            if supervised.any():
+                found += 1
+                text = tokenizer.decode(tokens.tolist())
+                assert text.startswith("<|im_start|>user") and text.endswith("<|im_end|>\n")
+            else:
+                assert (tokens == tokenizer.pad_id).all()
+        assert found == batch.num_samples == len(batch.keys)
+        assert batch.num_tokens == int((batch.tokens != tokenizer.pad_id).sum())
+
+
+def test_images_stand_at_their_placeholders(dataset: PackDataset) -> None:
+    count = VISION.tokens_per_image
+    image_id = dataset.encoder.tokenizer.image_token_id
+    for batch in iterate(dataset, 0, 1, 2, GLOBAL, total_packs=dataset.total_packs(1)):
+        places = {s + i for s in batch.image_starts.tolist() for i in range(count)}
+        assert places == set((batch.tokens == image_id).nonzero().flatten().tolist())
+
+
+def test_each_sample_gets_its_own_images(dataset: PackDataset) -> None:
+    stored = {s.key: s for s in map(dataset.shards.read, range(len(dataset.shards)))}
+    for batch in iterate(dataset, 0, 1, 2, GLOBAL, total_packs=dataset.total_packs(1)):
+        files = [data for key in batch.keys for data in stored[key].images]
+        expected = [load_image(data, VISION.image_size) for data in files]
+        assert np.array_equal(batch.pixel_values.numpy(), np.array(expected).reshape(-1, 3, 28, 28))
+
+
+def global_batches(
+    dataset: PackDataset, dp: int, micro: int, start: int = 0, **options
+) -> list[list[str]]:
+    """Sorted keys of each step, over all ranks."""
+    total = dataset.total_packs(2)
+    steps: dict[int, list[str]] = {}
+    for rank in range(dp):
+        batches = iterate(dataset, rank, dp, micro, GLOBAL, start, total, **options)
+        for number, batch in enumerate(batches):
+            steps.setdefault(number // (GLOBAL // (dp * micro)), []).extend(batch.keys)
+    return [sorted(steps[step]) for step in sorted(steps)]
+
+
+@pytest.mark.parametrize(("dp", "micro"), [(1, 2), (2, 1), (3, 1), (2, 3), (4, 1), (12, 1)])
+def test_global_batches_do_not_depend_on_the_layout(
+    dataset: PackDataset, dp: int, micro: int
+) -> None:
+    assert global_batches(dataset, dp, micro) == global_batches(dataset, 1, 1)
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_an_interrupted_run_goes_on_with_the_same_global_batches(
+    dataset: PackDataset, done: int
+) -> None:
+    whole = global_batches(dataset, 1, 1)
+    assert global_batches(dataset, 2, 1, start=done * GLOBAL) == whole[done:]
+
+
+def test_two_epochs_hold_each_sample_twice(dataset: PackDataset) -> None:
+    keys = sorted(key for step in global_batches(dataset, 2, 1) for key in step)
+    stored = sorted(dataset.shards.read(i).key for i in range(len(dataset.shards)))
+    assert keys == sorted(stored + stored)
+
+
+def test_the_last_step_is_filled_up_with_empty_packs(dataset: PackDataset) -> None:
+    total = dataset.total_packs(1)
+    batches = list(iterate(dataset, 0, 1, 1, GLOBAL, total_packs=total))
+    assert len(batches) == -(-total // GLOBAL) * GLOBAL
+    for batch in batches[total:]:
+        assert batch.num_samples == 0 and len(batch.pixel_values) == 0
+        assert (batch.labels == IGNORE).all()
+        assert batch.cu_seqlens.tolist() == [0, 128]
+
+
+def test_a_part_of_an_epoch_is_a_part_of_its_packs(dataset: PackDataset) -> None:
+    whole = dataset.total_packs(1)
+    assert whole == dataset.packs_per_epoch
+    assert dataset.total_packs(0.5) == -(-whole // 2)
+    assert dataset.total_packs(1.5) > whole
+
+
+def test_without_pixels_everything_else_is_the_same(dataset: PackDataset) -> None:
+    with_pixels = next(iterate(dataset, 0, 1, 2, GLOBAL))
+    without = next(iterate(dataset, 0, 1, 2, GLOBAL, with_pixels=False))
+    assert len(without.pixel_values) == 0
+    assert torch.equal(without.image_starts, with_pixels.image_starts)
+    assert torch.equal(without.tokens, with_pixels.tokens)
+
+
+def test_sizes_that_do_not_divide_are_refused(dataset: PackDataset) -> None:
+    with pytest.raises(ValueError, match="--global-batch-size 12 .* 5 data-parallel ranks"):
+        next(iterate(dataset, 0, 5, 1, GLOBAL))
+
+
+def test_text_alone_gives_batches_without_images(
+    write_list: Callable, tokenizer_file: Path
+) -> None:
+    dataset = open_list(write_list(T=[record("what", "yes"), record("of", "no")]), tokenizer_file)
+    batch = next(iterate(dataset, 0, 1, 1, 1))
+    assert batch.num_samples == 2
+    assert batch.pixel_values.shape == (0, 3, 28, 28) and len(batch.image_starts) == 0
+
+
+def test_hard_packing_shows_every_token_once_and_no_cut_image(
+    tmp_path: Path, write_list: Callable, tokenizer_file: Path
+) -> None:
+    list_file = write_list(A=mixed_records(tmp_path, 40))
+    soft = open_list(list_file, tokenizer_file)
+    hard = open_list(list_file, tokenizer_file, dset_pack_level="hard", max_length=64)
+    batches = {
+        name: list(iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1)))
+        for name, dataset in (("soft", soft), ("hard", hard))
+    }
+    for count in (
+        lambda batch: batch.num_tokens,
+        lambda batch: len(batch.pixel_values),
+        lambda batch: batch.num_samples,
+    ):
+        assert sum(map(count, batches["soft"])) == sum(map(count, batches["hard"]))
+    image_id, size = hard.encoder.tokenizer.image_token_id, VISION.tokens_per_image
+    for batch in batches["hard"]:
+        for start in batch.image_starts.tolist():
+            assert (batch.tokens[start : start + size] == image_id).all()
+
+
+class TestDamagedShard:
+    """Bytes that changed after the shard was written: every rank comes to the same decision."""
+
+    @pytest.fixture
+    def damaged(
+        self, tmp_path: Path, write_list: Callable, tokenizer_file: Path
+    ) -> tuple[PackDataset, str]:
+        list_file = write_list(A=mixed_records(tmp_path, 10))
+        dataset = open_list(list_file, tokenizer_file, tmp_path / "rejected.jsonl")
+        row = next(i for i in range(10) if dataset.shards.rows[i]["images"] == 2)
+        key = dataset.shards.read(row).key
+        path = tmp_path / "shards" / dataset.shards.manifest.shards[0].name
+        content = bytearray(path.read_bytes())
+        content[int(dataset.shards.rows[row]["offset"]) + 2000] ^= 1
+        path.write_bytes(content)
+        return dataset, key
+
+    def test_its_place_becomes_padding_and_the_rest_stays(
+        self, damaged: tuple[PackDataset, str]
+    ) -> None:
+        dataset, key = damaged
+        total = dataset.total_packs(1)
+        batches = list(iterate(dataset, 0, 1, 1, 1, total_packs=total))
+        keys = [k for batch in batches for k in batch.keys]
+        assert len(keys) == 9 and key not in keys
+        ledger = (dataset.ledger.path or Path()).read_text()
+        assert "checksum" in ledger and len(dataset.ledger) == 1
+
+    def test_ranks_without_pixels_see_the_same_tokens(
+        self, damaged: tuple[PackDataset, str]
+    ) -> None:
+        dataset, _ = damaged
+        total = dataset.total_packs(1)
+        for a, b in zip(
+            iterate(dataset, 0, 1, 1, 1, total_packs=total),
+            iterate(dataset, 0, 1, 1, 1, total_packs=total, with_pixels=False),
+            strict=True,
+        ):
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)

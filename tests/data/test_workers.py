@@ -1,0 +1,85 @@
+"""Worker processes change the speed of the loader and nothing else."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.dataset import PackDataset
+from megatron_gmai.data.ledger import Rejection
+from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.packing import Piece
+from tests.data.world import mixed_records, open_list
+
+
+class Fatal(PackDataset):
+    """Ends the process that reads the poisonous sample, as a crash in a decoder would."""
+
+    poison = 7
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Fatal, super().__reduce__()[1]
+
+    def assemble(
+        self, packs: Sequence[Sequence[Piece]], with_pixels: bool = True
+    ) -> tuple[MicroBatch, list[Rejection]]:
+        if any(piece.sample == self.poison for pack in packs for piece in pack):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().assemble(packs, with_pixels)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, write_list: Callable, tokenizer_file: Path) -> PackDataset:
+    return open_list(write_list(A=mixed_records(tmp_path, 40)), tokenizer_file)
+
+
+def workers_of_this_process() -> set[int]:
+    """Not the helper that multiprocessing keeps to track shared memory."""
+    children = psutil.Process().children()
+    return {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+def same(a: MicroBatch, b: MicroBatch) -> bool:
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_no_batch(dataset: PackDataset, workers: int) -> None:
+    total = dataset.total_packs(1)
+
+    def batches(num_workers: int) -> Iterator[MicroBatch]:
+        return iterate(dataset, 0, 1, 2, 4, 0, total, num_workers=num_workers)
+
+    before = workers_of_this_process()
+    assert all(map(same, batches(0), batches(workers)))
+    assert workers_of_this_process() == before
+
+
+def test_closing_an_endless_loader_ends_its_workers(dataset: PackDataset) -> None:
+    before = workers_of_this_process()
+    batches = iterate(dataset, 0, 1, 1, 2, num_workers=2)
+    next(batches)
+    assert len(workers_of_this_process() - before) == 2
+    batches.close()  # type: ignore[attr-defined]
+    assert workers_of_this_process() == before
+
+
+def test_a_dead_worker_is_reported_with_its_samples(dataset: PackDataset) -> None:
+    fatal = Fatal(*dataset.__reduce__()[1])
+    place = dataset.shards.place(Fatal.poison)
+    with pytest.raises(RuntimeError, match=rf"exited unexpectedly.*{place}"):
+        list(iterate(fatal, 0, 1, 1, 1, 0, dataset.total_packs(1), num_workers=1))
+
+
+def test_an_error_of_a_worker_is_its_message_alone(dataset: PackDataset, tmp_path: Path) -> None:
+    for path in (tmp_path / "shards").glob("*.tar"):
+        path.rename(tmp_path / "moved.tar")
+    with pytest.raises(ValueError, match="^cannot open shard .*tar: No such file") as error:
+        next(iterate(dataset, 0, 1, 1, 1, num_workers=1))
+    assert "Traceback" not in str(error.value)

@@ -1,0 +1,77 @@
+"""Makes WebDataset shards from GMAI-VL's list of data sets.
+
+    python tools/make_shards.py --datasets LIST.json --output DIR [--tokenizer FILE]
+
+Every annotation is checked and every image decoded once. What cannot be used is counted and stands
+in DIR/rejected.jsonl with its key, data set and reason. A run that was interrupted is continued by
+the same command.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megatron_gmai.data.build import build_shards
+from megatron_gmai.data.prepare import copy_tokenizer
+from megatron_gmai.data.shards import REJECTED_FILE, Manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after a mistake that the message explains."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--datasets", required=True, help="GMAI-VL list file (JSON)")
+    parser.add_argument("--output", required=True, help="folder for the shards")
+    parser.add_argument("--tokenizer", help="sentencepiece model to keep with the shards")
+    flags = parser.parse_args(argv)
+    progress = _Progress()
+    try:
+        manifest = build_shards(flags.datasets, flags.output, progress)
+        if flags.tokenizer:
+            copy_tokenizer(flags.tokenizer, flags.output)
+    except (ValueError, OSError) as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 2
+    print(report(manifest, Path(flags.output)))
+    if not manifest.samples:
+        print("make_shards: no sample can be used", file=sys.stderr)
+    return 0 if manifest.samples else 2
+
+
+class _Progress:
+    """A line every few seconds: records done, speed, time left."""
+
+    INTERVAL_S = 5.0
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last < self.INTERVAL_S:
+            return
+        self.last = now
+        speed = done / (now - self.start)
+        left = (total - done) / max(speed, 1e-9)
+        print(f"{done} of {total} records, {speed:.0f}/s, {left:.0f} s left", file=sys.stderr)
+
+
+def report(manifest: Manifest, folder: Path) -> str:
+    """Counts by data set, and where the rejected ones are told."""
+    width = max(len("all"), *(len(source.name) for source in manifest.sources))
+    lines = [f"{'data set':{max(width, 8)}}  samples  rejected  ratio"]
+    for source in manifest.sources:
+        lines.append(
+            f"{source.name:{max(width, 8)}}  {source.samples:7}  {source.rejected:8}  "
+            f"{source.sample_ratio:5g}"
+        )
+    lines.append(f"{'all':{max(width, 8)}}  {manifest.samples:7}  {manifest.rejected:8}")
+    size = sum(shard.size for shard in manifest.shards)
+    lines.append(f"{len(manifest.shards)} shard(s), {size / 1e6:.1f} MB, in {folder}")
+    if manifest.rejected:
+        lines.append(f"reasons: {folder / REJECTED_FILE}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
