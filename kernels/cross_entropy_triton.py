@@ -15,9 +15,10 @@ from torch import Tensor
 
 from gmai_kernels.vocabulary import IGNORED
 
-WARPS = 8
 STATISTICS_BLOCK = 4096  # columns of one step: 16 a thread, two 128-bit loads under way
-GRADIENT_BLOCK = 2048  # 8 a thread: 32 registers, so a multiprocessor is full
+STATISTICS_WARPS = 8
+GRADIENT_BLOCK = 2048  # columns of one step
+GRADIENT_COLUMNS = 8  # of them a thread: 128 bits of bf16, and 32 registers fill a multiprocessor
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # starts the maximum: -inf - -inf would be NaN
 
 
@@ -95,13 +96,14 @@ def statistics(logits: Tensor, target: Tensor, columns: int) -> Tensor:
         columns,
         IGNORED=IGNORED,
         BLOCK=STATISTICS_BLOCK,
-        num_warps=WARPS,
+        num_warps=STATISTICS_WARPS,
     )
     return stats
 
 
 def gradient_(logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, columns: int) -> None:
     """Overwrite logits [T, V] with scale * (exp(logits - lse) - one-hot(target)), and padding with 0."""
+    lanes = triton.runtime.driver.active.get_current_target().warp_size  # 32, on AMD 64
     _gradient_kernel[(logits.shape[0],)](
         logits,
         target,
@@ -110,7 +112,7 @@ def gradient_(logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, column
         logits.stride(0),
         columns,
         BLOCK=GRADIENT_BLOCK,
-        num_warps=WARPS,
+        num_warps=GRADIENT_BLOCK // GRADIENT_COLUMNS // lanes,
     )
     if columns < logits.shape[1]:
         logits[:, columns:].zero_()

@@ -61,6 +61,7 @@ def _backward_kernel(
     eps,
     BLOCK: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
+    INPUT_GRAD: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     RELOAD: tl.constexpr,
 ):
@@ -79,20 +80,20 @@ def _backward_kernel(
         g = dy.to(tl.float32)
         if WEIGHT_GRAD:
             share += g * x
-        if RELOAD:
-            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-        g *= weight.to(tl.float32)
-        dx = (g - x * (tl.sum(x * g, axis=0) / hidden)) * r
-        if HAS_TOTAL:
-            dx += tl.load(dtotal_ptr + start * dtotal_stride + cols, mask=mask, other=0.0).to(
-                tl.float32
-            )
-        tl.store(dx_ptr + start * hidden + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if INPUT_GRAD:
+            if RELOAD:
+                weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+            g *= weight.to(tl.float32)
+            dx = (g - x * (tl.sum(x * g, axis=0) / hidden)) * r
+            if HAS_TOTAL:
+                total = tl.load(dtotal_ptr + start * dtotal_stride + cols, mask=mask, other=0.0)
+                dx += total.to(tl.float32)
+            tl.store(dx_ptr + start * hidden + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if WEIGHT_GRAD:
         tl.store(share_ptr + program * hidden + cols, share, mask=mask)
 
 
-WIDE = 8192  # columns; above it the weight is read again for each row, from the cache: registers are short
+WIDE = 8192  # columns; above it registers are short: the weight is read again for each row
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one waits at its sums while the other loads
 PROGRAMS_ON_CPU = 8  # under the interpreter
 
@@ -127,36 +128,51 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (dx [R, H], dweight [H] or None); `dtotal` is added to dx."""
     rows, hidden = x.shape
-    block = triton.next_power_of_2(hidden)
     programs = min(rows, _programs(x))
     dx = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     shares = torch.empty(
         programs if weight_grad else 0, hidden, dtype=torch.float32, device=x.device
     )
-    wide = block > WIDE
-    fused = dtotal is not None and not wide  # a wide row leaves no registers for a fourth operand
-    _backward_kernel[(programs,)](
+    # A wide row leaves no registers for dtotal beside the share of dweight: each gets its own launch.
+    split = triton.next_power_of_2(hidden) > WIDE and weight_grad and dtotal is not None
+    for gradients in ((True, False), (False, True)) if split else ((True, weight_grad),):
+        _launch_backward(dy, dtotal, x, weight, dx, shares, eps, gradients)
+    return dx, shares.sum(0).to(weight.dtype) if weight_grad else None
+
+
+def _launch_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    shares: Tensor,
+    eps: float,
+    gradients: tuple[bool, bool],
+) -> None:
+    """Fill dx and shares, or the one of them that `gradients` asks for."""
+    rows, hidden = x.shape
+    block = triton.next_power_of_2(hidden)
+    _backward_kernel[(min(rows, _programs(x)),)](
         dy,
-        dtotal if fused else dy,
+        dy if dtotal is None else dtotal,
         x,
         weight,
         dx,
         shares,
         dy.stride(0),
-        dtotal.stride(0) if dtotal is not None and fused else 0,
+        0 if dtotal is None else dtotal.stride(0),
         x.stride(0),
         rows,
         hidden,
         eps,
         BLOCK=block,
-        HAS_TOTAL=fused,
-        WEIGHT_GRAD=weight_grad,
-        RELOAD=wide,
+        HAS_TOTAL=dtotal is not None,
+        INPUT_GRAD=gradients[0],
+        WEIGHT_GRAD=gradients[1],
+        RELOAD=block > WIDE,
         num_warps=_warps(block),
     )
-    if dtotal is not None and not fused:
-        dx += dtotal
-    return dx, shares.sum(0).to(weight.dtype) if weight_grad else None
 
 
 def _warps(block: int) -> int:

@@ -8,6 +8,7 @@ the same command.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,10 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--datasets", required=True, help="GMAI-VL list file (JSON)")
     parser.add_argument("--output", required=True, help="folder for the shards")
     parser.add_argument("--tokenizer", help="sentencepiece model to keep with the shards")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes; 0: only this one"
+    )
     flags = parser.parse_args(argv)
     progress = _Progress()
     try:
-        manifest = build_shards(flags.datasets, flags.output, progress)
+        manifest = build_shards(flags.datasets, flags.output, progress, flags.workers)
         if flags.tokenizer:
             copy_tokenizer(flags.tokenizer, flags.output)
     except (ValueError, OSError) as error:

@@ -59,34 +59,34 @@ class SingleImage:
 SINGLE_IMAGES = {
     "abdominal_ct": SingleImage(
         sources.abdominal_ct,
-        (0.15, 0.24),
+        (0.38, 0.50),
         {
-            TRAIN: (Region((0.25, 0.78), (0.13, 0.30)), Region((0.25, 0.78), (0.47, 0.84))),
-            HELD_OUT: (Region((0.27, 0.76), (0.305, 0.465)),),
+            TRAIN: (Region((0.22, 0.80), (0.08, 0.53)),),
+            HELD_OUT: (Region((0.22, 0.80), (0.535, 0.93)),),
         },
     ),
     "chest_xray": SingleImage(
         sources.chest_xray,
-        (0.25, 0.33),
+        (0.30, 0.40),
         {
             TRAIN: (Region((0.02, 0.98), (0.04, 0.55)),),
-            HELD_OUT: (Region((0.02, 0.98), (0.56, 0.94)),),
+            HELD_OUT: (Region((0.02, 0.98), (0.56, 0.96)),),
         },
     ),
     "leg_xray": SingleImage(
         sources.leg_xray,
-        (0.20, 0.26),
+        (0.24, 0.32),
         {
-            TRAIN: (Region((0.0, 0.37), (0.28, 0.65)), Region((0.65, 1.0), (0.32, 0.64))),
-            HELD_OUT: (Region((0.38, 0.64), (0.28, 0.64)),),
+            TRAIN: (Region((0.0, 0.37), (0.33, 0.66)), Region((0.65, 1.0), (0.33, 0.62))),
+            HELD_OUT: (Region((0.38, 0.64), (0.33, 0.66)),),
         },
     ),
     "shoulder_mr": SingleImage(
         sources.shoulder_mr,
-        (0.16, 0.24),
+        (0.22, 0.32),
         {
-            TRAIN: (Region((0.12, 0.88), (0.14, 0.43)), Region((0.12, 0.88), (0.61, 0.98))),
-            HELD_OUT: (Region((0.14, 0.86), (0.435, 0.605)),),
+            TRAIN: (Region((0.12, 0.88), (0.12, 0.44)), Region((0.12, 0.60), (0.68, 0.98))),
+            HELD_OUT: (Region((0.14, 0.86), (0.445, 0.675)),),
         },
     ),
     "colon_histology": SingleImage(
@@ -149,6 +149,9 @@ def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
     return stacked[..., 0] if pixels.ndim == 2 else stacked
 
 
+# One small image has few distinct crops. Turned and mirrored ones are added where no question
+# depends on the orientation; the other kinds keep theirs.
+_ANY_WAY_UP = ("abdominal_ct", "shoulder_mr", "colon_histology", "fundus", "nuclei")
 _PLANES = ("sagittal", "coronal", "axial")  # by the axis that stays fixed
 
 
@@ -198,6 +201,8 @@ def _single(
     )
     box = _box_inside(rng, limits, int(min(height, width) * rng.uniform(*source.sides)))
     pixels, details = _RENDER.get(kind, _plain)(_cut(image, box), box, height, rng)
+    if kind in _ANY_WAY_UP:
+        pixels = np.rot90(pixels if rng.random() < 0.5 else pixels[::-1], int(rng.integers(4)))
     return Crop(kind, pixels, "", box, details)
 
 

@@ -125,7 +125,10 @@ def _data(steps: Steps, folders: Folders) -> Done:
 
     def action() -> None:
         made = build(folders.data)
-        print(f"{made.list_file}; guessing scores {made.guess_accuracy:.3f} on {made.held_out}")
+        print(
+            f"{made.list_file}; guessing scores {made.guess_accuracy:.3f} on {made.held_out}",
+            flush=True,
+        )
 
     return steps.run("data", inputs, [folders.data], action)
 

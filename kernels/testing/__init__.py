@@ -1,4 +1,4 @@
-"""Proof of Triton kernels on a machine without a GPU: numerics, memory safety, traffic, code quality.
+"""Proof of Triton kernels without a GPU: numerics, memory safety, traffic, machine code.
 
 Four tools, each run through the real Python launchers:
 

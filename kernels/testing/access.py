@@ -1,8 +1,9 @@
 """Widths of global memory accesses, read from compiler output.
 
-Triton's GPU dialect tells which loads and stores there are, how large their tiles are, and whether they
-stand in a loop. PTX or AMD assembly tells how wide the instructions are. Source positions connect the
-two. The position of an inlined function's access includes its call, which may be in a loop or not.
+Triton's GPU dialect tells which loads and stores there are, how large their tiles are, and whether
+they stand in a loop. PTX or AMD assembly tells how wide the instructions are. Source positions
+connect the two. The position of an inlined function's access includes its call, which may be in a
+loop or not.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-# ("file:line:column", "line:column" of the call that was inlined, or ""): PTX tells no more of callers.
+# ("file:line:column", "line:column" of the call that was inlined, or ""): PTX tells no more of
+# callers.
 Position = tuple[str, str]
 
-_ELEMENT_BITS = {"f64": 64, "i64": 64, "f32": 32, "i32": 32, "bf16": 16, "f16": 16, "i16": 16, "i8": 8}
+_ELEMENT_BITS = {
+    "f64": 64,
+    "i64": 64,
+    "f32": 32,
+    "i32": 32,
+    "bf16": 16,
+    "f16": 16,
+    "i16": 16,
+    "i8": 8,
+}
 _OPERATION = re.compile(
     r"(?:tt\.|amdg\.|amdgpu\.|ttg\.)"
     r"(load|store|buffer_load|buffer_store|async_copy_global_to_local|buffer_load_to_local)\b"
@@ -48,7 +59,7 @@ def find_accesses(dialect: str, assembly: str) -> tuple[Access, ...]:
 
     An access that became no instruction (the compiler found it to be superfluous) is left out.
     """
-    aliases = dict(m.groups() for line in dialect.splitlines() if (m := _ALIAS.match(line)))
+    aliases = {m[1]: m[2] for line in dialect.splitlines() if (m := _ALIAS.match(line))}
     widths = _instruction_widths(assembly)
     found = []
     for line, in_loop in _lines_with_loops(dialect):
@@ -91,7 +102,7 @@ def _position(alias: str, aliases: dict[str, str]) -> Position:
 
 
 def _call_chain(alias: str, aliases: dict[str, str]) -> list[str]:
-    """"file:line:column" of an operation, then of the calls around it, innermost first."""
+    """ "file:line:column" of an operation, then of the calls around it, innermost first."""
     text = aliases.get(alias, "")
     if place := re.match(r'"([^"]*)":(\d+):(\d+)', text):
         return [f"{place[1].rsplit('/', 1)[-1]}:{place[2]}:{place[3]}"]

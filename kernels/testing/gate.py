@@ -1,13 +1,14 @@
-"""Compiled code of Triton kernels for GPUs that are not there: registers, spills, shared memory, widths.
+"""Compiled Triton kernels for absent GPUs: registers, spills, shared memory, access widths.
 
-`with compiling(SM_90) as compiled:` lets the real launchers run on CPU tensors. Each launch is compiled for
-the target with the specialisation that it would have at run time, and none is executed: torch operations
-around it do run. The compilers are those in Triton's wheel, and results lie in Triton's normal cache.
+`with compiling(SM_90) as compiled:` lets the real launchers run on CPU tensors. Each launch is
+compiled for the target with the specialisation that it would have at run time, and none is
+executed: torch operations around it do run. The compilers are those in Triton's wheel, and results
+lie in Triton's normal cache.
 
-Where the figures come from: shared memory from Triton's metadata; registers and spills (the stack frame,
-which Triton kernels use for nothing else) from `cuobjdump -res-usage`, or from the metadata in AMD's
-assembly; access widths from PTX or AMD assembly, whose line numbers lead back to the loads and stores of
-Triton's GPU dialect and to the loops around them.
+Where the figures come from: shared memory from Triton's metadata; registers and spills (the stack
+frame, which Triton kernels use for nothing else) from `cuobjdump -res-usage`, or from the metadata
+in AMD's assembly; access widths from PTX or AMD assembly, whose line numbers lead back to the loads
+and stores of Triton's GPU dialect and to the loops around them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from .access import Access, find_accesses
-from .interpreter import patched
+from .interpreter import AbsentDevice, patched
 
 # Tiles of less than one warp of 128-bit accesses cannot fill such accesses: row statistics, labels.
 WIDE_TILE_BYTES = 512
@@ -34,7 +35,7 @@ WIDE_TILE_BYTES = 512
 
 @dataclass(frozen=True)
 class Target:
-    """A chip: its name, what Triton calls it, and the bytes of shared memory that a program may have."""
+    """A chip: its name, Triton's name for it, and the bytes of shared memory of a program."""
 
     name: str
     triton: GPUTarget
@@ -90,7 +91,7 @@ def compiling(target: Target) -> Iterator[list[Compiled]]:
             results.append(found[binary.hash])
 
     with ExitStack() as stack:
-        stack.enter_context(patched(driver, "_active", _AbsentDevice(target)))
+        stack.enter_context(patched(driver, "_active", AbsentDevice(target.name, target.triton)))
         stack.enter_context(patched(JITFunction, "run", compile_only))
         yield results
 
@@ -130,22 +131,6 @@ def check(compiled: Compiled, register_cap: int) -> None:
     check_wide(compiled)
 
 
-class _AbsentDevice:
-    """As much of a driver as compiling asks for. One 'device' per target keeps Triton's caches apart."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def get_current_device(self) -> str:
-        return self.target.name
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target.triton
-
-
 def _inspect(binary: Any, target: Target) -> Compiled:
     is_amd = target.triton.backend == "hip"
     assembly = binary.asm["amdgcn" if is_amd else "ptx"]
@@ -182,4 +167,6 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
         assert found, f"AMD assembly without .{key}"
         return int(found[1])
 
-    return value("vgpr_count"), max(value("private_segment_fixed_size"), 4 * value("vgpr_spill_count"))
+    return value("vgpr_count"), max(
+        value("private_segment_fixed_size"), 4 * value("vgpr_spill_count")
+    )

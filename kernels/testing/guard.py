@@ -2,15 +2,16 @@
 
 `with guarded():` runs launches in the interpreter and raises `GuardError` at the first fault:
 
-- **Out of bounds.** Each tensor argument gets an address window of its own, 2**44 bytes wide, which no
-  memory lies behind. An access is translated to the real tensor only if it falls exactly on an element
-  of that argument's view. The padding between strided rows is out of bounds, and so is any other
-  tensor, however near it lies in real memory.
+- **Out of bounds.** Each tensor argument gets an address window of its own, 2**44 bytes wide, which
+  no memory lies behind. An access is translated to the real tensor only if it falls exactly on an
+  element of that argument's view. The padding between strided rows is out of bounds, and so is any
+  other tensor, however near it lies in real memory.
 - **Unwritten.** Memory from `torch.empty` and its kin is followed until kernels or torch operations
   have written it. To read it before, or to leave any of it unwritten at the end, is a fault.
-- **Races.** Programs of a launch may run in any order and at once. If one touches an element that another
-  writes, the result depends on chance. Two lanes of one store with the same address count as well.
-  Atomic operations are refused: their order, and with floating point their result, is not fixed.
+- **Races.** Programs of a launch may run in any order and at once. If one touches an element that
+  another writes, the result depends on chance. Two lanes of one store with the same address count
+  as well. Atomic operations are refused: their order, and with floating point their result, is not
+  fixed.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ class GuardError(AssertionError):
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Run every launch in the block under guard.
+def guarded() -> Iterator[list[str]]:
+    """Run every launch in the block under guard; the list takes the names of the kernels that ran.
 
-    Raises GuardError inside the block at a bad access, and at its end if an element of a tensor that
-    was allocated in the block and handed to a kernel is still unwritten.
+    Raises GuardError inside the block at a bad access, and at its end if an element of a tensor
+    that was allocated in the block and handed to a kernel is still unwritten.
     """
     guard = _Guard()
     with guard.allocations, interpret(guard):
-        yield
+        yield guard.launched
     guard.check_all_written()
 
 
@@ -81,12 +82,14 @@ class _Argument:
 class _Guard(Memory):
     def __init__(self) -> None:
         self.allocations = _Allocations()
+        self.launched: list[str] = []
         self.launch = Launch("", 0, {})
         self.arguments: dict[int, _Argument] = {}
         self.current = 0
 
     def begin(self, launch: Launch) -> None:
         self.launch = launch
+        self.launched.append(launch.kernel)
         self.arguments = {}
         for number, (name, tensor) in enumerate(launch.tensors.items(), start=1):
             storage = self.allocations.find(tensor)
@@ -143,7 +146,7 @@ class _Guard(Memory):
                     )
 
     def _translate(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> Any:
-        """(real addresses of all lanes, storage, byte offsets of the active lanes, argument name)."""
+        """(real addresses of all lanes, storage, byte offsets of active lanes, argument name)."""
         active = np.broadcast_to(mask, addresses.shape).astype(bool)
         chosen = addresses[active].astype(np.int64)
         real = np.zeros_like(addresses)
@@ -159,7 +162,9 @@ class _Guard(Memory):
         inside[inside] = argument.is_element[offsets[inside]]
         if size != argument.size or not inside.all():
             worst = (chosen[~inside] - argument.base) // argument.size
-            where = f"from element {worst.min()} to {worst.max()}" if len(worst) else "of wrong size"
+            where = (
+                f"from element {worst.min()} to {worst.max()}" if len(worst) else "of wrong size"
+            )
             self._fail(f"{verb}s {len(worst)} element(s) out of bounds of {argument.name}: {where}")
         real[active] = (offsets + argument.storage.address).astype(addresses.dtype)
         return real, argument.storage, offsets, argument.name
@@ -177,7 +182,7 @@ class _Guard(Memory):
 
 
 class _Allocations(TorchDispatchMode):
-    """Follows `torch.empty` and its kin, and the torch operations that write into what they gave."""
+    """Follows `torch.empty` and its kin, and torch operations that write into their memory."""
 
     def __init__(self) -> None:
         super().__init__()

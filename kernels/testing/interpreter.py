@@ -4,8 +4,9 @@ Inside `with interpret():` every launch of a `@triton.jit` function runs in Trit
 (numpy, one program after another). Outside nothing has changed. Three things differ from the stock
 interpreter, which `TRITON_INTERPRET=1` would start:
 
-- bfloat16 is exact: values are held as float32 and rounded to nearest even whenever a bfloat16 value
-  comes into being. The stock interpreter holds the bit pattern as an integer and computes with it.
+- bfloat16 is exact: values are held as float32 and rounded to nearest even whenever a bfloat16
+  value comes into being. The stock interpreter holds the bit pattern as an integer and computes
+  with it.
 - floats and loop variables are Triton scalars, as they are when compiled.
 - a `Memory` stands between the kernel and the tensors, and may watch or refuse each access.
 
@@ -26,8 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, mangle_type
 
 _MISSING = object()
@@ -92,6 +95,7 @@ def interpret(memory: Memory | None = None) -> Iterator[None]:
         patch(JITFunction, "run", lambda kernel, *a, **k: machine.launch(kernel, *a, **k))
         patch(JITFunction, "__call__", lambda kernel, *a, **k: machine.function(kernel)(*a, **k))
         patch(JITFunction, "__get__", _bind_to_tensor, new=True)
+        patch(driver, "_active", AbsentDevice("interpreter", GPUTarget("cuda", 90, 32)))
         # The scope is taken once, not per launch: nothing but kernels uses the patched language.
         language = stock._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         patches.callback(language.restore)
@@ -103,10 +107,11 @@ def interpret(memory: Memory | None = None) -> Iterator[None]:
 
 @contextmanager
 def patched(owner: Any, name: str, value: Any, new: bool = False) -> Iterator[None]:
-    """Set `owner.name` in the block. Raises RuntimeError if it is not there and not declared new."""
+    """Set `owner.name` in the block. Raises RuntimeError if it is absent and not declared new."""
     original = vars(owner).get(name, _MISSING)
     if original is _MISSING and not new:
-        raise RuntimeError(f"this Triton has no {owner.__name__}.{name}: install the pinned version")
+        where = getattr(owner, "__name__", type(owner).__name__)
+        raise RuntimeError(f"this Triton has no {where}.{name}: install the pinned version")
     setattr(owner, name, value)
     try:
         yield
@@ -115,6 +120,26 @@ def patched(owner: Any, name: str, value: Any, new: bool = False) -> Iterator[No
             delattr(owner, name)
         else:
             setattr(owner, name, original)
+
+
+class AbsentDevice:
+    """As much of a Triton driver as launchers and compilation ask for: which chip it is.
+
+    Triton caches by device: a name of its own for every target keeps them apart.
+    """
+
+    def __init__(self, name: str, target: GPUTarget) -> None:
+        self.name = name
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
 
 class _Machine:
@@ -130,7 +155,9 @@ class _Machine:
         key = f"{kernel.module}.{kernel.__qualname__}"
         if key not in self._functions:
             tree = stock.FunctionRewriter.ast_transformer.visit(kernel.parse())
-            namespace = {name: _patched_builtin(value) for name, value in kernel.__globals__.items()}
+            namespace = {
+                name: _patched_builtin(value) for name, value in kernel.__globals__.items()
+            }
             namespace |= {
                 "interpreter_semantic": stock.interpreter_semantic,
                 "_InterpreterComparison": stock._InterpreterComparison,
@@ -141,7 +168,9 @@ class _Machine:
             self._functions[key] = namespace[kernel.fn.__name__]
         return self._functions[key]
 
-    def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def launch(
+        self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
+    ) -> None:
         """Run all programs of one launch, in order of their linear index."""
         kwargs = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
         bound = inspect.getcallargs(kernel.fn, *args, **kwargs)
@@ -271,7 +300,8 @@ def _checked(original_check: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def post_init(handle: Any) -> None:
         if handle.data.dtype == np.bool_:
-            # Comparisons are declared with the dtype of their operands: broadcasting would widen them.
+            # Comparisons are declared with the dtype of their operands: broadcasting would widen
+            # them.
             handle.dtype = tl.int1
         elif handle.dtype.scalar == tl.bfloat16:
             handle.data = round_to_bfloat16(handle.data)

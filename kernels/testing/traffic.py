@@ -2,20 +2,19 @@
 
 `with counted() as traffic:` runs launches in the interpreter and counts
 
-- of each Triton kernel: the active lanes of every load and store, whether a cache would serve them or
-  not (a row's weight counts once for every program that loads it);
-- of each torch operation: every element of its inputs and outputs once, which is what a fused library
-  kernel such as a matrix product must move at least. Views and allocations move nothing.
+- of each Triton kernel: the active lanes of every load and store, whether a cache would serve them
+  or not (a row's weight counts once for every program that loads it);
+- of each torch operation: every element of its inputs and outputs once, which is what a fused
+  library kernel such as a matrix product must move at least. Views and allocations move nothing.
 
-`with gpu_branches():` makes CPU tensors take the code that GPU tensors take, so that what is counted is
-what a GPU would do.
+Count within `with looks_like_gpu():` to count what a GPU would do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +22,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .interpreter import Launch, Memory, interpret, patched
+from .interpreter import Launch, Memory, interpret
 
-aten = torch.ops.aten
 # In-place operations that overwrite their target without reading it.
 _OVERWRITES = {"copy_", "fill_", "zero_"}
 # Operations that read only the chosen elements of their first input.
@@ -71,16 +69,6 @@ def counted() -> Iterator[Traffic]:
         yield traffic
 
 
-@contextmanager
-def gpu_branches() -> Iterator[None]:
-    """Let `tensor.is_cuda` be true, and let matrix products of bfloat16 write float32 on the CPU."""
-    with ExitStack() as stack:
-        everywhere = property(lambda tensor: True)
-        stack.enter_context(patched(torch.Tensor, "is_cuda", everywhere, new=True))
-        stack.enter_context(_MixedProducts())
-        yield
-
-
 class _Counter(Memory):
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
@@ -113,20 +101,6 @@ class _OperationCounter(TorchDispatchMode):
         if moved.total:
             self.traffic.entries.append(moved)
         return result
-
-
-class _MixedProducts(TorchDispatchMode):
-    """`mm` and `addmm` with `out_dtype`, which torch offers for GPU tensors alone."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if not func.name().startswith(("aten::mm.dtype", "aten::addmm.dtype")):
-            return func(*args, **kwargs)
-        *operands, out_dtype = args
-        wide = [operand.to(out_dtype) for operand in operands]
-        product = torch.mm(*wide) if len(wide) == 2 else torch.addmm(*wide)
-        out = kwargs.get("out")
-        return product if out is None else out.copy_(product)
 
 
 def _active(addresses: np.ndarray, mask: np.ndarray) -> int:
@@ -163,4 +137,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _bytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's distinct elements: an expanded dimension counts once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(size for size, stride in sizes if stride != 0 or size == 0) * tensor.element_size()
+    return (
+        math.prod(size for size, stride in sizes if stride != 0 or size == 0)
+        * tensor.element_size()
+    )

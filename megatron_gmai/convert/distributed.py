@@ -5,6 +5,7 @@ are stored under their canonical names with the offsets of each rank's part, so 
 a whole tensor together.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -39,7 +40,9 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         shape, stored = self._shapes[name], self._stored[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*load in a single process.*")
+            dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
         return tensor[: shape[0]]
 
     def __iter__(self) -> Iterator[str]:

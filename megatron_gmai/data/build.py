@@ -6,10 +6,12 @@ is complete is not made again after a crash.
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.data import image as images
-from megatron_gmai.data.conversation import image_names, parse_conversation
+from megatron_gmai.data.conversation import IMAGE_TAG, image_names, parse_conversation
+from megatron_gmai.data.dicom import decode_dicom, is_dicom
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
 from megatron_gmai.data.mixture import Source, read_list
 from megatron_gmai.data.order import permutation
-from megatron_gmai.data.records import read_records
+from megatron_gmai.data.privacy import encode_png, strip_metadata, tiff_pages
+from megatron_gmai.data.records import Records, read_record
 from megatron_gmai.data.shards import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -39,28 +43,30 @@ from megatron_gmai.data.shards import (
 RECORDS_PER_SHARD = 1000
 PARTS = ".parts"
 MAX_IMAGE_BYTES = 500_000_000
-SUFFIXES = {"jpeg": "jpg", "jpg": "jpg", "png": "png", "tif": "tif", "tiff": "tif", "webp": "webp"}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Records that go into one tar file: (record number, record)."""
+    """Records that go into one tar file."""
 
     source: Source
     source_number: int
     shard: str
-    records: Sequence[tuple[int, Any]]
+    numbers: np.ndarray  # int64 [records], within the data set
+    spans: np.ndarray  # records.SPAN [records]
 
 
 def build_shards(
     list_file: str | os.PathLike[str],
     output: str | os.PathLike[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 0,
 ) -> Manifest:
     """Makes shards in `output`, or returns at once if the same inputs already made them.
 
-    `progress(done, total)` counts records. Raises ValueError for a list that cannot be used,
-    and for a folder that holds shards of other inputs.
+    `progress(done, total)` counts records; `workers` processes share the work (0: this one does
+    it). Raises ValueError for a list that cannot be used, and for a folder that holds shards of
+    other inputs.
     """
     sources = read_list(list_file)
     output = Path(output)
@@ -69,14 +75,31 @@ def build_shards(
         return _check_existing(output, inputs)
     _prepare_parts(output, inputs)
     units = [unit for number, source in enumerate(sources) for unit in _units(source, number)]
-    total = sum(len(unit.records) for unit in units)
-    done = 0
-    for unit in units:
-        if not _part(output, unit.shard, "npy").exists():
-            write_unit(output, unit)
-        done += len(unit.records)
+    total = sum(len(unit.numbers) for unit in units)
+    missing = [unit for unit in units if not _part(output, unit.shard, "npy").exists()]
+    done = total - sum(len(unit.numbers) for unit in missing)
+    for count in _write_units(output, missing, workers):
+        done += count
         progress(done, total)
     return _finish(output, sources, units, inputs)
+
+
+def _write_units(output: Path, units: Sequence[Unit], workers: int) -> Iterator[int]:
+    """Yields the number of records of each unit as it is completed."""
+    if workers == 0:
+        for unit in units:
+            yield write_unit(output, unit)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [pool.submit(write_unit, output, unit) for unit in units]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
@@ -127,25 +150,33 @@ def _part(output: Path, shard: str, suffix: str) -> Path:
 def _units(source: Source, number: int) -> list[Unit]:
     """Cuts a data set into shards. Records are shuffled once, so that each shard is a fair sample
     of its data set and a window of few shards is not biased."""
-    records = [record for file in source.annotation_files for record in read_records(file)]
+    records = Records(source.annotation_files)
     order = permutation(len(records), 0, number)
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", source.name)
     units = []
     for start in range(0, len(records), RECORDS_PER_SHARD):
-        chosen = [(int(i), records[i]) for i in order[start : start + RECORDS_PER_SHARD]]
-        name = f"{number:03d}-{slug}-{start // RECORDS_PER_SHARD:05d}.tar"
-        units.append(Unit(source, number, name, chosen))
+        chosen = order[start : start + RECORDS_PER_SHARD]
+        name = f"{number:03d}-{_slug(source)}-{start // RECORDS_PER_SHARD:05d}.tar"
+        units.append(Unit(source, number, name, chosen, records.spans[chosen]))
     return units
 
 
-def write_unit(output: Path, unit: Unit) -> None:
-    """Writes one tar file, its rows and its rejections; the rows come last and mean: complete."""
+def _slug(source: Source) -> str:
+    """The data set's name as it may stand in file names and keys."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", source.name)
+
+
+def write_unit(output: Path, unit: Unit) -> int:
+    """Writes one tar file, its rows and its rejections; the rows come last and mean: complete.
+
+    Returns the number of records.
+    """
     writer = ShardWriter(output / unit.shard)
     rejections = []
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", unit.source.name)
-    for number, record in unit.records:
-        key = f"{slug}/{number:08d}"
+    for number, span in zip(unit.numbers, unit.spans, strict=True):
+        key = f"{_slug(unit.source)}/{number:08d}"
         try:
+            file = unit.source.annotation_files[span["file"]]
+            record = read_record(file, int(span["start"]), int(span["size"]))
             writer.add(key, *check_record(record, unit.source))
         except BadSample as error:
             rejections.append(Rejection(key, unit.source.name, str(error)))
@@ -154,20 +185,17 @@ def write_unit(output: Path, unit: Unit) -> None:
     lines = "".join(dump_line(rejection) for rejection in rejections)
     write_atomically(_part(output, unit.shard, REJECTED_FILE), lines.encode())
     write_atomically(_part(output, unit.shard, "npy"), rows.tobytes())
+    return len(unit.numbers)
 
 
 def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     """The record and its image files (suffix, bytes), all found usable. Raises BadSample."""
-    if isinstance(record, ValueError):
-        raise BadSample(str(record))
     names = image_names(record) if isinstance(record, dict) else []
-    parse_conversation(record, len(names))
-    files = [(_suffix(name), _read_image(name, source)) for name in names]
-    return record, files
-
-
-def _suffix(name: str) -> str:
-    return SUFFIXES.get(name.rpartition(".")[2].lower(), "img")
+    files = [_read_image(name, source) for name in names]
+    if len(files) == 1:
+        files = _as_pages(files[0], record)
+    parse_conversation(record, len(files))
+    return record, [_checked_image(data, names) for data in files]
 
 
 def _read_image(name: str, source: Source) -> bytes:
@@ -175,13 +203,34 @@ def _read_image(name: str, source: Source) -> bytes:
     try:
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise BadSample(f"image {name}: larger than {MAX_IMAGE_BYTES} bytes")
-        data = path.read_bytes()
-        images.decode(data)
+        return path.read_bytes()
     except OSError as error:
         raise BadSample(f"image {name}: {error.strerror}") from error
+
+
+def _as_pages(data: bytes, record: dict[str, Any]) -> list[bytes]:
+    """A file of several pages stands for as many images where the text has as many tags."""
+    tags = str(record.get("conversations")).count(IMAGE_TAG)
+    if tags < 2:
+        return [data]
+    try:
+        return tiff_pages(data, tags)
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
+        raise BadSample(f"cannot decode: {error}") from error
+
+
+def _checked_image(data: bytes, names: Sequence[str]) -> tuple[str, bytes]:
+    """Suffix and bytes for the shard: decoded once to see that it can be, without metadata."""
+    try:
+        if is_dicom(data):
+            return "png", encode_png(decode_dicom(data))
+        pixels = images.decode(data)
+        suffix, bare = strip_metadata(data)
+        if bare != data and not np.array_equal(images.decode(bare), pixels):
+            raise BadSample("its pixels change when metadata are removed")
+        return suffix, bare
     except BadSample as error:
-        raise BadSample(f"image {name}: {error}") from error
-    return data
+        raise BadSample(f"image {', '.join(names)}: {error}") from error
 
 
 def find_image(name: str, roots: Sequence[Path]) -> Path:

@@ -79,8 +79,10 @@ def _turn(item: Any, place: int) -> Turn:
         raise BadSample(f"turn {place} is from {_short(speaker)}; known are {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise BadSample(f"turn {place} has no text, found {_short(text)}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadSample(f"turn {place} holds half a surrogate pair, which is not valid Unicode")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSample(f"turn {place} is not valid Unicode: {error.reason}") from error
     role = ROLES[speaker]
     text = place_images_first(text) if role == "user" else text.strip()
     if not text:

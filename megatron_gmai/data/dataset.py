@@ -1,9 +1,11 @@
 """A data set ready to train on: shards, token lengths and plan, read as packs."""
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.batch import BatchBuilder, MicroBatch, Segment
@@ -34,7 +36,7 @@ class PackDataset:
         self.ratios, self.settings, self.pad_to_square = tuple(ratios), settings, pad_to_square
         self.ledger = Ledger(None)
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> tuple[type["PackDataset"], tuple[Any, ...]]:
         return PackDataset, (
             self.shards,
             self.encoder,
@@ -54,7 +56,15 @@ class PackDataset:
             self.shards.rows["source"][first_rows[:-1]],
             self.ratios,
             self.settings,
+            self.shards.folder / f"plan-{self.fingerprint}",
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything that the plan depends on."""
+        manifest = self.shards.manifest
+        parts = [manifest.inputs, manifest.samples, self.encoder.fingerprint, self.ratios]
+        return hashlib.sha256(repr([*parts, self.settings]).encode()).hexdigest()[:16]
 
     @property
     def num_samples(self) -> int:

@@ -4,7 +4,9 @@ With worker processes, the plan stays in this process and the workers get pieces
 no state, so their number changes nothing but the speed.
 """
 
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +62,7 @@ def iterate(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
-        # A forked child would inherit the threads and locks of the device and the process groups.
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=_worker_context() if num_workers else None,
         prefetch_factor=PREFETCH if num_workers else None,
     )
     results = iter(loader)
@@ -70,13 +71,26 @@ def iterate(
             result = next(results)
         except StopIteration:
             return
-        except RuntimeError as error:
-            raise RuntimeError(f"{error}; it was given {jobs.in_flight()}") from error
+        except (RuntimeError, OSError, EOFError) as error:
+            if not num_workers:
+                raise
+            raise RuntimeError(
+                f"a loader process ended unexpectedly ({error}) while the loader worked on "
+                f"{jobs.in_flight()}"
+            ) from error
         if result.error is not None:
             raise ValueError(result.error)
         jobs.waiting.pop(0)
         dataset.ledger.add(result.rejections)
         yield result.batch
+
+
+def _worker_context() -> BaseContext:
+    """Workers are forked from a clean helper process that has imported everything once: this
+    process has threads and locks (device, process groups) that a fork of it would inherit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
 
 
 def _unchanged(result: Any) -> Any:

@@ -9,7 +9,12 @@ import numpy as np
 
 def permutation(count: int, *place: int) -> np.ndarray:
     """A permutation of range(count), int64, that depends on `place` alone (5 numbers at most)."""
-    return np.argsort(random_words(count, *place), kind="stable")
+    mask = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
+    numbers = np.arange(count, dtype=np.uint64)
+    # Sorting words that end in their own number is several times faster than an argsort, and
+    # leaves no ties.
+    words = np.sort((random_words(count, *place) & ~mask) | numbers)
+    return (words & mask).astype(np.int64)
 
 
 def random_words(count: int, *place: int) -> np.ndarray:

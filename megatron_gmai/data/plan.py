@@ -6,9 +6,12 @@ mixture of the whole. Samples are shuffled and packed inside their window. Ranks
 history appear nowhere.
 """
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -21,8 +24,10 @@ from megatron_gmai.data.packing import (
     pack_none,
     pack_soft,
 )
+from megatron_gmai.data.shards import write_atomically
 
 WINDOW = 32_768  # samples
+CACHED_WINDOWS = 16  # fewer are planned faster than read
 # What a permutation is for: the third number of its place, after seed and epoch.
 SHARD_ORDER, ROW_ORDER, SAMPLE_ORDER, PACK_ORDER = 1, 2, 3, 4
 
@@ -47,17 +52,20 @@ class Plan:
         self,
         lengths: np.ndarray,
         first_rows: np.ndarray,
-        shard_sources: Sequence[int],
+        shard_sources: Sequence[int] | np.ndarray,
         ratios: Sequence[float],
         settings: PlanSettings,
+        cache: Path | None = None,
     ) -> None:
         """`lengths` is the table of `lengths.py`, `first_rows` [shards + 1] the rows of each shard,
         `shard_sources` the data set of each shard, `ratios` [data sets] the samples an epoch takes
-        for each one that there is."""
+        for each one that there is. `cache` is the beginning of the names of files that keep what
+        `counts` found; it has to be a name that changes with everything else."""
         self.lengths, self.first_rows, self.settings = lengths, first_rows, settings
-        self.ratios = list(ratios)
+        self.ratios, self._cache = list(ratios), cache
         sources = np.asarray(shard_sources)
         self._shards = [np.flatnonzero(sources == s) for s in range(len(self.ratios))]
+        self._streams = lru_cache(maxsize=2)(self._make_streams)
         samples = sum(stream.total for stream in self._streams(0))
         self.windows = max(1, round(samples / settings.window))
         self._window = lru_cache(maxsize=2)(self._plan_window)
@@ -66,9 +74,28 @@ class Plan:
     def counts(self, epoch: int) -> np.ndarray:
         """int64 [windows]: packs in each window of an epoch."""
         if epoch not in self._epoch_counts:
-            counts = [len(self._plan_window(epoch, window)) for window in range(self.windows)]
-            self._epoch_counts[epoch] = np.array(counts, dtype=np.int64)
+            self._epoch_counts[epoch] = self._cached_counts(epoch)
         return self._epoch_counts[epoch]
+
+    def _cached_counts(self, epoch: int) -> np.ndarray:
+        """An epoch has to be planned whole to know its packs: once, and not at every resume."""
+        if self._cache is None or self.windows < CACHED_WINDOWS:
+            return self._count(epoch)
+        file = self._cache.with_name(f"{self._cache.name}-epoch{epoch}.npy")
+        if file.exists():
+            counts = np.load(file)
+            if counts.shape == (self.windows,):
+                return counts
+        counts = self._count(epoch)
+        buffer = io.BytesIO()
+        np.save(buffer, counts)
+        with contextlib.suppress(OSError):  # a folder that cannot be written only costs time
+            write_atomically(file, buffer.getvalue())
+        return counts
+
+    def _count(self, epoch: int) -> np.ndarray:
+        counts = [len(self._plan_window(epoch, window)) for window in range(self.windows)]
+        return np.array(counts, dtype=np.int64)
 
     def total(self, epoch: int) -> int:
         """Packs of an epoch."""
@@ -136,10 +163,12 @@ class Plan:
     def _rows(self, epoch: int, repeat: int, shard: int, start: int, stop: int) -> np.ndarray:
         first = int(self.first_rows[shard])
         count = int(self.first_rows[shard + 1]) - first
+        if stop - start == count:  # the window shuffles them anyway
+            return np.arange(first, first + count)
         order = permutation(count, self.settings.seed, epoch, ROW_ORDER, repeat, shard)
         return first + order[start:stop]
 
-    def _streams(self, epoch: int) -> list["_Stream"]:
+    def _make_streams(self, epoch: int) -> list["_Stream"]:
         return [self._stream(epoch, source) for source in range(len(self.ratios))]
 
     def _stream(self, epoch: int, source: int) -> "_Stream":

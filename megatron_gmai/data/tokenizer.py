@@ -49,6 +49,11 @@ class Tokenizer:
         self._split = re.compile("|".join(re.escape(name) for name in sorted(self._specials)))
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """Every special token by name: what the chat templates and an export need."""
+        return dict(self._specials)
+
+    @property
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
         digest = hashlib.sha256(self._model)

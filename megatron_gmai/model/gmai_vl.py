@@ -1,8 +1,10 @@
 """GMAI-VL on one pipeline stage: vision tower and projector, merge, decoder layers, loss."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -102,6 +104,27 @@ class GMAIVL(MegatronModule):
     def vision_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters of the tower and the projector, which every first-stage rank has whole."""
         return [(n, p) for n, p in self.named_parameters() if n.startswith(VISION_PREFIXES)]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint holds of this rank, under the canonical names.
+
+        Tower and projector are written by one rank only, though every first-stage rank has them.
+        """
+        state = self.language_model.sharded_state_dict(
+            f"{prefix}language_model.", sharded_offsets, metadata
+        )
+        replica = (0, self.groups.tp.rank(), self.groups.dp_cp.rank())
+        for name, parameter in self.vision_parameters():
+            state[prefix + name] = ShardedTensor.from_rank_offsets(
+                prefix + name, parameter, replica_id=replica
+            )
+        # The padding of the vocabulary depends on the layout; what is padded is never read.
+        head = state.get(f"{prefix}language_model.output_layer.weight")
+        if head is not None:
+            head.allow_shape_mismatch = True
+        return state
 
     def _untie_vision_from_tensor_parallelism(self) -> None:
         # Megatron's linears mark their weights as slices of a tensor-parallel weight; here they are

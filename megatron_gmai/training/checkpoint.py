@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -26,10 +27,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from megatron_gmai.config import Config
 from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.safe_metadata import check_metadata
 
 MANIFEST = "manifest.json"
@@ -42,6 +44,7 @@ class Position:
 
     iteration: int = 0
     consumed_packs: int = 0
+    optimizer_steps: int = 0  # fewer than iterations where fp16 overflowed
 
 
 class CheckpointError(ValueError):
@@ -94,9 +97,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    state = _sharded_state(model, optimizer, groups, loading=False)
     problem: str | None = None
     try:
+        state = _sharded_state(model, optimizer, groups, loading=False)
         dist_checkpointing.save(
             state,
             str(temporary),
@@ -104,7 +107,7 @@ def save_checkpoint(
         )
         if first:
             _write_manifest(temporary, position, config, has_optimizer=optimizer is not None)
-    except Exception as error:  # any rank's failure must reach all, or the others would wait
+    except (OSError, RuntimeError, CheckpointException) as error:
         problem = f"{type(error).__name__}: {error}"
     problem = _first_problem(problem)
     if problem is not None:
@@ -185,18 +188,18 @@ def load_checkpoint(
             f"{checkpoint.path} holds weights only (--checkpoint-drop-optimizer), so a run cannot "
             "resume from it. Start from its weights with --load."
         )
+    if optimizer is not None:
+        optimizer_state.allocate(optimizer)
     state = _sharded_state(model, optimizer, groups, loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint.path))
-    except Exception as error:
+    except CheckpointingException as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
     model.module.load_state_dict(loaded["model"])
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
-        if "rng" in loaded:
-            torch.set_rng_state(loaded["rng"])
-    elif hasattr(model, "broadcast_params"):
-        model.broadcast_params()
+    if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
+        optimizer_state.restore(
+            optimizer, model.module, loaded["optimizer"], checkpoint.position.optimizer_steps
+        )
 
 
 def _sharded_state(
@@ -208,13 +211,10 @@ def _sharded_state(
     metadata = {
         "dp_cp_group": groups.dp_cp,
         "non_homogeneous_layers": True,  # a key per layer: the canonical names
-        "distrib_optim_sharding_type": "fully_reshardable",
     }
     state: dict[str, Any] = {"model": model.module.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            state["model"], is_loading=loading, metadata=metadata
-        )
+        state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
     return state
 
 

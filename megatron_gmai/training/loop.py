@@ -11,6 +11,7 @@ from megatron_gmai.runtime.device import Device, peak_memory_bytes
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import learning_rate
+from megatron_gmai.training.optimizer_state import steps_taken
 from megatron_gmai.training.setup import Run
 
 
@@ -39,7 +40,11 @@ def save(run: Run, iteration: int) -> None:
     config = run.config
     assert config.run.save is not None
     optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
-    position = Position(iteration, iteration * config.train.global_batch_size)
+    position = Position(
+        iteration,
+        iteration * config.train.global_batch_size,
+        steps_taken(run.optimizer, run.device),
+    )
     path = save_checkpoint(
         Path(config.run.save), position, run.model, optimizer, config, run.groups
     )

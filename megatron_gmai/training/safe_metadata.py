@@ -4,25 +4,25 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+_DCP = "torch.distributed.checkpoint"
+# Exact names: a module as a whole would also offer everything that it imports.
 _ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "set"),
-    ("_io", "BytesIO"),
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16"}
+    | {"int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"},
+    "torch.serialization": {"_get_layout"},
+    f"{_DCP}.filesystem": {"_StorageInfo"},
+    f"{_DCP}.metadata": {"BytesStorageMetadata", "ChunkStorageMetadata", "Metadata"}
+    | {"MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"}
+    | {"_MEM_FORMAT_ENCODING"},
+    f"{_DCP}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
-_ALLOWED_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-)
 
 
 class _TablesOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in _ALLOWED or module in _ALLOWED_MODULES
-        if not (known or (module == "torch" and name.startswith(("float", "bfloat", "int", "uint")))):
+        if name not in _ALLOWED.get(module, ()):
             raise ValueError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 

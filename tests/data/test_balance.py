@@ -30,16 +30,17 @@ def steps() -> list[tuple[np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 1), (1, 4), (8, 1), (8, 4), (16, 2)])
 def test_every_pack_of_the_step_is_dealt_once(steps: list, dp: int, micro: int) -> None:
-    order = assign(*steps[0], dp, micro)
+    images, attention = steps[0]
+    order = assign(images, attention, dp, micro)
     assert order.shape == (STEP // (dp * micro), dp, micro)
     assert sorted(order.ravel()) == list(range(STEP))
 
 
 def test_eight_ranks_have_the_same_work_over_a_step(steps: list) -> None:
     excess: dict[str, list[float]] = {"images": [], "attention": []}
-    for costs in steps:
-        order = assign(*costs, 8, 1)
-        for name, cost in zip(excess, costs, strict=True):
+    for images, attention in steps:
+        order = assign(images, attention, 8, 1)
+        for name, cost in zip(excess, (images, attention), strict=True):
             loads = cost[order].sum(axis=(0, 2))
             excess[name].append(loads.max() / loads.mean())
     assert np.mean(excess["images"]) <= 1.01 and np.mean(excess["attention"]) <= 1.01

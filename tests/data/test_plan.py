@@ -4,6 +4,7 @@ Lengths here encode nothing but themselves: the plan never looks at samples.
 """
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +20,18 @@ SAMPLES = sum(SHARD_SIZES)
 LIMIT = 64
 
 
-def make_plan(ratios: tuple[float, float] = (1.0, 1.0), unusable: int = 0, **settings) -> Plan:
+def make_plan(
+    ratios: tuple[float, float] = (1.0, 1.0),
+    unusable: int = 0,
+    cache: Path | None = None,
+    **settings,
+) -> Plan:
     lengths = np.zeros(SAMPLES, dtype=LENGTH_ROW)
     lengths["length"] = np.random.default_rng(0).integers(1, LIMIT + 1, SAMPLES)
     lengths["length"][:unusable] = 0
     settings = {"seed": 1, "max_length": LIMIT, "pack_level": "soft", "window": 60, **settings}
     first_rows = np.concatenate([[0], np.cumsum(SHARD_SIZES)])
-    return Plan(lengths, first_rows, SHARD_SOURCES, ratios, PlanSettings(**settings))
+    return Plan(lengths, first_rows, SHARD_SOURCES, ratios, PlanSettings(**settings), cache)
 
 
 def epoch_samples(plan: Plan, epoch: int) -> list[int]:
@@ -62,6 +68,18 @@ def test_a_pack_does_not_depend_on_what_was_asked_before() -> None:
     for start in np.random.default_rng(0).permutation(len(packs)):
         assert all_packs(fresh, start, start + 7) == all_packs(plan, start, start + 7)
         assert all_packs(fresh, start, start + 1) == [packs[start]]
+
+
+def test_counts_are_kept_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(window=10, cache=tmp_path / "plan")
+    expected = plan.counts(2)
+    again = make_plan(window=10, cache=tmp_path / "plan")
+    monkeypatch.setattr(again, "_count", lambda epoch: pytest.fail("planned again"))
+    assert again.counts(2).tolist() == expected.tolist()
+    (tmp_path / "plan-epoch2.npy").unlink()
+    assert make_plan(window=10, cache=tmp_path / "gone" / "plan").total(2) == plan.total(2)
 
 
 def test_unusable_samples_are_never_planned() -> None:

@@ -51,6 +51,18 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, write_list: Callabl
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+def test_several_processes_make_the_same_shards(
+    tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "RECORDS_PER_SHARD", 3)
+    list_file = write_list(A=mixed_records(tmp_path, 12))
+    alone = build_shards(list_file, tmp_path / "alone")
+    assert build_shards(list_file, tmp_path / "many", workers=2) == alone
+    assert len(alone.shards) == 4
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+
+
 def test_tar_members_carry_no_owner_and_no_time(tmp_path: Path, write_list: Callable) -> None:
     build_shards(write_list(A=mixed_records(tmp_path, 3)), tmp_path / "shards")
     (tar,) = (tmp_path / "shards").glob("*.tar")
@@ -74,11 +86,11 @@ class TestInterruption:
         written: list[str] = []
         write_unit = build.write_unit
 
-        def crash_at_the_third(output: Path, unit: build.Unit) -> None:
+        def crash_at_the_third(output: Path, unit: build.Unit) -> int:
             if len(written) == 2:
                 raise KeyboardInterrupt
             written.append(unit.shard)
-            write_unit(output, unit)
+            return write_unit(output, unit)
 
         monkeypatch.setattr(build, "write_unit", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
@@ -213,7 +225,7 @@ def test_json_lines_with_a_broken_line(tmp_path: Path) -> None:
     assert (manifest.samples, manifest.rejected) == (2, 1)
 
 
-@pytest.mark.parametrize("content", ["[{", "[1, 2", b"[\xff\xfe]"])
+@pytest.mark.parametrize("content", ["[{", "[1, 2", "[1 2]", "[1,", b"[\xff\xfe]"])
 def test_an_unreadable_annotation_file_is_one_clear_message(
     tmp_path: Path, content: str | bytes
 ) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ class Fatal(PackDataset):
 
     poison = 7
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> tuple[type[PackDataset], tuple[Any, ...]]:
         return Fatal, super().__reduce__()[1]
 
     def assemble(
@@ -38,10 +39,13 @@ def dataset(tmp_path: Path, write_list: Callable, tokenizer_file: Path) -> PackD
     return open_list(write_list(A=mixed_records(tmp_path, 40)), tokenizer_file)
 
 
-def workers_of_this_process() -> set[int]:
-    """Not the helper that multiprocessing keeps to track shared memory."""
-    children = psutil.Process().children()
-    return {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+def loader_processes() -> set[int]:
+    """Descendants of this process, without the helpers that multiprocessing keeps for next time."""
+    helpers = ("resource_tracker", "forkserver")
+    own = psutil.Process()
+    servers = [c for c in own.children() if any(h in " ".join(c.cmdline()) for h in helpers)]
+    everyone = {child.pid for child in own.children(recursive=True)}
+    return everyone - {server.pid for server in servers}
 
 
 def same(a: MicroBatch, b: MicroBatch) -> bool:
@@ -56,24 +60,24 @@ def test_the_number_of_workers_changes_no_batch(dataset: PackDataset, workers: i
     def batches(num_workers: int) -> Iterator[MicroBatch]:
         return iterate(dataset, 0, 1, 2, 4, 0, total, num_workers=num_workers)
 
-    before = workers_of_this_process()
-    assert all(map(same, batches(0), batches(workers)))
-    assert workers_of_this_process() == before
+    before = loader_processes()
+    assert all(same(*pair) for pair in zip(batches(0), batches(workers), strict=True))
+    assert loader_processes() == before
 
 
 def test_closing_an_endless_loader_ends_its_workers(dataset: PackDataset) -> None:
-    before = workers_of_this_process()
+    before = loader_processes()
     batches = iterate(dataset, 0, 1, 1, 2, num_workers=2)
     next(batches)
-    assert len(workers_of_this_process() - before) == 2
+    assert len(loader_processes() - before) == 2
     batches.close()  # type: ignore[attr-defined]
-    assert workers_of_this_process() == before
+    assert loader_processes() == before
 
 
 def test_a_dead_worker_is_reported_with_its_samples(dataset: PackDataset) -> None:
     fatal = Fatal(*dataset.__reduce__()[1])
     place = dataset.shards.place(Fatal.poison)
-    with pytest.raises(RuntimeError, match=rf"exited unexpectedly.*{place}"):
+    with pytest.raises(RuntimeError, match=rf"ended unexpectedly.*{place}"):
         list(iterate(fatal, 0, 1, 1, 1, 0, dataset.total_packs(1), num_workers=1))
 
 

@@ -8,6 +8,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from sample_kernels import scale
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
 from gmai_kernels.testing.gate import (
     SM_80,
     SM_90,
@@ -20,10 +25,6 @@ from gmai_kernels.testing.gate import (
     check_wide,
     compiling,
 )
-from sample_kernels import scale
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 
@@ -120,7 +121,9 @@ def test_a_good_kernel_passes_through_its_real_launcher(target):
 def test_spills_are_caught(target):
     check_no_spills(compile_greedy(target, 1024))
     spilling = compile_greedy(target, 1024 * target.triton.warp_size)
-    with pytest.raises(GateFailure, match=f"greedy_kernel on {target.name}: bytes spilled") as failure:
+    with pytest.raises(
+        GateFailure, match=f"greedy_kernel on {target.name}: bytes spilled"
+    ) as failure:
         check_no_spills(spilling)
     assert failure.value.value == spilling.spills > 0
 
@@ -152,7 +155,9 @@ def test_register_caps_are_caught(target):
 @every_target
 def test_narrow_main_loops_are_caught(target):
     narrow = compile_loop(target, columns=5001, stride=5008, masked=True)
-    with pytest.raises(GateFailure, match=r"loop_kernel .* load of 4096 bytes at test_gate_tools.py:\d+"):
+    with pytest.raises(
+        GateFailure, match=r"loop_kernel .* load of 4096 bytes at test_gate_tools.py:\d+"
+    ):
         check_wide(narrow)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gmai_kernels.testing.guard import GuardError, guarded
 from sample_kernels import row_norm, scale, scale_kernel
+
+from gmai_kernels.testing.guard import GuardError, guarded
 
 
 @triton.jit
@@ -80,49 +81,57 @@ def test_in_place_is_no_race():
 
 @pytest.mark.parametrize("offset", [-1, 1, 10**6])
 def test_out_of_bounds_load_is_caught(offset):
-    with pytest.raises(GuardError, match="shifted_kernel, program 0: loads .* bounds of x_ptr"):
-        with guarded():
-            shift(torch.ones(50), load=offset)
+    with (
+        pytest.raises(GuardError, match="shifted_kernel, program 0: loads .* bounds of x_ptr"),
+        guarded(),
+    ):
+        shift(torch.ones(50), load=offset)
 
 
 @pytest.mark.parametrize("offset", [-1, 1, 10**6])
 def test_out_of_bounds_store_is_caught(offset):
-    with pytest.raises(GuardError, match="stores .* out of bounds of y_ptr"):
-        with guarded():
-            shift(torch.ones(50), store=offset)
+    with pytest.raises(GuardError, match="stores .* out of bounds of y_ptr"), guarded():
+        shift(torch.ones(50), store=offset)
 
 
 def test_an_access_that_lands_in_another_argument_is_caught():
     both = torch.ones(2, 64)
-    with pytest.raises(GuardError, match="64 element.* bounds of x_ptr: from element 64 to 127"):
-        with guarded():
-            shifted_kernel[(1,)](both[0], both[1], 64, 64, 0, BLOCK=64)
+    with (
+        pytest.raises(GuardError, match="64 element.* bounds of x_ptr: from element 64 to 127"),
+        guarded(),
+    ):
+        shifted_kernel[(1,)](both[0], both[1], 64, 64, 0, BLOCK=64)
 
 
 def test_wrong_even_flag_is_caught():
-    with pytest.raises(GuardError, match="out of bounds of x_ptr: from element 50 to 63"):
-        with guarded():
-            copy_rows(torch.ones(1, 50), even=True)
+    with (
+        pytest.raises(GuardError, match="out of bounds of x_ptr: from element 50 to 63"),
+        guarded(),
+    ):
+        copy_rows(torch.ones(1, 50), even=True)
 
 
 def test_wrong_even_flag_is_caught_in_the_padding_of_strided_rows():
-    with pytest.raises(GuardError, match="even_kernel, program 0: .* bounds of x_ptr"):
-        with guarded():
-            copy_rows(torch.ones(2, 64)[:, :50], even=True)
+    with (
+        pytest.raises(GuardError, match="even_kernel, program 0: .* bounds of x_ptr"),
+        guarded(),
+    ):
+        copy_rows(torch.ones(2, 64)[:, :50], even=True)
 
 
 def test_unwritten_tail_is_caught():
-    with pytest.raises(GuardError, match="y_ptr of scale_kernel: 36 of 100 elements never written"):
-        with guarded():
-            x = torch.ones(100)
-            y = torch.empty_like(x)
-            scale_kernel[(1,)](x, y, 2.0, 64, BLOCK=64)
+    with (
+        pytest.raises(GuardError, match="y_ptr of scale_kernel: 36 of 100 elements never written"),
+        guarded(),
+    ):
+        x = torch.ones(100)
+        y = torch.empty_like(x)
+        scale_kernel[(1,)](x, y, 2.0, 64, BLOCK=64)
 
 
 def test_reading_what_nothing_wrote_is_caught():
-    with pytest.raises(GuardError, match="reads 32 unwritten element.* of y_ptr"):
-        with guarded():
-            accumulate_kernel[(1,)](torch.ones(32), torch.empty(32), BLOCK=32)
+    with pytest.raises(GuardError, match="reads 32 unwritten element.* of y_ptr"), guarded():
+        accumulate_kernel[(1,)](torch.ones(32), torch.empty(32), BLOCK=32)
 
 
 def test_memory_that_torch_wrote_counts_as_written():
@@ -135,23 +144,29 @@ def test_memory_that_torch_wrote_counts_as_written():
 @pytest.mark.parametrize("programs", [2, 5])
 def test_two_programs_writing_one_element_is_caught(programs):
     x, y = torch.ones(2, 1000)
-    with pytest.raises(GuardError, match="program 1: writes 32 element.* program 0 also wrote"):
-        with guarded():
-            overlapping_kernel[(programs,)](x, y, 32, BLOCK=64)
+    with (
+        pytest.raises(GuardError, match="program 1: writes 32 element.* program 0 also wrote"),
+        guarded(),
+    ):
+        overlapping_kernel[(programs,)](x, y, 32, BLOCK=64)
 
 
 def test_reading_what_another_program_writes_is_caught():
     x = torch.ones(200)
-    with pytest.raises(GuardError, match="program 1: reads 32 element.* program 0 also wrote"):
-        with guarded():
-            overlapping_kernel[(2,)](x, x, 32, BLOCK=64)
+    with (
+        pytest.raises(GuardError, match="program 1: reads 32 element.* program 0 also wrote"),
+        guarded(),
+    ):
+        overlapping_kernel[(2,)](x, x, 32, BLOCK=64)
 
 
 def test_writing_what_another_program_has_read_is_caught():
     x = torch.ones(256)
-    with pytest.raises(GuardError, match="program 1: writes 64 .* program 0 also reads"):
-        with guarded():
-            overlapping_kernel[(2,)](x[64:], x, 64, BLOCK=64)
+    with (
+        pytest.raises(GuardError, match="program 1: writes 64 .* program 0 also reads"),
+        guarded(),
+    ):
+        overlapping_kernel[(2,)](x[64:], x, 64, BLOCK=64)
 
 
 def test_two_lanes_writing_one_element_is_caught():

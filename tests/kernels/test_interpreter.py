@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from gmai_kernels.testing.interpreter import interpret, round_to_bfloat16
-from sample_kernels import bf16_chain_kernel, matmul_kernel, row_norm, scale, scale_kernel, skip_kernel
+from sample_kernels import (
+    bf16_chain_kernel,
+    matmul_kernel,
+    row_norm,
+    scale,
+    scale_kernel,
+    skip_kernel,
+)
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
+
+from gmai_kernels.testing.interpreter import interpret, round_to_bfloat16
 
 
 def test_runs_a_real_launcher_on_cpu_tensors():

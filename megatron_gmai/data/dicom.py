@@ -1,0 +1,59 @@
+"""Single-slice DICOM files as pictures (optional: `pip install megatron-gmai[dicom]`).
+
+Follows DICOM PS3.3: stored values are rescaled (C.11.1), shown through the window that the file
+names (C.11.2), and inverted where the smallest value is white (MONOCHROME1, C.7.6.3.1.2).
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+
+from megatron_gmai.data.image import check_size, window_to_8_bits
+from megatron_gmai.data.ledger import BadSample
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the file has DICOM's preamble (PS3.10)."""
+    return data[128:132] == b"DICM"
+
+
+def decode_dicom(data: bytes) -> np.ndarray:
+    """uint8 [height, width] or [height, width, 3].
+
+    Without a window in the file, grey values are windowed by percentiles. Raises BadSample for
+    files that cannot be decoded or hold several frames.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, convert_color_space
+    except ImportError as error:
+        raise BadSample("DICOM needs pydicom: pip install 'megatron-gmai[dicom]'") from error
+    try:
+        file = pydicom.dcmread(io.BytesIO(data))
+        check_size(int(file.Columns), int(file.Rows))
+        frames = int(file.get("NumberOfFrames", 1) or 1)
+        if frames != 1:
+            raise BadSample(f"a DICOM file of {frames} frames; give each as a file of its own")
+        pixels = file.pixel_array
+        if int(file.get("SamplesPerPixel", 1)) == 3:
+            return convert_color_space(
+                pixels, file.PhotometricInterpretation, "RGB", per_frame=True
+            )
+        levels = window_to_8_bits(apply_modality_lut(pixels, file), _window(file))
+    except BadSample:
+        raise
+    except Exception as error:  # pydicom and its decoders raise anything on damaged files
+        raise BadSample(f"cannot decode DICOM: {error}") from error
+    return 255 - levels if file.PhotometricInterpretation == "MONOCHROME1" else levels
+
+
+def _window(file: Any) -> tuple[float, float] | None:
+    """Lower and upper end of the first window of the file."""
+    centre, width = file.get("WindowCenter"), file.get("WindowWidth")
+    if centre is None or width is None:
+        return None
+    centre, width = (
+        float(v if isinstance(v, str | float | int) else v[0]) for v in (centre, width)
+    )
+    return (centre - width / 2, centre + width / 2) if width > 1 else None
