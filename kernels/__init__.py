@@ -1,6 +1,7 @@
 """Fused ops of the trainer: Triton kernels on a GPU, a chunked torch path elsewhere.
 
-Imported as `gmai_kernels`; README.md beside this file has the formulas, the traffic and the figures.
+Imported as `gmai_kernels`; README.md beside this file has the formulas, the traffic and the
+figures.
 """
 
 from gmai_kernels.cross_entropy import vocab_parallel_cross_entropy

@@ -22,11 +22,13 @@ def check_same(argument: str, tensor: Tensor, other_name: str, other: Tensor) ->
     """Raise ValueError unless both tensors have one dtype and lie on one device."""
     if tensor.dtype != other.dtype:
         raise ValueError(
-            f"{argument}: dtype {tensor.dtype} differs from {other_name}'s {other.dtype}; cast one of them"
+            f"{argument}: dtype {tensor.dtype} differs from {other_name}'s {other.dtype}; "
+            "cast one of them"
         )
     if tensor.device != other.device:
         raise ValueError(
-            f"{argument}: device {tensor.device} differs from {other_name}'s {other.device}; move one of them"
+            f"{argument}: device {tensor.device} differs from {other_name}'s {other.device}; "
+            "move one of them"
         )
 
 

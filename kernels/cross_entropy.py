@@ -1,12 +1,13 @@
 """Cross-entropy over a vocabulary that is split over tensor-parallel ranks.
 
-    loss_t = log(sum_v exp(x_tv)) - x_t,label(t)        dx_tv = g_t * (exp(x_tv) / sum - [v = label(t)])
+    loss_t = log(sum_v exp(x_tv)) - x_t,label(t)
+    dx_tv = g_t * (exp(x_tv) / sum_v exp(x_tv) - [v = label(t)])
 
-Each rank reduces its columns to three numbers a token: the maximum m, the sum s of exp(x - m), and the
-label's logit z (0 where the label lies elsewhere). One all-gather joins them:
+Each rank reduces its columns to three numbers a token: the maximum m, the sum s of exp(x - m), and
+the label's logit z (0 where the label lies elsewhere). One all-gather joins them:
 log-sum-exp = M + log(sum over ranks of s * exp(m - M)), with M the largest m.
-Shoeybi et al., "Megatron-LM", 2019, section 3 needs three reductions for the same result.
-Legend: T tokens, V columns held by this rank, N of them true vocabulary (the rest is padding), W ranks.
+Shoeybi et al., "Megatron-LM", 2019, section 3, reduces three times for the same result.
+Legend: T tokens, V columns held by this rank, W ranks.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ def vocab_parallel_cross_entropy(
 
     logits: [T, V] fp32, bf16 or fp16, the columns [vocab_start, vocab_start + V) of the vocabulary.
     **The backward pass overwrites them with their gradient**; use each loss for one backward pass.
-    labels: int64 [T], global ids. vocab_size: the true global size; columns past it never count and get
-    gradient 0; it may be left out where one rank holds everything.
-    all_gather: maps a [T, 3] fp32 tensor to [W, T, 3], stacking all ranks' tensors; called once.
-    Raises ValueError for wrong shapes, dtypes or labels, before any launch.
+    labels: int64 [T], global ids. vocab_size: the true global size; columns past it never count and
+    get gradient 0; it may be left out where one rank holds everything. all_gather: maps a [T, 3]
+    fp32 tensor to [W, T, 3], stacking all ranks' tensors; called once. Raises ValueError for wrong
+    shapes, dtypes or labels, before any launch.
     """
     implementation = chosen_implementation(logits)
     check_matrix("logits", logits, "[T, V]")
@@ -65,10 +66,11 @@ def vocab_parallel_cross_entropy(
 def cross_entropy_reference(
     logits: Tensor, target: Tensor, columns: int, all_gather: AllGather | None
 ) -> Tensor:
-    """The formula in plain torch, at least in fp32 and in fp64 for fp64 input; leaves the logits alone.
+    """The formula in plain torch, in fp32 or fp64; it leaves the logits alone.
 
-    The collective has no gradient of its own: the sum of exp(x - lse) has the value of the local share of
-    the softmax and the gradient of the log-sum-exp, so the loss is its value plus a term that is 0.
+    The collective has no gradient of its own: the sum of exp(x - lse) has the value of the local
+    share of the softmax and the gradient of the log-sum-exp, so the loss is its value plus a term
+    that is 0.
     """
     x = logits[:, :columns].to(torch.promote_types(logits.dtype, torch.float32))
     stats = cross_entropy_torch.statistics(x.detach(), target, columns)
@@ -103,7 +105,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (lse - label_logit).masked_fill_(target == IGNORED, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
         scale = dloss.float().masked_fill(target == IGNORED, 0.0)
         ctx.ops.gradient_(logits, target, lse, scale, ctx.columns)

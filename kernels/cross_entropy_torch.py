@@ -12,9 +12,10 @@ BLOCK_ELEMENTS = 1 << 19  # 2 MiB of fp32: fits the cache, and few blocks mean f
 
 
 def statistics(logits: Tensor, target: Tensor, columns: int) -> Tensor:
-    """Return [T, 3]: maximum, sum of exp(x - maximum), label logit (0 where target is negative), in fp32 or fp64.
+    """Return [T, 3]: maximum, sum of exp(x - maximum), label logit (0 where it is not here).
 
-    A slice without true columns has maximum -inf and sum 0.
+    The result is fp32, or fp64 for fp64 logits. A slice without true columns has maximum -inf
+    and sum 0.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     stats = torch.zeros(logits.shape[0], 3, dtype=dtype, device=logits.device)
@@ -31,7 +32,10 @@ def statistics(logits: Tensor, target: Tensor, columns: int) -> Tensor:
 
 
 def gradient_(logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, columns: int) -> None:
-    """Overwrite logits [T, V] with scale * (exp(logits - lse) - one-hot(target)), and padding with 0."""
+    """Overwrite logits [T, V] with scale * (exp(logits - lse) - one-hot(target)).
+
+    Padding columns get 0.
+    """
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)

@@ -1,8 +1,8 @@
 """The two passes of cross-entropy on a GPU; the formulas are in cross_entropy.py.
 
-One program a row. The main loop has no column mask, so its accesses are 128 bits wide wherever rows start
-on 16 elements, also for an odd vocabulary; only the tail after it is masked. Rows that do not count are
-masked as a whole, which keeps the width and reads nothing.
+One program a row. The main loop has no column mask, so its accesses are 128 bits wide wherever rows
+start on 16 elements, also for an odd vocabulary; only the tail after it is masked. Rows that do not
+count are masked as a whole, which keeps the width and reads nothing.
 Legend: T tokens, V columns, N true columns.
 """
 
@@ -83,7 +83,7 @@ def _gradient_kernel(
 
 
 def statistics(logits: Tensor, target: Tensor, columns: int) -> Tensor:
-    """Return fp32 [T, 3]: maximum, sum of exp(x - maximum), label logit (0 where target is negative).
+    """Return fp32 [T, 3]: maximum, sum of exp(x - maximum), label logit (0 where not here).
 
     Rows whose target is IGNORED are not read: their sum is 0.
     """
@@ -102,7 +102,10 @@ def statistics(logits: Tensor, target: Tensor, columns: int) -> Tensor:
 
 
 def gradient_(logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, columns: int) -> None:
-    """Overwrite logits [T, V] with scale * (exp(logits - lse) - one-hot(target)), and padding with 0."""
+    """Overwrite logits [T, V] with scale * (exp(logits - lse) - one-hot(target)).
+
+    Padding columns get 0. Rows of scale 0 are not read.
+    """
     lanes = triton.runtime.driver.active.get_current_target().warp_size  # 32, on AMD 64
     _gradient_kernel[(logits.shape[0],)](
         logits,

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: Triton on a GPU, torch elsewhere, with one override.
 
 `auto` picks by the device of the input: `triton` for CUDA and ROCm tensors, `torch` for all others.
-The override lives in a context variable, so it is local to a thread and restored on leaving the block.
+The override lives in a context variable, so it is local to a thread and restored on leaving the
+block.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def use_implementation(name: Implementation) -> Iterator[None]:
     """Run every op of the block with one implementation.
 
     `auto` restores the choice by device; `triton` on CPU tensors needs Triton's interpreter;
-    `reference` is the plain torch formula, which also takes float64. An op remembers the choice of its
-    forward pass for its backward pass. Raises ValueError for any other name.
+    `reference` is the plain torch formula, which also takes float64. An op remembers the choice of
+    its forward pass for its backward pass. Raises ValueError for any other name.
     """
     if name not in get_args(Implementation):
         choices = ", ".join(get_args(Implementation))

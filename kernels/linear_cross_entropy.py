@@ -1,13 +1,16 @@
 """Output layer and cross-entropy in one op: the full logits never exist.
 
-    x = hidden weight^T      loss as in cross_entropy.py      dhidden = dx weight      dweight = dx^T hidden
+    x = hidden weight^T    loss as in cross_entropy.py
+    dhidden = dx weight    dweight = dx^T hidden
 
-Tokens without a label are left out first: they cost nothing. The others go through in chunks. A chunk's logits are made, turned into their gradient in place (for an incoming
-gradient of 1) and used for both products at once, in the forward pass; the backward pass only scales.
-Scaling is exact for dhidden, one factor a row, and for dweight when all supervised tokens share one
-factor, which every mean or sum of the loss gives. For any other incoming gradient the backward pass
-repeats the chunks with the true factors.
-Legend: T tokens, S supervised tokens, H hidden size, V vocabulary rows held by this rank, C tokens of one chunk, W ranks.
+Tokens without a label are left out first: they cost nothing. The others go through in chunks. A
+chunk's logits are made, turned into their gradient in place (for an incoming gradient of 1) and
+used for both products at once, in the forward pass; the backward pass only scales. Scaling is exact
+for dhidden, one factor a row, and for dweight when all supervised tokens share one factor, which
+every mean or sum of the loss gives. For any other incoming gradient the backward pass repeats the
+chunks with the true factors.
+Legend: T tokens, S supervised tokens, H hidden size, V vocabulary rows held by this rank, C tokens
+of one chunk, W ranks.
 """
 
 from __future__ import annotations
@@ -54,17 +57,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy of `hidden @ weight.T` for every token, fp32 [T], 0 where ignored.
 
-    hidden: [T, H] fp32, bf16 or fp16. weight: [V, H], the rows [vocab_start, vocab_start + V) of the
-    output layer, same dtype, contiguous; its gradient is summed in fp32, and skipped when the weight
-    does not require one. labels, vocab_size, ignore_index, all_gather: as in
+    hidden: [T, H] fp32, bf16 or fp16. weight: [V, H], the rows [vocab_start, vocab_start + V) of
+    the output layer, same dtype, contiguous; its gradient is summed in fp32, and skipped when the
+    weight does not require one. labels, vocab_size, ignore_index, all_gather: as in
     `vocab_parallel_cross_entropy`; all_gather is called once a chunk, in order, on every rank.
 
     reduce_hidden_grad: sums the hidden gradient [T, H] over the tensor-parallel ranks (all-reduce).
     gather_hidden: for sequence-parallel input; maps this rank's hidden [T / W, H] to [T, H]. Then
-    reduce_hidden_grad is the matching reduce-scatter [T, H] -> [T / W, H]. Both get and return tensors
-    that need no gradient. labels always hold all T tokens.
-    chunk_size: tokens whose logits are held at once; the default is 256 on a CPU and 2048 on a GPU.
-    Raises ValueError for wrong shapes, dtypes or labels, before any launch.
+    reduce_hidden_grad is the matching reduce-scatter [T, H] -> [T / W, H]. Both get and return
+    tensors that need no gradient. labels always hold all T tokens. chunk_size: tokens whose logits
+    are held at once; the default is 256 on a CPU and 2048 on a GPU. Raises ValueError for wrong
+    shapes, dtypes or labels, before any launch.
     """
     implementation = chosen_implementation(hidden)
     check_matrix("hidden", hidden, "[T, H]")
@@ -118,7 +121,7 @@ class _Gather(torch.autograd.Function):
         return hidden.view_as(hidden) if gather is None else gather(hidden)
 
     @staticmethod
-    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.reduce(dhidden), None, None
 
 
@@ -135,22 +138,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.zeros_like(plan.target, dtype=torch.float32).index_copy_(0, rows, loss)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, rows = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
         scale = dloss.float()[rows]
+        grads, ctx.grads = ctx.grads, None  # handed over: they are changed below
         factor = _common_factor(scale) if need[1] else 1.0
-        if (
-            ctx.grads is None or factor is None
-        ):  # a second backward pass, or factors that differ by token
+        if grads is None or factor is None:  # a second backward pass, or factors differ by token
             _, dhidden, dweight = _run_chunks(hidden, weight, rows, scale, ctx.plan, ctx.ops, need)
+            factor = 1.0
         else:
-            dhidden, dweight = ctx.grads
+            dhidden, dweight = grads
             if dhidden is not None:
                 dhidden.mul_(scale[:, None])
-            if dweight is not None:
-                dweight.mul_(factor)
-        ctx.grads = None  # handed over: they are scaled now, and the caller may change them
+        if dweight is not None:
+            dweight = _scaled(dweight, factor, weight)
         if dhidden is not None and len(rows) < len(hidden):
             dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
         return dhidden, dweight, None, None
@@ -165,7 +167,10 @@ def _run_chunks(
     ops: ModuleType,
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (loss [S], dhidden [S, H] or None, dweight [V, H] or None) for incoming gradient `scale` [S]."""
+    """Return (loss [S], dhidden [S, H] or None, dweight fp32 [V, H] or None).
+
+    `scale` [S] is the incoming gradient of the loss.
+    """
     target = plan.target
     if len(rows) < len(hidden):
         hidden, target = hidden[rows], target[rows]
@@ -189,17 +194,17 @@ def _run_chunks(
             dweight = _add_product(dweight, logits, hidden[part])
     if not need[1]:
         return loss, dhidden, None
-    return loss, dhidden, torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+    return loss, dhidden, torch.zeros_like(weight).float() if dweight is None else dweight
 
 
 def _logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Return an uninitialised [rows, columns] matrix whose row stride is a multiple of ROW_ALIGNMENT."""
+    """Return an empty [rows, columns] matrix, its row stride a multiple of ROW_ALIGNMENT."""
     stride = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.empty(rows, stride, dtype=like.dtype, device=like.device)[:, :columns]
 
 
 def _add_product(total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
-    """Return total + dlogits^T hidden in fp32 [V, H], added inside the product where there is a total."""
+    """Return total + dlogits^T hidden in fp32 [V, H], added inside the product."""
     left = dlogits.T
     if dlogits.dtype == torch.float32:
         return left @ hidden if total is None else total.addmm_(left, hidden)
@@ -208,6 +213,13 @@ def _add_product(total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tenso
     if total is None:
         return torch.mm(left, hidden, out_dtype=torch.float32)
     return torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
+
+
+def _scaled(dweight: Tensor, factor: float, weight: Tensor) -> Tensor:
+    """Return factor * dweight in the weight's dtype: in place if it can be, else in one pass."""
+    if dweight.dtype == weight.dtype:
+        return dweight if factor == 1.0 else dweight.mul_(factor)
+    return torch.mul(dweight, factor, out=torch.empty_like(weight))
 
 
 def _common_factor(scale: Tensor) -> float | None:

@@ -4,7 +4,8 @@
     dx = r * (w * dy - x * r^2 * mean(x * w * dy))        dw = sum over rows of dy * x * r
 
 Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. Statistics and sums are in fp32.
-Nothing but the inputs is kept for the backward pass: it reads x anyway, so r costs no extra traffic.
+Nothing but the inputs is kept for the backward pass: it reads x anyway, so r costs no extra
+traffic.
 Legend: R rows (all leading dimensions), H hidden size.
 """
 
@@ -24,10 +25,10 @@ MAX_HIDDEN = 16384
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of `x` [..., H] by its root mean square and scale it by `weight` [H].
+    """Normalise rows of `x` [..., H] by their root mean square and scale them by `weight` [H].
 
-    x and weight share dtype (fp32, bf16, fp16) and device; the result is contiguous, of x's shape and
-    dtype. H is at most 16384 on a GPU. Raises ValueError for any other input.
+    x and weight share dtype (fp32, bf16, fp16) and device; the result is contiguous, of x's shape
+    and dtype. H is at most 16384 on a GPU. Raises ValueError for any other input.
     """
     implementation = _check("x", x, weight, eps)
     if implementation == "reference":
@@ -41,8 +42,8 @@ def rms_norm_residual(
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual), reading both inputs once.
 
-    Shapes and errors as in `rms_norm`; `residual` has x's shape, dtype and device. The sum is rounded to
-    x's dtype before it is normalised, so the result equals the two separate steps.
+    Shapes and errors as in `rms_norm`; `residual` has x's shape, dtype and device. The sum is
+    rounded to x's dtype before it is normalised, so the result equals the two separate steps.
     """
     implementation = _check("x", x, weight, eps)
     if residual.shape != x.shape:
@@ -74,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         dx, dweight = ctx.backend.backward(
             _rows(dy), None, rows, weight, ctx.eps, ctx.needs_input_grad[1]
@@ -93,7 +94,7 @@ class _RMSNormResidual(torch.autograd.Function):
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         dx, dweight = ctx.backend.backward(
             _rows(dy), _rows(dtotal), rows, weight, ctx.eps, ctx.needs_input_grad[2]
@@ -125,7 +126,8 @@ def _check(name: str, x: Tensor, weight: Tensor, eps: float) -> str:
     check_weight(weight, (x.shape[-1],))
     if implementation == "triton" and x.shape[-1] > MAX_HIDDEN:
         raise ValueError(
-            f"{name}: hidden size {x.shape[-1]} is above {MAX_HIDDEN}; choose use_implementation('torch')"
+            f"{name}: hidden size {x.shape[-1]} is above {MAX_HIDDEN}; "
+            "choose use_implementation('torch')"
         )
     if not eps > 0:
         raise ValueError(f"eps: {eps} is not positive")

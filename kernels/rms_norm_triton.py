@@ -1,10 +1,10 @@
 """RMSNorm on a GPU: the formulas of rms_norm.py as Triton kernels.
 
 Forward: one program a row, which stays in registers between the sum of squares and the scaling.
-Backward: a fixed set of programs, each walking over every P-th row with its share of dweight in registers;
-the [P, H] shares are added afterwards, in one order, so two runs agree bitwise.
-The hidden size is a run-time argument: a mask that the compiler cannot fold keeps it from hoisting loads
-across rows, which costs 20 registers a thread at 4096.
+Backward: a fixed set of programs, each walking over every P-th row with its share of dweight in
+registers; the [P, H] shares are added afterwards, in one order, so two runs agree bitwise. The
+hidden size is a run-time argument: a mask that the compiler cannot fold keeps it from hoisting
+loads across rows, which costs 20 registers a thread at 4096.
 Legend: R rows, H hidden size, P programs.
 """
 
@@ -101,7 +101,7 @@ PROGRAMS_ON_CPU = 8  # under the interpreter
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, x + residual), or (y, x) without a residual, for `x` [R, H] with unit stride in a row."""
+    """Return (y, x + residual), or (y, x) without a residual, for `x` [R, H]."""
     rows, hidden = x.shape
     y = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(y)
@@ -133,7 +133,7 @@ def backward(
     shares = torch.empty(
         programs if weight_grad else 0, hidden, dtype=torch.float32, device=x.device
     )
-    # A wide row leaves no registers for dtotal beside the share of dweight: each gets its own launch.
+    # A wide row leaves no registers for dtotal beside the share: each gets its own launch.
     split = triton.next_power_of_2(hidden) > WIDE and weight_grad and dtotal is not None
     for gradients in ((True, False), (False, True)) if split else ((True, weight_grad),):
         _launch_backward(dy, dtotal, x, weight, dx, shares, eps, gradients)

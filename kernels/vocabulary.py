@@ -1,6 +1,7 @@
-"""A vocabulary split over tensor-parallel ranks: whose column a label is, and how the ranks' sums join.
+"""A vocabulary split over tensor-parallel ranks: where a label lies, how the ranks' sums join.
 
-Legend: T tokens, V columns held by this rank, N of them true vocabulary (the rest is padding), W ranks.
+Legend: T tokens, V columns held by this rank, N of them true vocabulary (the rest is padding), W
+ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def true_columns(columns: int, vocab_start: int, vocab_size: int) -> int:
 
 
 def combine(stats: Tensor, all_gather: AllGather | None) -> tuple[Tensor, Tensor]:
-    """Join all ranks' [T, 3] (maximum, sum of exp(x - maximum), label logit): (log-sum-exp, label logit)."""
+    """Return (log-sum-exp [T], label logit [T]) over all ranks' columns from one rank's `stats`."""
     joined = stats[None] if all_gather is None else all_gather(stats)  # [W, T, 3]
     if joined.dim() != 3 or joined.shape[1:] != stats.shape:
         raise ValueError(
-            f"all_gather: returned shape {tuple(joined.shape)}; expected [ranks, {stats.shape[0]}, 3]"
+            f"all_gather: returned shape {tuple(joined.shape)}; "
+            f"expected [ranks, {stats.shape[0]}, 3]"
         )
     maximum, total, label_logit = joined.unbind(-1)
     peak = maximum.amax(0)
@@ -44,7 +46,7 @@ def combine(stats: Tensor, all_gather: AllGather | None) -> tuple[Tensor, Tensor
 def check_labels(
     labels: Tensor, tokens: int, vocab_size: int, ignore_index: int, device: torch.device
 ) -> None:
-    """Raise ValueError unless `labels` is int64 [T] with values in the vocabulary or `ignore_index`.
+    """Raise ValueError unless `labels` is int64 [T], in the vocabulary or `ignore_index`.
 
     The range check reads two numbers back, which on a GPU waits for the stream once a call.
     """
@@ -59,8 +61,9 @@ def check_labels(
     used = labels.masked_fill(labels == ignore_index, 0)
     low, high = torch.stack(used.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
         raise ValueError(
-            f"labels: value {low if low < 0 else high} lies outside the vocabulary [0, {vocab_size}); "
+            f"labels: value {wrong} lies outside the vocabulary [0, {vocab_size}); "
             f"fix the tokenizer, or mark unsupervised tokens with ignore_index={ignore_index}"
         )
 
@@ -82,6 +85,7 @@ def check_vocabulary(columns: int, vocab_start: int, vocab_size: int | None, gat
     held = f"columns [{vocab_start}, {vocab_start + columns})"
     if not gathered and (vocab_start or columns < vocab_size):
         raise ValueError(
-            f"all_gather: this rank holds {held} of {vocab_size}; pass the collective that joins the ranks"
+            f"all_gather: this rank holds {held} of {vocab_size}; "
+            "pass the collective that joins the ranks"
         )
     return vocab_size

@@ -85,7 +85,7 @@ class DataConfig:
     )
     max_length: int = option(2048, "tokens per pack", "--seq-length")
     dset_pack_level: str = option(
-        "soft", "how samples share a pack", choices=("soft", "hard", "none")
+        "soft", "how samples share a pack", choices=("soft", "hard", "best-fit", "none")
     )
     group_by_length: bool = option(False, "samples of like length share a step")
     num_workers: int = option(0, "loader processes per data-parallel rank")
@@ -139,6 +139,11 @@ class TrainConfig:
         None, "with full recomputation", choices=("uniform", "block")
     )
     recompute_num_layers: int | None = option(None, "with --recompute-method")
+    loss_implementation: str = option(
+        "fused-linear",
+        "fused-linear: no full logits; fused: kernels on full logits; torch: plain torch",
+        choices=("fused-linear", "fused", "torch"),
+    )
     seed: int = option(42, "seed of initialisation and data order")
 
 

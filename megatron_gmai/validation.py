@@ -5,7 +5,7 @@ Each rule is a line: what was given, why it cannot work, what to change.
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,21 @@ def validate(config: Config, world_size: int) -> None:
     The sizes must be the final ones: those of the start weights where a run has some. Raises one
     ValueError that lists all problems.
     """
-    rules = (_ranges, _model_sizes, _parallel_sizes, _batch, _inputs, _start, _memory)
+    _judge(
+        (_ranges, _model_sizes, _parallel_sizes, _batch, _inputs, _start, _memory),
+        config,
+        world_size,
+    )
+
+
+def validate_layout(config: Config, world_size: int) -> None:
+    """Checks only that model and processes divide by the layout: for programs that do not train."""
+    _judge((_parallel_sizes,), config, world_size)
+
+
+def _judge(
+    rules: Sequence[Callable[[Config, int], Iterator[Problem]]], config: Config, world_size: int
+) -> None:
     problems = [str(problem) for rule in rules for problem in rule(config, world_size)]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

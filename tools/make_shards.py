@@ -1,6 +1,7 @@
 """Makes WebDataset shards from GMAI-VL's list of data sets.
 
     python tools/make_shards.py --datasets LIST.json --output DIR [--tokenizer FILE]
+    python tools/make_shards.py --index DIR     shards that other tools have made
 
 Every annotation is checked and every image decoded once. What cannot be used is counted and stands
 in DIR/rejected.jsonl with its key, data set and reason. A run that was interrupted is continued by
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_gmai.data.build import build_shards
+from megatron_gmai.data.foreign import index_shards
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.data.shards import REJECTED_FILE, Manifest
 
@@ -21,22 +23,28 @@ from megatron_gmai.data.shards import REJECTED_FILE, Manifest
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after a mistake that the message explains."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--datasets", required=True, help="GMAI-VL list file (JSON)")
-    parser.add_argument("--output", required=True, help="folder for the shards")
+    parser.add_argument("--datasets", help="GMAI-VL list file (JSON)")
+    parser.add_argument("--output", help="folder for the shards")
+    parser.add_argument("--index", help="instead: folder of WebDataset shards to write an index of")
     parser.add_argument("--tokenizer", help="sentencepiece model to keep with the shards")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes; 0: only this one"
     )
     flags = parser.parse_args(argv)
-    progress = _Progress()
+    if bool(flags.index) == bool(flags.datasets) or bool(flags.datasets) != bool(flags.output):
+        parser.error("give --datasets with --output, or --index alone")
+    folder = Path(flags.index or flags.output)
     try:
-        manifest = build_shards(flags.datasets, flags.output, progress, flags.workers)
+        if flags.index:
+            manifest = index_shards(folder)
+        else:
+            manifest = build_shards(flags.datasets, folder, _Progress(), flags.workers)
         if flags.tokenizer:
-            copy_tokenizer(flags.tokenizer, flags.output)
+            copy_tokenizer(flags.tokenizer, folder)
     except (ValueError, OSError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
-    print(report(manifest, Path(flags.output)))
+    print(report(manifest, folder))
     if not manifest.samples:
         print("make_shards: no sample can be used", file=sys.stderr)
     return 0 if manifest.samples else 2

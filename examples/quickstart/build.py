@@ -35,7 +35,7 @@ from examples.quickstart.tokenizer import train_tokenizer
 class Sizes:
     """Samples to make: of each class, with text alone, and with two images."""
 
-    train: int = 420
+    train: int = 700
     held_out: int = 48
     text: int = 320
     train_pairs: int = 240

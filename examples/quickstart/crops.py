@@ -73,22 +73,6 @@ SINGLE_IMAGES = {
             HELD_OUT: (Region((0.02, 0.98), (0.56, 0.96)),),
         },
     ),
-    "leg_xray": SingleImage(
-        sources.leg_xray,
-        (0.24, 0.32),
-        {
-            TRAIN: (Region((0.0, 0.37), (0.33, 0.66)), Region((0.65, 1.0), (0.33, 0.62))),
-            HELD_OUT: (Region((0.38, 0.64), (0.33, 0.66)),),
-        },
-    ),
-    "shoulder_mr": SingleImage(
-        sources.shoulder_mr,
-        (0.22, 0.32),
-        {
-            TRAIN: (Region((0.12, 0.88), (0.12, 0.44)), Region((0.12, 0.60), (0.68, 0.98))),
-            HELD_OUT: (Region((0.14, 0.86), (0.445, 0.675)),),
-        },
-    ),
     "colon_histology": SingleImage(
         sources.colon_histology,
         (0.18, 0.32),
@@ -151,7 +135,7 @@ def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
 
 # One small image has few distinct crops. Turned and mirrored ones are added where no question
 # depends on the orientation; the other kinds keep theirs.
-_ANY_WAY_UP = ("abdominal_ct", "shoulder_mr", "colon_histology", "fundus", "nuclei")
+_ANY_WAY_UP = ("abdominal_ct", "colon_histology", "fundus", "nuclei")
 _PLANES = ("sagittal", "coronal", "axial")  # by the axis that stays fixed
 
 
@@ -225,15 +209,6 @@ def _chest_zone(pixels: np.ndarray, box: Box, height: int, rng: np.random.Genera
     return pixels, {"zone": "lower"} if box[0] > 0.52 * height else {}
 
 
-def _bone_direction(
-    pixels: np.ndarray, box: Box, height: int, rng: np.random.Generator
-) -> Rendered:
-    # The leg stands upright in the radiograph; a quarter turn lays it down.
-    if rng.random() < 0.5:
-        return pixels, {"direction": "vertical"}
-    return np.rot90(pixels), {"direction": "horizontal"}
-
-
 def _stain(pixels: np.ndarray, box: Box, height: int, rng: np.random.Generator) -> Rendered:
     red, blue = pixels[..., 0], pixels[..., 2]
     brown = float(np.mean(red > blue + 0.1))
@@ -253,7 +228,6 @@ def _pseudo_colour(pixels: np.ndarray, box: Box, height: int, rng: np.random.Gen
 _RENDER: dict[str, Callable[[np.ndarray, Box, int, np.random.Generator], Rendered]] = {
     "abdominal_ct": _windowed,
     "chest_xray": _chest_zone,
-    "leg_xray": _bone_direction,
     "colon_histology": _stain,
     "nuclei": _pseudo_colour,
 }

@@ -1,7 +1,7 @@
 """Questions and answers about a crop, from what is known of it; answers are one to ten words.
 
 Each question type has one right answer that the image shows. The types `plane`, `window`,
-`zone`, `direction`, `stain`, `channel` and `probe` exist only for the kinds that have the detail.
+`zone`, `stain`, `channel` and `probe` exist only for the kinds that have the detail.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,6 @@ FACTS = {
     "echo": Facts("ultrasound", "heart", "Ultrasound of the heart, transducer at the {}."),
     "abdominal_ct": Facts("CT", "abdomen", "CT of the abdomen shown in a {} window."),
     "chest_xray": Facts("X-ray", "chest", "Chest X-ray with ribs and lung."),
-    "leg_xray": Facts("X-ray", "leg", "X-ray of a leg, bone running {}."),
-    "shoulder_mr": Facts("MR", "shoulder", "MR of a shoulder in the coronal plane."),
     "colon_histology": Facts("histology", "colon", "Stained section of colon glands."),
     "fundus": Facts("fundus photography", "retina", "Photograph of the retina with vessels."),
     "nuclei": Facts("fluorescence microscopy", "cell nuclei", "Fluorescence of cell nuclei in {}."),
@@ -39,13 +37,11 @@ DETAILS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plane": ("In which plane is this slice?", ("axial", "coronal", "sagittal")),
     "window": ("Which display window is used?", tuple(CT_WINDOWS)),
     "zone": ("Which zone of the chest is shown?", ("upper", "lower")),
-    "direction": ("In which direction does the bone run?", ("vertical", "horizontal")),
     "stain": ("Which stain colour prevails?", ("brown", "blue")),
     "channel": ("In which colour is the channel displayed?", tuple(CHANNELS)),
     "probe": ("On which side of the image is the transducer?", PROBE_SIDES),
 }
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
-_ADVERBS = {"vertical": "vertically", "horizontal": "horizontally"}
 _OPEN = {
     "modality": ("Which imaging modality is this?", "How was this image acquired?"),
     "organ": ("What does the image show?", "Which organ or body part is this?"),
@@ -68,8 +64,6 @@ TEXT_FACTS = (
     ("Which part of the body holds the liver and the kidneys?", "abdomen"),
     ("Which part of the body holds the lungs?", "chest"),
     ("Which organ takes up water from food?", "colon"),
-    ("Which part of the body has a knee?", "leg"),
-    ("Which joint lifts the arm?", "shoulder"),
     ("Where is the DNA of a cell?", "cell nuclei"),
 )
 
@@ -128,10 +122,16 @@ def pair(first: str, second: str) -> Question:
 
 
 def choose(prompt: str, answer: str, pool: Sequence[str], rng: np.random.Generator) -> Question:
-    """A multiple-choice question of four options in random order; the answer is a letter."""
-    wrong = [option for option in pool if option != answer]
-    options = [answer, *(str(o) for o in rng.permutation(wrong)[: len(_LETTERS) - 1])]
-    options = [options[i] for i in rng.permutation(len(options))]
+    """A multiple-choice question of four neighbours in the pool; the answer is a letter.
+
+    The options keep the pool's order, or stand in reverse: a small model learns in minutes what a
+    list of options means, but not to look up words in any list.
+    """
+    count = len(_LETTERS)
+    start = min(pool.index(answer) // count * count, len(pool) - count)
+    options = list(pool[start : start + count])
+    if rng.random() < 0.5:
+        options.reverse()
     lines = [f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=True)]
     text = "\n".join([prompt, *lines, "Answer with the letter."])
     return Question("multiple_choice", text, _LETTERS[options.index(answer)])
@@ -156,4 +156,4 @@ def _caption(crop: Crop) -> str:
     if "{}" not in template:
         return template
     value = next(iter(crop.details.values()))
-    return template.format(_ADVERBS.get(value, value))
+    return template.format(value)

@@ -80,16 +80,6 @@ def chest_xray() -> np.ndarray:
     return _radiograph("RG1_UNCR.dcm")
 
 
-def leg_xray() -> np.ndarray:
-    """A lower leg with its ankle, `[1760, 1760]`, bones bright."""
-    return _radiograph("RG3_UNCR.dcm")
-
-
-def shoulder_mr() -> np.ndarray:
-    """A coronal MR image of a shoulder, `[1024, 1024]`."""
-    return _stretch(_dicom("MR2_UNCR.dcm").pixel_array)
-
-
 def echo_frames() -> np.ndarray:
     """120 frames of a heart ultrasound, `[120, 282, 360]`, the transducer at the top."""
     dataset = _dicom("color3d_jpeg_baseline.dcm")

@@ -66,7 +66,7 @@ class Row:
 
 
 def report(cases: Iterable[Case], targets: Iterable[Target] = TARGETS) -> list[Row]:
-    """Compile every case for every target, and count its bytes; a failure to compile is a figure too."""
+    """Compile every case for every target, and count its bytes; a failure is a figure too."""
     return [_row(case, tuple(targets)) for case in cases]
 
 

@@ -21,7 +21,7 @@ class MicroBatch:
     position_ids: torch.Tensor  # int64 [T], from 0 in each segment
     cu_seqlens: torch.Tensor  # int32 [segments + 1], from 0 to T
     max_seqlen: int
-    pixel_values: torch.Tensor  # uint8 [N, 3, I, I], not normalised; N = 0 where not asked for
+    pixel_values: torch.Tensor  # uint8 [N, 3, I, I], not normalised; see `iterate` for who has them
     image_starts: torch.Tensor  # int64 [N], flat position of each image's first placeholder
     num_samples: int
     num_tokens: int  # without padding
@@ -46,7 +46,7 @@ class Segment:
     sample: Rendered | None
     start: int
     stop: int
-    pixels: Sequence[np.ndarray] = ()  # uint8 [3, I, I] each, those inside start:stop
+    images: Sequence[bytes] = ()  # image files, those inside start:stop
 
 
 class BatchBuilder:
@@ -59,7 +59,7 @@ class BatchBuilder:
         self.labels = np.full(total, IGNORE, dtype=np.int64)
         self.bounds = [0]
         self.image_starts: list[int] = []
-        self.pixels: list[np.ndarray] = []
+        self.images: list[tuple[str, bytes]] = []  # with the key of their sample
         self.keys: list[str] = []
         self.samples = self.filled = 0
 
@@ -83,18 +83,17 @@ class BatchBuilder:
         starts = segment.sample.image_starts
         starts = starts[(starts >= segment.start) & (starts < segment.stop)]
         self.image_starts += (starts - segment.start + first).tolist()
-        self.pixels += segment.pixels
+        self.images += [(segment.key, data) for data in segment.images]
         self.filled += last - first
         if segment.start == 0:
             self.samples += 1
             self.keys.append(segment.key)
 
-    def build(self, image_size: int) -> MicroBatch:
+    def build(self, pixels: np.ndarray) -> MicroBatch:
+        """The micro-batch, with `pixels` uint8 [N, 3, I, I] of `images`."""
         bounds = np.array(self.bounds, dtype=np.int64)
         sizes = np.diff(bounds)
         positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
-        shape = (0, 3, image_size, image_size)
-        pixels = np.stack(self.pixels) if self.pixels else np.zeros(shape, dtype=np.uint8)
         return MicroBatch(
             tokens=torch.from_numpy(self.tokens),
             labels=torch.from_numpy(self.labels),

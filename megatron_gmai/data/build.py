@@ -27,7 +27,6 @@ from megatron_gmai.data.order import permutation
 from megatron_gmai.data.privacy import encode_png, strip_metadata, tiff_pages
 from megatron_gmai.data.records import Records, read_record
 from megatron_gmai.data.shards import (
-    INDEX_FILE,
     MANIFEST_FILE,
     REJECTED_FILE,
     ROW,
@@ -36,12 +35,14 @@ from megatron_gmai.data.shards import (
     ShardWriter,
     SourceInfo,
     read_manifest,
+    save_index,
     write_atomically,
     write_manifest,
 )
 
 RECORDS_PER_SHARD = 1000
 PARTS = ".parts"
+HASHED_BYTES = 256 * 2**20
 MAX_IMAGE_BYTES = 500_000_000
 
 
@@ -103,22 +104,27 @@ def _write_units(output: Path, units: Sequence[Unit], workers: int) -> Iterator[
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
-    """Of what decides the contents of the shards: names, annotation files, image folders.
+    """Of what decides the contents of the shards: names, annotations, image folders.
 
     Ratios are not part of it: they are applied when the data are read.
     """
     entries = [
         [
             source.name,
-            [
-                (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
-                for f in source.annotation_files
-            ],
-            [str(root.resolve()) for root in source.image_roots],
+            [_file_fingerprint(file) for file in source.annotation_files],
+            [str(root.resolve()) if root != Path() else "." for root in source.image_roots],
         ]
         for source in sources
     ]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def _file_fingerprint(file: Path) -> str:
+    """By content, so that a copy counts as the same; by size and time where that takes long."""
+    status = file.stat()
+    if status.st_size > HASHED_BYTES:
+        return f"{file.name} {status.st_size} {status.st_mtime_ns}"
+    return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
 def _check_existing(output: Path, inputs: str) -> Manifest:
@@ -269,9 +275,7 @@ def _finish(
         output / REJECTED_FILE, "".join(dump_line(line) for line in rejections).encode()
     )
     index = np.concatenate(rows)
-    partial = output / "index.partial.npy"
-    np.save(partial, index)
-    partial.replace(output / INDEX_FILE)
+    save_index(output, index)
     counts = np.bincount(index["source"], minlength=len(sources))
     rejected = [sum(line.source == source.name for line in rejections) for source in sources]
     infos = tuple(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.batch import BatchBuilder, MicroBatch, Segment
 from megatron_gmai.data.image import load_image
@@ -15,9 +17,13 @@ from megatron_gmai.data.lengths import Encoder, token_lengths
 from megatron_gmai.data.mixture import read_ratios
 from megatron_gmai.data.packing import Piece
 from megatron_gmai.data.plan import Plan, PlanSettings
-from megatron_gmai.data.shards import REJECTED_FILE, Shards, StoredSample
+from megatron_gmai.data.shards import REJECTED_FILE, Shards
 from megatron_gmai.data.template import get_template
 from megatron_gmai.data.tokenizer import Tokenizer
+
+# Part r of n of a micro-batch's images: r, n. None: no images at all.
+Share = tuple[int, int] | None
+ALL_IMAGES = (0, 1)
 
 
 class PackDataset:
@@ -85,7 +91,7 @@ class PackDataset:
         return packs
 
     def assemble(
-        self, packs: Sequence[Sequence[Piece]], with_pixels: bool = True
+        self, packs: Sequence[Sequence[Piece]], image_share: Share = ALL_IMAGES
     ) -> tuple[MicroBatch, list[Rejection]]:
         """One micro-batch of these packs (an empty pack is all padding), and the samples that
         could not be read and became padding.
@@ -95,10 +101,10 @@ class PackDataset:
         builder = BatchBuilder(len(packs), self.settings.max_length, self.encoder.tokenizer.pad_id)
         rejections: list[Rejection] = []
         for pieces in packs:
-            builder.add_pack([self._segment(piece, with_pixels, rejections) for piece in pieces])
-        return builder.build(self.vision.image_size), rejections
+            builder.add_pack([self._segment(piece, rejections) for piece in pieces])
+        return builder.build(self._pixels(builder.images, image_share)), rejections
 
-    def _segment(self, piece: Piece, with_pixels: bool, rejections: list[Rejection]) -> Segment:
+    def _segment(self, piece: Piece, rejections: list[Rejection]) -> Segment:
         try:
             stored = self.shards.read(piece.sample)
         except BadSample as error:
@@ -112,19 +118,31 @@ class PackDataset:
                 f"{piece.stop}: delete the lengths-*.npy files in {self.shards.folder}"
             )
         # Images end before any cut, so a sample's first piece holds them all.
-        pixels = self._pixels(stored) if with_pixels and piece.start == 0 else []
-        return Segment(stored.key, rendered, piece.start, piece.stop, pixels)
+        images = stored.images if piece.start == 0 else ()
+        return Segment(stored.key, rendered, piece.start, piece.stop, images)
 
-    def _pixels(self, stored: StoredSample) -> list:
-        """All images of a sample. They were decoded once when the shards were made, and the
-        checksum holds, so a failure here means another decoder: it ends the run."""
+    def _pixels(self, images: Sequence[tuple[str, bytes]], share: Share) -> np.ndarray:
+        """uint8 [N, 3, I, I] with this process's share decoded and the others black; [0, 3, I, I]
+        for processes that need none."""
+        side = self.vision.image_size
+        if share is None:
+            return np.zeros((0, 3, side, side), dtype=np.uint8)
+        part, parts = share
+        count = max(1, -(-len(images) // parts))
+        pixels = np.zeros((len(images), 3, side, side), dtype=np.uint8)
+        for number, (key, data) in list(enumerate(images))[part * count : (part + 1) * count]:
+            pixels[number] = self._decode(key, data)
+        return pixels
+
+    def _decode(self, key: str, data: bytes) -> np.ndarray:
+        """An image was decoded once when the shards were made, and the checksum holds, so a
+        failure here means another decoder: it ends the run."""
         try:
-            side = self.vision.image_size
-            return [load_image(data, side, self.pad_to_square) for data in stored.images]
+            return load_image(data, self.vision.image_size, self.pad_to_square)
         except BadSample as error:
             raise ValueError(
-                f"sample {stored.key}: {error}, though it was decoded when the shards were made; "
-                "make the shards again with the installed image libraries"
+                f"sample {key}: {error}, though it was decoded when the shards were made; make "
+                "the shards again with the installed image libraries"
             ) from error
 
 

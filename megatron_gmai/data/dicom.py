@@ -5,6 +5,7 @@ names (C.11.2), and inverted where the smallest value is white (MONOCHROME1, C.7
 """
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -25,27 +26,37 @@ def decode_dicom(data: bytes) -> np.ndarray:
     files that cannot be decoded or hold several frames.
     """
     try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, convert_color_space
+        import pydicom  # noqa: F401  (only whether it is there)
     except ImportError as error:
         raise BadSample("DICOM needs pydicom: pip install 'megatron-gmai[dicom]'") from error
     try:
-        file = pydicom.dcmread(io.BytesIO(data))
-        check_size(int(file.Columns), int(file.Rows))
-        frames = int(file.get("NumberOfFrames", 1) or 1)
-        if frames != 1:
-            raise BadSample(f"a DICOM file of {frames} frames; give each as a file of its own")
-        pixels = file.pixel_array
-        if int(file.get("SamplesPerPixel", 1)) == 3:
-            return convert_color_space(
-                pixels, file.PhotometricInterpretation, "RGB", per_frame=True
-            )
-        levels = window_to_8_bits(apply_modality_lut(pixels, file), _window(file))
+        # What pydicom warns of is either harmless or ends in an error below.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _decode(data)
     except BadSample:
         raise
     except Exception as error:  # pydicom and its decoders raise anything on damaged files
         raise BadSample(f"cannot decode DICOM: {error}") from error
-    return 255 - levels if file.PhotometricInterpretation == "MONOCHROME1" else levels
+
+
+def _decode(data: bytes) -> np.ndarray:
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, convert_color_space
+
+    file = pydicom.dcmread(io.BytesIO(data))
+    height, width = int(file.Rows), int(file.Columns)
+    check_size(width, height)
+    frames = int(file.get("NumberOfFrames", 1) or 1)
+    if frames != 1:
+        raise BadSample(f"a DICOM file of {frames} frames; give each as a file of its own")
+    pixels, colours = file.pixel_array, file.PhotometricInterpretation
+    if pixels.shape == (height, width, 3):
+        return convert_color_space(pixels, colours, "RGB", per_frame=True).astype(np.uint8)
+    if pixels.shape != (height, width):
+        raise BadSample(f"a DICOM file of shape {pixels.shape}, not {height} x {width}")
+    levels = window_to_8_bits(apply_modality_lut(pixels, file), _window(file))
+    return 255 - levels if colours == "MONOCHROME1" else levels
 
 
 def _window(file: Any) -> tuple[float, float] | None:

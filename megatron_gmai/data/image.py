@@ -50,7 +50,7 @@ def decode(data: bytes) -> np.ndarray:
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """The pixels that Pillow gives, faster, and without its silence about lost data.
 
-    None for the rare kinds (CMYK, odd sampling) that are left to Pillow.
+    None for the rare kinds (CMYK, odd sampling, padded segments) that are left to Pillow.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -59,12 +59,11 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     if colours not in ("YCbCr", "RGB", "Gray"):
         return None
     check_size(width, height)
-    exact = {"colorspace": "RGB", "fastdct": False, "fastupsample": False}
     try:
-        return simplejpeg.decode_jpeg(data, **exact, strict=True)
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except ValueError as error:
         if "extraneous bytes" in str(error):  # padding between segments: all pixels are there
-            return simplejpeg.decode_jpeg(data, **exact, strict=False)
+            return None
         raise BadSample(f"cannot decode: {error}") from error
 
 

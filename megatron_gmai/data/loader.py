@@ -13,7 +13,7 @@ import torch
 
 from megatron_gmai.data.balance import assign, pack_costs
 from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import PackDataset
+from megatron_gmai.data.dataset import ALL_IMAGES, PackDataset, Share
 from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.packing import Piece
 
@@ -39,11 +39,14 @@ def iterate(
     total_packs: int | None = None,
     num_workers: int = 0,
     with_pixels: bool = True,
+    image_share: tuple[int, int] = ALL_IMAGES,
 ) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches, `global_batch_size // (micro_batch_size * dp_size)` a step.
 
     Step i of the run takes the packs `start_pack + i * global_batch_size` and following. The last
     step before `total_packs` is filled up with empty packs; with None the stream is endless.
+    `image_share` (r, n) decodes only the r-th of n equal runs of each micro-batch's images and
+    leaves the others black, for ranks that encode no others; without `with_pixels` there are none.
     Closing the iterator ends the workers. Raises ValueError if the sizes do not divide, and
     RuntimeError that names the samples at hand if a worker dies.
     """
@@ -56,7 +59,7 @@ def iterate(
         dataset, dp_rank, dp_size, micro_batch_size, global_batch_size, start_pack, total_packs
     )
     loader = torch.utils.data.DataLoader(
-        _Assembler(dataset, with_pixels),
+        _Assembler(dataset, image_share if with_pixels else None),
         sampler=jobs,
         batch_size=None,
         num_workers=num_workers,
@@ -100,12 +103,12 @@ def _unchanged(result: Any) -> Any:
 class _Assembler(torch.utils.data.Dataset):
     """Runs in the workers: a job becomes a micro-batch."""
 
-    def __init__(self, dataset: PackDataset, with_pixels: bool) -> None:
-        self.dataset, self.with_pixels = dataset, with_pixels
+    def __init__(self, dataset: PackDataset, image_share: Share) -> None:
+        self.dataset, self.image_share = dataset, image_share
 
     def __getitem__(self, job: Job) -> Result:
         try:
-            return Result(*self.dataset.assemble(job, self.with_pixels))
+            return Result(*self.dataset.assemble(job, self.image_share))
         except ValueError as error:
             return Result(None, [], str(error))
 

@@ -25,6 +25,8 @@ INDEX_FILE = "index.npy"
 MANIFEST_FILE = "index.json"
 REJECTED_FILE = "rejected.jsonl"
 FORMAT = 1
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif", "img")
+CAPTION_QUESTION = "Describe this image."
 OPEN_FILES = 64  # per process
 BLOCK = tarfile.BLOCKSIZE
 # One row a sample. A shard's rows are contiguous and in file order.
@@ -141,7 +143,10 @@ class Shards:
     @cached_property
     def rows(self) -> np.ndarray:
         """The index, mapped and not loaded: all processes of a node share its memory."""
-        rows = np.load(self.folder / INDEX_FILE, mmap_mode="r")
+        try:
+            rows = np.load(self.folder / INDEX_FILE, mmap_mode="r")
+        except Exception as error:  # numpy raises anything on damaged headers
+            raise ValueError(f"cannot read {self.folder / INDEX_FILE}: {error}") from error
         if rows.dtype != ROW or len(rows) != self.manifest.samples:
             raise ValueError(f"{self.folder / INDEX_FILE} does not belong to {MANIFEST_FILE}")
         return rows
@@ -162,8 +167,11 @@ class Shards:
         images or not, because the checksum covers all members.
         """
         row = self.rows[sample]
-        file = self._open(int(row["shard"]))
-        span = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
+        shard, offset, size = (int(row[name]) for name in ("shard", "offset", "size"))
+        shards = self.manifest.shards
+        if shard >= len(shards) or offset + size > shards[shard].size:
+            raise BadSample("the index points outside of the shard")
+        span = os.pread(self._open(shard).fileno(), size, offset)
         if zlib.crc32(span) != row["crc"]:
             raise BadSample("the stored bytes have changed since they were written (checksum)")
         return parse_sample(span)
@@ -186,19 +194,54 @@ class Shards:
 
 
 def parse_sample(span: bytes) -> StoredSample:
-    """Splits the tar members of one sample. Raises BadSample if they are not one."""
-    record, images, keys = None, {}, set()
+    """Splits the tar members of one sample. Raises BadSample if they are not one.
+
+    Images come in the order of the numbers in their names, then of the names. A sample without
+    conversations but with a `txt` member is an image and its caption, as img2dataset writes them.
+    """
+    record: dict[str, Any] = {}
+    images, caption, keys = [], None, set()
     for name, data in tar_members(span):
-        folder, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        keys.add(f"{folder}/{stem}" if folder else stem)
+        key, suffix = split_name(name)
+        keys.add(key)
+        first, _, kind = suffix.rpartition(".")
         if suffix == "json":
-            record = json.loads(data)
-        else:
-            images[int(suffix.partition(".")[0])] = data
-    if record is None or len(keys) != 1 or sorted(images) != list(range(len(images))):
+            record = _parse_record(data)
+        elif suffix == "txt":
+            caption = data.decode("utf-8", "replace")
+        elif kind.lower() in IMAGE_SUFFIXES:
+            images.append((int(first) if first.isdecimal() else 0, suffix, data))
+    if len(keys) != 1:
         raise BadSample("the tar members are not those of one sample")
-    return StoredSample(keys.pop(), record, tuple(images[i] for i in sorted(images)))
+    images.sort(key=lambda image: image[:2])
+    if caption is not None and "conversations" not in record:
+        record = {**record, "conversations": _caption_turns(caption, len(images))}
+    if not record:
+        raise BadSample("neither an annotation nor a caption")
+    return StoredSample(keys.pop(), record, tuple(data for _, _, data in images))
+
+
+def _caption_turns(caption: str, images: int) -> list[dict[str, str]]:
+    question = "<image>\n" * images + CAPTION_QUESTION
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a tar member, as WebDataset splits them: at the first dot of the last
+    part of the path."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix
+
+
+def _parse_record(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"the annotation is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadSample("the annotation is not a JSON object")
+    return record
 
 
 def tar_members(span: bytes) -> Iterator[tuple[str, bytes]]:
@@ -264,6 +307,13 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `index.json` atomically: its presence says that the folder is complete."""
     write_atomically(folder / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def save_index(folder: Path, rows: np.ndarray) -> None:
+    """Writes `index.npy` atomically."""
+    partial = folder / "index.partial.npy"
+    np.save(partial, rows)
+    partial.replace(folder / INDEX_FILE)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

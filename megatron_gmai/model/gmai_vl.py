@@ -39,7 +39,9 @@ class GMAIVL(MegatronModule):
             self.vision_model = VisionTower(config.model.vision, device, groups)
             self.projector = Projector(config.model, device)
             self._untie_vision_from_tensor_parallelism()
-        self.language_model = LanguageModel(self.config, language, device, groups)
+        self.language_model = LanguageModel(
+            self.config, language, config.train.loss_implementation, device, groups
+        )
         self._freeze(config)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:

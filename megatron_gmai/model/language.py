@@ -5,9 +5,14 @@ With sequence parallelism, hidden states between layers are [T / tp, 1, H].
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch.distributed as dist
-from gmai_kernels import linear_cross_entropy
+from gmai_kernels import (
+    linear_cross_entropy,
+    use_implementation,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -68,9 +73,15 @@ class LanguageModel(MegatronModule):
     """InternLM2's decoder layers of one stage; embedding on the first, norm and head on the last."""
 
     def __init__(
-        self, config: TransformerConfig, language: LanguageConfig, device: Device, groups: Groups
+        self,
+        config: TransformerConfig,
+        language: LanguageConfig,
+        loss_implementation: str,
+        device: Device,
+        groups: Groups,
     ) -> None:
         super().__init__(config)
+        self.loss_implementation = loss_implementation
         self.vocab_size = language.vocab_size
         self.groups = groups
         padded = padded_vocab_size(language.vocab_size, groups.tp.size())
@@ -127,14 +138,18 @@ class LanguageModel(MegatronModule):
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token: [T or T / tp, 1, H], [T] -> fp32 [T], 0 where ignored."""
         weight = self.output_layer.weight
-        return linear_cross_entropy(
-            hidden[:, 0],
-            weight,
-            labels,
-            vocab_start=self.groups.tp.rank() * weight.size(0),
-            vocab_size=self.vocab_size,
-            **tensor_parallel_collectives(self.groups.tp, self.config.sequence_parallel),
+        collectives = tensor_parallel_collectives(self.groups.tp, self.config.sequence_parallel)
+        where = dict(
+            vocab_start=self.groups.tp.rank() * weight.size(0), vocab_size=self.vocab_size
         )
+        if self.loss_implementation == "fused-linear":
+            return linear_cross_entropy(hidden[:, 0], weight, labels, **where, **collectives)
+        logits, _ = self.output_layer(hidden, runtime_gather_output=False)  # [T, 1, V]
+        plain = self.loss_implementation == "torch"
+        with use_implementation("torch") if plain else nullcontext():
+            return vocab_parallel_cross_entropy(
+                logits[:, 0], labels, **where, all_gather=collectives.get("all_gather")
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, B, H] -> [S, B, vocabulary]; padding columns are cut off."""

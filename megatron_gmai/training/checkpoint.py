@@ -30,6 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from megatron_gmai.config import Config
+from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.safe_metadata import check_metadata
@@ -99,7 +100,7 @@ def save_checkpoint(
     dist.barrier()
     problem: str | None = None
     try:
-        state = _sharded_state(model, optimizer, groups, loading=False)
+        state = _sharded_state(model.module, optimizer, groups, loading=False)
         dist_checkpointing.save(
             state,
             str(temporary),
@@ -190,11 +191,7 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    state = _sharded_state(model, optimizer, groups, loading=True)
-    try:
-        loaded = dist_checkpointing.load(state, str(checkpoint.path))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
+    loaded = _load(checkpoint, _sharded_state(model.module, optimizer, groups, loading=True))
     model.module.load_state_dict(loaded["model"])
     if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
         optimizer_state.restore(
@@ -202,8 +199,25 @@ def load_checkpoint(
         )
 
 
+def load_weights(checkpoint: Checkpoint, model: GMAIVL, groups: Groups) -> None:
+    """Fill a model without gradient buffers, for inference, from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    loaded = _load(checkpoint, _sharded_state(model, None, groups, loading=True))
+    model.load_state_dict(loaded["model"])
+
+
+def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(checkpoint.path))
+    except CheckpointingException as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
+
+
 def _sharded_state(
-    model: DistributedDataParallel,
+    model: GMAIVL,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
     loading: bool,
@@ -212,7 +226,7 @@ def _sharded_state(
         "dp_cp_group": groups.dp_cp,
         "non_homogeneous_layers": True,  # a key per layer: the canonical names
     }
-    state: dict[str, Any] = {"model": model.module.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
     return state

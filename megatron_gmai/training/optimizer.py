@@ -63,10 +63,14 @@ def build_optimizer(
 
 
 def learning_rate(iteration: int, total: int, train: TrainConfig) -> float:
-    """Rate of optimizer step `iteration` (from 1): linear warm-up from 0, then cosine to `min_lr`."""
+    """Rate of optimizer step `iteration` (from 1): linear warm-up from 0, then cosine to `min_lr`.
+
+    Neither end of the ramps is a step of its own: the first step already moves the weights, and
+    the last one still does.
+    """
     warmup = round(train.warmup_ratio * total)
     if iteration <= warmup:
-        return train.lr * iteration / warmup
-    progress = (iteration - warmup) / max(1, total - warmup)
+        return train.lr * iteration / (warmup + 1)
+    progress = (iteration - 1 - warmup) / max(1, total - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return train.min_lr + (train.lr - train.min_lr) * cosine

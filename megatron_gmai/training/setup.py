@@ -31,6 +31,7 @@ from megatron_gmai.training.checkpoint import (
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.step import TrainStep
 from megatron_gmai.training.weights import SeededWeights, fill
+from megatron_gmai.validation import tokenizer_path
 
 Log = Callable[[str], None]
 
@@ -95,8 +96,9 @@ def with_sizes(config: Config, start: Start) -> Config:
 def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Tokenizer]:
     """Make or find the shards, then settle the vocabulary by the tokenizer."""
     work_dir = Path(config.run.work_dir)
+    tokenizer_file = tokenizer_path(config)
     data = prepare_data(
-        config.data,
+        dataclasses.replace(config.data, tokenizer=str(tokenizer_file) if tokenizer_file else None),
         config.model.vision,
         default_cache_dir=str(work_dir / "shards"),
         is_builder=dist.get_rank() == 0,

@@ -40,13 +40,14 @@ def fill(model: GMAIVL, weights: Mapping[str, Tensor]) -> None:
 class SeededWeights(Mapping[str, Tensor]):
     """Whole random tensors by canonical name, a pure function of seed, name and shape.
 
-    Matrices are normal with standard deviation sqrt(2 / (5 · fan_in)) (Nguyen & Salazar, 2019);
-    the two projections that write to the residual stream of L layers are divided by sqrt(2 L).
+    Matrices are normal with standard deviation sqrt(2 / (5 · fan_in)) (Nguyen & Salazar, 2019), in
+    the vision tower 1 / sqrt(fan_in) (LeCun et al., 1998). Projections that write to the residual
+    stream of L layers are divided by sqrt(2 L).
     """
 
     def __init__(self, model: ModelConfig, seed: int) -> None:
         self.shapes, self.seed = canonical_shapes(model), seed
-        self.layers = model.language.num_layers
+        self.model = model
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -56,11 +57,17 @@ class SeededWeights(Mapping[str, Tensor]):
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        fan_in = math.prod(shape[1:])
-        std = math.sqrt(2 / (5 * fan_in))
-        if "linear_proj" in name or "linear_fc2" in name and not name.startswith("projector"):
-            std /= math.sqrt(2 * self.layers)
-        return torch.empty(shape).normal_(0, std, generator=generator)
+        return torch.empty(shape).normal_(0, self._std(name, shape), generator=generator)
+
+    def _std(self, name: str, shape: tuple[int, ...]) -> float:
+        if name == "vision_model.position_embeddings.weight":
+            return 0.3  # of the patch embeddings, which have 1
+        vision = name.startswith("vision_model.")
+        gain = 1.0 if vision else math.sqrt(2 / 5)
+        layers = self.model.vision.layers_used if vision else self.model.language.num_layers
+        if ".decoder." in name and ("linear_proj" in name or "linear_fc2" in name):
+            gain /= math.sqrt(2 * layers)
+        return gain / math.sqrt(math.prod(shape[1:]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

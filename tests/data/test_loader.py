@@ -139,6 +139,18 @@ def test_without_pixels_everything_else_is_the_same(dataset: PackDataset) -> Non
     assert torch.equal(without.tokens, with_pixels.tokens)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_the_shares_of_a_group_make_up_the_images(dataset: PackDataset, parts: int) -> None:
+    whole = next(iterate(dataset, 0, 1, 4, GLOBAL))
+    total, count = torch.zeros_like(whole.pixel_values), -(-len(whole.pixel_values) // parts)
+    for part in range(parts):
+        share = next(iterate(dataset, 0, 1, 4, GLOBAL, image_share=(part, parts)))
+        own = slice(part * count, (part + 1) * count)
+        assert torch.equal(share.pixel_values[own], whole.pixel_values[own])
+        total += share.pixel_values
+    assert torch.equal(total, whole.pixel_values)
+
+
 def test_sizes_that_do_not_divide_are_refused(dataset: PackDataset) -> None:
     with pytest.raises(ValueError, match="--global-batch-size 12 .* 5 data-parallel ranks"):
         next(iterate(dataset, 0, 5, 1, GLOBAL))

@@ -1,6 +1,7 @@
 """Making shards: every sample is stored or told in the ledger, whatever the input looks like."""
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -107,6 +108,14 @@ class TestInterruption:
     def test_a_second_run_finds_everything_done(self, tmp_path: Path, write_list: Callable) -> None:
         list_file = write_list(A=mixed_records(tmp_path, 3))
         first = build_shards(list_file, tmp_path / "shards")
+        assert build_shards(list_file, tmp_path / "shards") == first
+
+    def test_annotations_that_were_only_touched_are_the_same(
+        self, tmp_path: Path, write_list: Callable
+    ) -> None:
+        list_file = write_list(A=mixed_records(tmp_path, 3))
+        first = build_shards(list_file, tmp_path / "shards")
+        os.utime(tmp_path / "A.json", (1, 1))
         assert build_shards(list_file, tmp_path / "shards") == first
 
     def test_shards_of_other_data_are_not_overwritten(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import PackDataset
+from megatron_gmai.data.dataset import ALL_IMAGES, PackDataset, Share
 from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.loader import iterate
 from megatron_gmai.data.packing import Piece
@@ -27,11 +27,11 @@ class Fatal(PackDataset):
         return Fatal, super().__reduce__()[1]
 
     def assemble(
-        self, packs: Sequence[Sequence[Piece]], with_pixels: bool = True
+        self, packs: Sequence[Sequence[Piece]], image_share: Share = ALL_IMAGES
     ) -> tuple[MicroBatch, list[Rejection]]:
         if any(piece.sample == self.poison for pack in packs for piece in pack):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().assemble(packs, with_pixels)
+        return super().assemble(packs, image_share)
 
 
 @pytest.fixture

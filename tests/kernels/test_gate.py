@@ -41,7 +41,7 @@ def cap_for(hidden: int, caps: dict[int, tuple[int, int, int]], target) -> int:
 
 
 def slices(vocabulary: int) -> list[tuple[int, int]]:
-    """(columns held, true columns) of the first and the last rank at TP 1 to 8, rows padded to 128."""
+    """(columns held, true columns) of the first and the last rank at TP 1 to 8."""
     found = []
     for ranks in (1, 2, 4, 8):
         held = -(-vocabulary // (128 * ranks)) * 128

@@ -31,7 +31,7 @@ every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: tar
 
 @triton.jit
 def greedy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """Holds a whole row per thread block twice, in float32: far more than the registers there are."""
+    """Holds two rows in float32: at a large BLOCK, more than the registers there are."""
     cols = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + cols).to(tl.float32)
     y = tl.load(y_ptr + cols).to(tl.float32)
@@ -101,7 +101,7 @@ def compile_product(target, size: int, depth: int):
     a, b = torch.empty(2, size, 4096, dtype=torch.bfloat16)
     c = torch.empty(size, size, dtype=torch.bfloat16)
     with compiling(target) as compiled:
-        product_kernel[(1,)](a, b, c, 4096, M=size, K=depth, num_warps=8, num_stages=2)
+        product_kernel[(1,)](a, b, c, 4096, M=size, K=depth, num_warps=8, num_stages=3)
     return compiled[0]
 
 
@@ -120,7 +120,7 @@ def test_a_good_kernel_passes_through_its_real_launcher(target):
 @every_target
 def test_spills_are_caught(target):
     check_no_spills(compile_greedy(target, 1024))
-    spilling = compile_greedy(target, 1024 * target.triton.warp_size)
+    spilling = compile_greedy(target, 16 * target.triton.warp_size**2)
     with pytest.raises(
         GateFailure, match=f"greedy_kernel on {target.name}: bytes spilled"
     ) as failure:
@@ -129,9 +129,9 @@ def test_spills_are_caught(target):
 
 
 def test_spilled_bytes_are_what_the_assembler_reports():
-    compiled = compile_greedy(SM_90, 32768)
+    compiled = compile_greedy(SM_90, 16384)
     kernels = greedy_kernel.device_caches["sm_90"][0].values()
-    text = next(k.asm["ptx"] for k in kernels if "32768" in k.asm["ttgir"])
+    text = next(k.asm["ptx"] for k in kernels if "16384" in k.asm["ttgir"])
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(text)
         file.flush()

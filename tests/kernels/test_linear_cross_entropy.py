@@ -3,16 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gmai_kernels import linear_cross_entropy, use_implementation
 from numerics import (
     TOLERANCE,
     as_ranks,
     assert_close,
     every_dtype,
     every_implementation,
+    grad,
     leaf,
     running,
 )
+
+from gmai_kernels import linear_cross_entropy, use_implementation
 
 HIDDEN = 96
 
@@ -27,20 +29,20 @@ def inputs(tokens: int, rows: int, vocab_size: int, dtype: torch.dtype):
 
 
 def with_full_logits(hidden, weight, labels, dloss, vocab_size, dtype=torch.float64):
-    """Loss, hidden gradient and weight gradient with full logits, in float64 or the input's dtype."""
+    """Loss, hidden gradient and weight gradient with full logits."""
     hidden, weight = leaf(hidden, dtype), leaf(weight, dtype)
     logits = (hidden @ weight.T)[:, :vocab_size]
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
     loss.backward(dloss.to(loss.dtype))
-    return loss.detach(), hidden.grad, weight.grad
+    return loss.detach(), grad(hidden), grad(weight)
 
 
 def assert_as_exact(found, hidden, weight, labels, dloss, vocab_size):
     """Fail unless loss and gradients keep the tolerance.
 
-    Where one matrix product of this dtype cannot keep it (a sum over 92553 columns in fp32, a gradient
-    rounded twice in bf16), the bar is the error that full logits in the same dtype have.
+    Where one matrix product of this dtype cannot keep it (a sum over 92553 columns in fp32, a
+    gradient rounded twice in bf16), the bar is the error that full logits in the same dtype have.
     """
     arguments = hidden, weight, labels, dloss, vocab_size
     reference = with_full_logits(*arguments)
@@ -70,8 +72,8 @@ def test_loss_and_gradients(implementation, dtype, tokens, rows, vocab_size, chu
         loss = linear_cross_entropy(hidden, weight, labels, vocab_size=vocab_size, chunk_size=chunk)
         loss.backward(dloss)
     assert loss.dtype == torch.float32
-    assert hidden.grad.dtype == weight.grad.dtype == dtype
-    assert_as_exact((loss, hidden.grad, weight.grad), *inputs_)
+    assert grad(hidden).dtype == grad(weight).dtype == dtype
+    assert_as_exact((loss, grad(hidden), grad(weight)), *inputs_)
 
 
 @every_implementation
@@ -107,8 +109,8 @@ def test_ranks_equal_the_whole(implementation, dtype, ranks, sequence_parallel):
                 chunk_size=5,
             )
             loss.backward(dloss)
-        assert local.grad.shape == local.shape
-        return loss, partial[0].double(), part.grad
+        assert grad(local).shape == local.shape
+        return loss, partial[0].double(), grad(part)
 
     results = as_ranks(ranks, rank_run)
     dhidden = torch.stack([result[1] for result in results]).sum(0)
@@ -127,7 +129,7 @@ def test_a_frozen_output_layer_gets_no_gradient(implementation):
         loss = linear_cross_entropy(hidden, weight, labels, chunk_size=5)
         loss.backward(dloss)
     assert weight.grad is None
-    assert_close(hidden.grad, reference[1], 2e-6, "dhidden")
+    assert_close(grad(hidden), reference[1], 2e-6, "dhidden")
 
 
 @every_implementation
@@ -137,7 +139,7 @@ def test_the_weight_alone_may_be_trained(implementation):
     weight = leaf(weight)
     with running(implementation):
         linear_cross_entropy(hidden, weight, labels, chunk_size=5).sum().backward()
-    assert_close(weight.grad, reference[2], 2e-6, "dweight")
+    assert_close(grad(weight), reference[2], 2e-6, "dweight")
 
 
 @every_implementation
@@ -157,7 +159,7 @@ def test_all_tokens_ignored(implementation):
     with running(implementation):
         loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
         loss.sum().backward()
-    assert not loss.any() and not hidden.grad.any() and not weight.grad.any()
+    assert not loss.any() and not grad(hidden).any() and not grad(weight).any()
 
 
 @every_implementation
@@ -181,14 +183,19 @@ def test_two_runs_agree_bitwise(implementation):
         with running(implementation):
             loss = linear_cross_entropy(hidden, weight, labels, chunk_size=5)
             loss.mean().backward()
-        results.append((loss, hidden.grad, weight.grad))
-    assert all(torch.equal(first, second) for first, second in zip(*results))
+        results.append((loss, grad(hidden), grad(weight)))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 def test_the_logits_of_one_chunk_are_the_largest_tensor(monkeypatch):
     made = []
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+
+    def noted(*arguments, **keywords):
+        made.append(empty(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", noted)
     hidden, weight, labels = inputs(64, 1000, 1000, torch.float32)
     linear_cross_entropy(leaf(hidden), weight, labels, chunk_size=16)
     assert max(tensor.numel() for tensor in made) == 16 * 1024

@@ -1,12 +1,13 @@
-"""The losses on two real tensor-parallel ranks, with gloo's collectives, equal the unsharded ones."""
+"""Both losses on two real tensor-parallel ranks, over gloo, equal the unsharded ones."""
 
 import socket
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from numerics import assert_close, grad, leaf
+
 from gmai_kernels import linear_cross_entropy, vocab_parallel_cross_entropy
-from numerics import assert_close, leaf
 
 WORLD, TOKENS, HIDDEN, VOCAB_SIZE, HELD = 2, 12, 32, 101, 64
 
@@ -66,8 +67,8 @@ def rank_main(rank: int, port: int) -> None:
         )
         loss.mean().backward()
         assert_close(loss, expected, 2e-6, "loss")
-        assert_close(local.grad, full_hidden.grad[tokens], 2e-6, "dhidden")
-        assert_close(part.grad, full_weight.grad[own_rows], 2e-6, "dweight")
+        assert_close(grad(local), grad(full_hidden)[tokens], 2e-6, "dhidden")
+        assert_close(grad(part), grad(full_weight)[own_rows], 2e-6, "dweight")
     dist.destroy_process_group()
 
 

@@ -1,0 +1,133 @@
+"""CPU part of the kernel benchmark: memory and time of the fused loss, time of RMSNorm.
+
+Each way to compute the loss runs in a process of its own, because a peak of resident memory is the
+peak of a process. Time is CPU seconds of all threads, waiting threads asleep, so that a busy machine
+does not change a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kernel_figures import Figure, at_least, at_most
+from torch import Tensor
+
+from gmai_kernels import linear_cross_entropy, rms_norm
+
+THREADS = 2
+TOKENS, HIDDEN, VOCABULARY = 2048, 1024, 92544
+REPEATS = 2
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {
+    "full logits": lambda hidden, weight, labels: F.cross_entropy(hidden @ weight.T, labels),
+    "F.linear_cross_entropy": lambda hidden, weight, labels: F.linear_cross_entropy(
+        hidden, weight, labels
+    ),
+    "fused": lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels).mean(),
+}
+
+
+def figures() -> list[Figure]:
+    """Run all CPU measurements; about five minutes on two idle cores."""
+    found = []
+    for frozen in (False, True):
+        state = "frozen" if frozen else "trained"
+        results = {name: _in_own_process(name, frozen) for name in LOSSES}
+        for name, result in results.items():
+            label = f"cpu, output layer {state}, {name}"
+            found.append(Figure(f"{label}: time", result["seconds"], "CPU s"))
+            found.append(Figure(f"{label}: peak extra memory", result["mebibytes"], "MiB"))
+        fused = results.pop("fused")
+        share = fused["mebibytes"] / results["full logits"]["mebibytes"]
+        label = f"cpu, output layer {state}, fused / "
+        found.append(
+            at_most(f"{label}full logits: memory", share, "x", 1 / 12 if frozen else 1 / 4)
+        )
+        for name, other in results.items():
+            ratio = fused["seconds"] / other["seconds"]
+            found.append(at_most(f"{label}{name}: time", ratio, "x", 1.05))
+    return found + _rms_norm_figures()
+
+
+def _in_own_process(name: str, frozen: bool) -> dict[str, float]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, __file__, name] + ["--frozen"] * frozen
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(output.stdout)
+    return result
+
+
+def _measure_loss(loss: Loss, frozen: bool) -> dict[str, float]:
+    """CPU seconds of forward and backward (best of REPEATS) and peak memory above the inputs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN).requires_grad_()
+    weight = torch.empty(VOCABULARY, HIDDEN).normal_(std=0.02).requires_grad_(not frozen)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    loss(hidden[:8], weight[:8], labels[:8] % 8).backward()  # libraries loaded, buffers made
+    seconds, peak = [], 0.0
+    for _ in range(REPEATS):
+        hidden.grad = weight.grad = None
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = _resident("VmRSS")
+        start = time.process_time()
+        loss(hidden, weight, labels).backward()
+        seconds.append(time.process_time() - start)
+        peak = max(peak, _resident("VmHWM") - before)
+    return {"seconds": min(seconds), "mebibytes": peak}
+
+
+def _resident(key: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def _rms_norm_figures() -> list[Figure]:
+    def eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (wide * r * weight.float()).to(x.dtype)
+
+    torch.set_num_threads(THREADS)
+    found = []
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        plain, fused = (_measure_norm(norm, dtype) for norm in (eager, rms_norm))
+        found.append(Figure(f"cpu, RMSNorm {label}: time", fused * 1e3, "CPU ms"))
+        found.append(at_least(f"cpu, RMSNorm {label}: eager / fused time", plain / fused, "x", 2))
+    return found
+
+
+def _measure_norm(norm: Callable[[Tensor, Tensor, float], Tensor], dtype: torch.dtype) -> float:
+    """CPU seconds of forward and backward, best of 20."""
+    x = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
+    weight, dy = torch.ones(HIDDEN, dtype=dtype).requires_grad_(), torch.randn(TOKENS, HIDDEN)
+    seconds = []
+    for _ in range(20):
+        start = time.process_time()
+        norm(x, weight, 1e-5).backward(dy.to(dtype))
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def main() -> None:
+    """Measure one way to compute the loss, and print the result as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("loss", choices=LOSSES)
+    parser.add_argument("--frozen", action="store_true", help="the output layer is not trained")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    print(json.dumps(_measure_loss(LOSSES[arguments.loss], arguments.frozen)))
+
+
+if __name__ == "__main__":
+    main()

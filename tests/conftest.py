@@ -1,0 +1,19 @@
+"""What several packages' tests share: a world of one process, and a small real data set."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.parallel.cases import World
+
+# Threads that wait by spinning make several processes on few cores very slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A world of this process alone on the emulated device; torch is itself again afterwards."""
+    world = World()
+    yield world
+    world.close()

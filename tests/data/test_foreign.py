@@ -1,0 +1,91 @@
+"""Shards of other tools: indexed where they lie, and trained on."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from megatron_gmai.config import DataConfig
+from megatron_gmai.data.dataset import open_dataset
+from megatron_gmai.data.foreign import index_shards
+from megatron_gmai.data.ledger import read_ledger
+from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.shards import Shards
+from megatron_gmai.data.tokenizer import load_tokenizer
+from tests.data.world import VISION, encoded, picture, record
+from tools.make_shards import main
+
+CAPTION = "a scan of the left lung"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards by WebDataset's own writer: conversations, and img2dataset's captions."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "a.tar")) as writer:
+        for i in range(4):
+            turns = record("<image><image> what", "yes")
+            files = {"0.png": encoded(picture(seed=i)), "1.png": encoded(picture(seed=9))}
+            writer.write({"__key__": f"deep/{'long' * 30}{i}", "json": turns, **files})
+    with webdataset.TarWriter(str(folder / "b.tar")) as writer:
+        for i in range(3):
+            meta = {"url": "somewhere", "width": 20}
+            image = encoded(picture(seed=i), "JPEG")
+            writer.write({"__key__": f"{i:09d}", "jpg": image, "txt": CAPTION, "json": meta})
+    return folder
+
+
+def test_samples_are_found_with_images_in_order(folder: Path) -> None:
+    assert index_shards(folder).samples == 7
+    shards = Shards(folder)
+    first = shards.read(0)
+    assert first.images == (encoded(picture(seed=0)), encoded(picture(seed=9)))
+    caption = shards.read(4)
+    assert [turn["value"] for turn in caption.record["conversations"]] == [
+        "<image>\nDescribe this image.",
+        CAPTION,
+    ]
+
+
+def test_they_can_be_trained_on(folder: Path, tokenizer_file: Path) -> None:
+    assert main(["--index", str(folder), "--tokenizer", str(tokenizer_file)]) == 0
+    data = DataConfig(shards=str(folder), max_length=128)
+    dataset = open_dataset(data, load_tokenizer(tokenizer_file), VISION, 1, None)
+    batches = list(iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1)))
+    assert sum(batch.num_samples for batch in batches) == 7
+    assert sum(len(batch.pixel_values) for batch in batches) == 4 * 2 + 3
+
+
+def test_a_second_run_finds_the_index_and_other_files_are_noticed(folder: Path) -> None:
+    assert index_shards(folder) == index_shards(folder)
+    (folder / "b.tar").unlink()
+    with pytest.raises(ValueError, match="index of other files"):
+        index_shards(folder)
+
+
+def test_links_devices_and_leaving_names_are_refused(tmp_path: Path) -> None:
+    turns = json.dumps(record("what", "yes")).encode()
+    kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("good", "../up", "/absolute"):
+            member = tarfile.TarInfo(f"{name}.json")
+            member.size = len(turns)
+            archive.addfile(member, io.BytesIO(turns))
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(f"{name}.json")
+            member.type, member.linkname = kind, "/etc/hostname"
+            archive.addfile(member)
+    manifest = index_shards(tmp_path)
+    assert (manifest.samples, manifest.rejected) == (1, 5)
+    reasons = [line.reason for line in read_ledger(tmp_path / "rejected.jsonl")]
+    assert sum("link or a device" in reason for reason in reasons) == 3
+    assert sum("leaves its folder" in reason for reason in reasons) == 2
+
+
+def test_a_folder_without_tar_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no .tar files"):
+        index_shards(tmp_path)
