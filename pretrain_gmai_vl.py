@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Train GMAI-VL: `torchrun --nproc-per-node N pretrain_gmai_vl.py FLAGS`, or without torchrun alone.
+"""Train GMAI-VL: `torchrun --nproc-per-node N pretrain_gmai_vl.py FLAGS`.
 
+One process needs no torchrun: `python pretrain_gmai_vl.py FLAGS`.
 `--help` lists the flags. The same command runs on CPU (gloo) and on GPUs (NCCL).
 """
 

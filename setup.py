@@ -19,6 +19,7 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
         "sentencepiece>=0.2",
         "pillow>=10",
+        "simplejpeg>=1.7",
         "webdataset>=1.0",
         "numpy>=1.26",
         "safetensors>=0.4",
@@ -28,6 +29,7 @@ setup(
     extras_require={
         # Apex is built from its sources on the machine itself; it is used when it is there.
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7,<2.9"],
+        "dicom": ["pydicom>=3"],
         "hf": ["transformers>=4.46"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],
     },

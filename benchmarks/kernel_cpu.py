@@ -1,8 +1,8 @@
 """CPU part of the kernel benchmark: memory and time of the fused loss, time of RMSNorm.
 
 Each way to compute the loss runs in a process of its own, because a peak of resident memory is the
-peak of a process. Time is CPU seconds of all threads, waiting threads asleep, so that a busy machine
-does not change a ratio.
+peak of a process. Time is CPU seconds of all threads, waiting threads asleep, so that a busy
+machine does not change a ratio.
 """
 
 from __future__ import annotations

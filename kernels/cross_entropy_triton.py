@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gmai_kernels.dispatch import on_device_of
 from gmai_kernels.vocabulary import IGNORED
 
 STATISTICS_BLOCK = 4096  # columns of one step: 16 a thread, two 128-bit loads under way
@@ -88,16 +89,17 @@ def statistics(logits: Tensor, target: Tensor, columns: int) -> Tensor:
     Rows whose target is IGNORED are not read: their sum is 0.
     """
     stats = torch.empty(logits.shape[0], 3, dtype=torch.float32, device=logits.device)
-    _statistics_kernel[(logits.shape[0],)](
-        logits,
-        target,
-        stats,
-        logits.stride(0),
-        columns,
-        IGNORED=IGNORED,
-        BLOCK=STATISTICS_BLOCK,
-        num_warps=STATISTICS_WARPS,
-    )
+    with on_device_of(logits):
+        _statistics_kernel[(logits.shape[0],)](
+            logits,
+            target,
+            stats,
+            logits.stride(0),
+            columns,
+            IGNORED=IGNORED,
+            BLOCK=STATISTICS_BLOCK,
+            num_warps=STATISTICS_WARPS,
+        )
     return stats
 
 
@@ -106,16 +108,17 @@ def gradient_(logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, column
 
     Padding columns get 0. Rows of scale 0 are not read.
     """
-    lanes = triton.runtime.driver.active.get_current_target().warp_size  # 32, on AMD 64
-    _gradient_kernel[(logits.shape[0],)](
-        logits,
-        target,
-        lse,
-        scale,
-        logits.stride(0),
-        columns,
-        BLOCK=GRADIENT_BLOCK,
-        num_warps=GRADIENT_BLOCK // GRADIENT_COLUMNS // lanes,
-    )
+    with on_device_of(logits):
+        lanes = triton.runtime.driver.active.get_current_target().warp_size  # 32, on AMD 64
+        _gradient_kernel[(logits.shape[0],)](
+            logits,
+            target,
+            lse,
+            scale,
+            logits.stride(0),
+            columns,
+            BLOCK=GRADIENT_BLOCK,
+            num_warps=GRADIENT_BLOCK // GRADIENT_COLUMNS // lanes,
+        )
     if columns < logits.shape[1]:
         logits[:, columns:].zero_()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Implementation = Literal["auto", "triton", "torch", "reference"]
@@ -49,3 +50,8 @@ def chosen_implementation(tensor: Tensor) -> Literal["triton", "torch", "referen
             "or choose use_implementation('torch')"
         )
     return name
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

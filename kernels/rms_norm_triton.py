@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gmai_kernels.dispatch import on_device_of
+
 
 @triton.jit
 def _forward_kernel(
@@ -106,20 +108,21 @@ def forward(
     y = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(y)
     block = triton.next_power_of_2(hidden)
-    _forward_kernel[(rows,)](
-        x,
-        x if residual is None else residual,
-        weight,
-        y,
-        total,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        hidden,
-        eps,
-        BLOCK=block,
-        HAS_RESIDUAL=residual is not None,
-        num_warps=_warps(block),
-    )
+    with on_device_of(x):
+        _forward_kernel[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            y,
+            total,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            hidden,
+            eps,
+            BLOCK=block,
+            HAS_RESIDUAL=residual is not None,
+            num_warps=_warps(block),
+        )
     return y, total
 
 
@@ -133,46 +136,33 @@ def backward(
     shares = torch.empty(
         programs if weight_grad else 0, hidden, dtype=torch.float32, device=x.device
     )
-    # A wide row leaves no registers for dtotal beside the share: each gets its own launch.
-    split = triton.next_power_of_2(hidden) > WIDE and weight_grad and dtotal is not None
-    for gradients in ((True, False), (False, True)) if split else ((True, weight_grad),):
-        _launch_backward(dy, dtotal, x, weight, dx, shares, eps, gradients)
-    return dx, shares.sum(0).to(weight.dtype) if weight_grad else None
-
-
-def _launch_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    dx: Tensor,
-    shares: Tensor,
-    eps: float,
-    gradients: tuple[bool, bool],
-) -> None:
-    """Fill dx and shares, or the one of them that `gradients` asks for."""
-    rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
-    _backward_kernel[(min(rows, _programs(x)),)](
-        dy,
-        dy if dtotal is None else dtotal,
-        x,
-        weight,
-        dx,
-        shares,
-        dy.stride(0),
-        0 if dtotal is None else dtotal.stride(0),
-        x.stride(0),
-        rows,
-        hidden,
-        eps,
-        BLOCK=block,
-        HAS_TOTAL=dtotal is not None,
-        INPUT_GRAD=gradients[0],
-        WEIGHT_GRAD=gradients[1],
-        RELOAD=block > WIDE,
-        num_warps=_warps(block),
-    )
+    # A wide row leaves no registers for dtotal beside the share: each gets its own launch.
+    split = block > WIDE and weight_grad and dtotal is not None
+    launches = ((True, False), (False, True)) if split else ((True, weight_grad),)
+    for input_part, weight_part in launches:
+        with on_device_of(x):
+            _backward_kernel[(programs,)](
+                dy,
+                dy if dtotal is None else dtotal,
+                x,
+                weight,
+                dx,
+                shares,
+                dy.stride(0),
+                0 if dtotal is None else dtotal.stride(0),
+                x.stride(0),
+                rows,
+                hidden,
+                eps,
+                BLOCK=block,
+                HAS_TOTAL=dtotal is not None,
+                INPUT_GRAD=input_part,
+                WEIGHT_GRAD=weight_part,
+                RELOAD=block > WIDE,
+                num_warps=_warps(block),
+            )
+    return dx, shares.sum(0).to(weight.dtype) if weight_grad else None
 
 
 def _warps(block: int) -> int:

@@ -2,18 +2,22 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.parallel.cases import World
+if TYPE_CHECKING:
+    from tests.parallel.cases import World
 
 # Threads that wait by spinning make several processes on few cores very slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
-def alone() -> Iterator[World]:
+def alone() -> Iterator["World"]:
     """A world of this process alone on the emulated device; torch is itself again afterwards."""
+    from tests.parallel.cases import World  # here, so that other tests need not wait for Megatron
+
     world = World()
     yield world
     world.close()

@@ -142,7 +142,7 @@ def render_sample(shards: Shards, encoder: Encoder, sample: int) -> str:
     """One sample: its images on the left, its tokens as text on the right."""
     try:
         stored = shards.read(sample)
-        rendered = encoder.encode(stored)
+        rendered = encoder.encode(stored.record, len(stored.images))
         pictures = "".join(map(_thumbnail, stored.images))
     except BadSample as error:
         return f"<div class=sample>{_text(shards.place(sample))}: {_text(error)}</div>"

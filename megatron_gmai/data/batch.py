@@ -5,10 +5,12 @@ Legend: M packs of S = max_length tokens, T = M * S, N images of I x I pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from megatron_gmai.data.augment import Tone
 from megatron_gmai.data.template import IGNORE, Rendered
 
 
@@ -37,6 +39,14 @@ class MicroBatch:
         return MicroBatch(**{**vars(self), **tensors})
 
 
+class SampleImage(NamedTuple):
+    """An image file of a sample, and how to change its tone, if at all."""
+
+    key: str  # the sample's
+    data: bytes
+    tone: Tone | None
+
+
 @dataclass(frozen=True)
 class Segment:
     """Tokens start up to stop of one sample. `sample` is None where a sample that was planned
@@ -46,7 +56,7 @@ class Segment:
     sample: Rendered | None
     start: int
     stop: int
-    images: Sequence[bytes] = ()  # image files, those inside start:stop
+    images: Sequence[SampleImage] = ()  # those inside start:stop
 
 
 class BatchBuilder:
@@ -59,7 +69,7 @@ class BatchBuilder:
         self.labels = np.full(total, IGNORE, dtype=np.int64)
         self.bounds = [0]
         self.image_starts: list[int] = []
-        self.images: list[tuple[str, bytes]] = []  # with the key of their sample
+        self.images: list[SampleImage] = []
         self.keys: list[str] = []
         self.samples = self.filled = 0
 
@@ -83,7 +93,7 @@ class BatchBuilder:
         starts = segment.sample.image_starts
         starts = starts[(starts >= segment.start) & (starts < segment.stop)]
         self.image_starts += (starts - segment.start + first).tolist()
-        self.images += [(segment.key, data) for data in segment.images]
+        self.images += segment.images
         self.filled += last - first
         if segment.start == 0:
             self.samples += 1

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.config import DataConfig, VisionConfig
-from megatron_gmai.data.batch import BatchBuilder, MicroBatch, Segment
+from megatron_gmai.data.augment import Tone, choose_tone
+from megatron_gmai.data.batch import BatchBuilder, MicroBatch, SampleImage, Segment
 from megatron_gmai.data.image import load_image
 from megatron_gmai.data.ledger import BadSample, Ledger, Rejection, read_ledger
 from megatron_gmai.data.lengths import Encoder, token_lengths
-from megatron_gmai.data.mixture import read_ratios
+from megatron_gmai.data.mixture import Use, read_uses
 from megatron_gmai.data.packing import Piece
 from megatron_gmai.data.plan import Plan, PlanSettings
 from megatron_gmai.data.shards import REJECTED_FILE, Shards
@@ -24,6 +25,7 @@ from megatron_gmai.data.tokenizer import Tokenizer
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
 Share = tuple[int, int] | None
 ALL_IMAGES = (0, 1)
+NumberedPack = tuple[int, list[Piece]]  # its number in the stream decides about augmentation
 
 
 class PackDataset:
@@ -34,20 +36,22 @@ class PackDataset:
         shards: Shards,
         encoder: Encoder,
         vision: VisionConfig,
-        ratios: Sequence[float],
+        uses: Sequence[Use],
         settings: PlanSettings,
         pad_to_square: bool,
     ) -> None:
         self.shards, self.encoder, self.vision = shards, encoder, vision
-        self.ratios, self.settings, self.pad_to_square = tuple(ratios), settings, pad_to_square
+        self.uses, self.settings, self.pad_to_square = tuple(uses), settings, pad_to_square
         self.ledger = Ledger(None)
+        self.rejected: set[str] = set()  # keys of the samples of this data set that are unusable
+        self.max_rejected = 1.0
 
     def __reduce__(self) -> tuple[type["PackDataset"], tuple[Any, ...]]:
         return PackDataset, (
             self.shards,
             self.encoder,
             self.vision,
-            self.ratios,
+            self.uses,
             self.settings,
             self.pad_to_square,
         )
@@ -73,6 +77,11 @@ class PackDataset:
         return hashlib.sha256(repr([*parts, self.settings]).encode()).hexdigest()[:16]
 
     @property
+    def ratios(self) -> list[float]:
+        """Of each data set: how many times an epoch takes it."""
+        return [use.sample_ratio for use in self.uses]
+
+    @property
     def num_samples(self) -> int:
         """Samples in the shards, before ratios."""
         return len(self.shards)
@@ -90,38 +99,59 @@ class PackDataset:
             packs += math.ceil((epochs - whole) * self.plan.total(whole) - 1e-9)
         return packs
 
+    def reject(self, rejections: Sequence[Rejection]) -> None:
+        """Writes rejections to the ledger. Raises ValueError if the share of the samples that
+        cannot be used has come to exceed `max_rejected`, or if none is left."""
+        self.ledger.add(rejections)
+        self.rejected |= {rejection.key for rejection in rejections}
+        bad = len(self.rejected)
+        samples = self.shards.manifest.samples + self.shards.manifest.rejected
+        if bad > self.max_rejected * samples or bad >= samples:
+            raise ValueError(
+                f"{bad} of {samples} samples cannot be used, more than --max-rejected "
+                f"{self.max_rejected}; the reasons are in {self.ledger.path or 'rejected.jsonl'}"
+            )
+
     def assemble(
-        self, packs: Sequence[Sequence[Piece]], image_share: Share = ALL_IMAGES
+        self, packs: Sequence[NumberedPack], image_share: Share = ALL_IMAGES
     ) -> tuple[MicroBatch, list[Rejection]]:
-        """One micro-batch of these packs (an empty pack is all padding), and the samples that
-        could not be read and became padding.
+        """One micro-batch of these packs (one without pieces is all padding), and the samples
+        that could not be read and became padding.
 
         Raises ValueError if a sample's tokens or images are not what the plan was made for.
         """
         builder = BatchBuilder(len(packs), self.settings.max_length, self.encoder.tokenizer.pad_id)
         rejections: list[Rejection] = []
-        for pieces in packs:
-            builder.add_pack([self._segment(piece, rejections) for piece in pieces])
+        for number, pieces in packs:
+            builder.add_pack([self._segment(piece, number, rejections) for piece in pieces])
         return builder.build(self._pixels(builder.images, image_share)), rejections
 
-    def _segment(self, piece: Piece, rejections: list[Rejection]) -> Segment:
+    def _segment(self, piece: Piece, pack: int, rejections: list[Rejection]) -> Segment:
         try:
             stored = self.shards.read(piece.sample)
         except BadSample as error:
             place = self.shards.place(piece.sample)
             rejections.append(Rejection(place, self.shards.source_name(piece.sample), str(error)))
             return Segment(place, None, piece.start, piece.stop)
-        rendered = self.encoder.encode(stored)
+        rendered = self.encoder.encode(stored.record, len(stored.images))
         if piece.stop > len(rendered.tokens):
             raise ValueError(
                 f"sample {stored.key} has {len(rendered.tokens)} tokens, the plan expects "
                 f"{piece.stop}: delete the lengths-*.npy files in {self.shards.folder}"
             )
         # Images end before any cut, so a sample's first piece holds them all.
-        images = stored.images if piece.start == 0 else ()
+        files = stored.images if piece.start == 0 else ()
+        tone = self._tone(piece.sample, pack) if files else None
+        images = [SampleImage(stored.key, data, tone) for data in files]
         return Segment(stored.key, rendered, piece.start, piece.stop, images)
 
-    def _pixels(self, images: Sequence[tuple[str, bytes]], share: Share) -> np.ndarray:
+    def _tone(self, sample: int, pack: int) -> Tone | None:
+        source = int(self.shards.rows[sample]["source"])
+        if not self.uses[source].data_augment:
+            return None
+        return choose_tone(self.settings.seed, pack, sample)
+
+    def _pixels(self, images: Sequence[SampleImage], share: Share) -> np.ndarray:
         """uint8 [N, 3, I, I] with this process's share decoded and the others black; [0, 3, I, I]
         for processes that need none."""
         side = self.vision.image_size
@@ -130,8 +160,9 @@ class PackDataset:
         part, parts = share
         count = max(1, -(-len(images) // parts))
         pixels = np.zeros((len(images), 3, side, side), dtype=np.uint8)
-        for number, (key, data) in list(enumerate(images))[part * count : (part + 1) * count]:
-            pixels[number] = self._decode(key, data)
+        for number, image in list(enumerate(images))[part * count : (part + 1) * count]:
+            decoded = self._decode(image.key, image.data)
+            pixels[number] = decoded if image.tone is None else image.tone.apply(decoded)
         return pixels
 
     def _decode(self, key: str, data: bytes) -> np.ndarray:
@@ -165,14 +196,12 @@ def open_dataset(
     shards = Shards(data.shards)
     encoder = make_encoder(data, tokenizer, vision)
     _, too_long = token_lengths(shards, encoder)
-    ledger = Ledger(rejected_path)
-    ledger.add([*read_ledger(shards.folder / REJECTED_FILE), *too_long])
-    check_rejected(len(ledger), shards.manifest.samples + shards.manifest.rejected, data, ledger)
     settings = PlanSettings(seed, data.max_length, data.dset_pack_level, data.group_by_length, run)
     dataset = PackDataset(
-        shards, encoder, vision, _ratios(shards, data), settings, data.pad_to_square
+        shards, encoder, vision, _uses(shards, data), settings, data.pad_to_square
     )
-    dataset.ledger = ledger
+    dataset.ledger, dataset.max_rejected = Ledger(rejected_path), data.max_rejected
+    dataset.reject([*read_ledger(shards.folder / REJECTED_FILE), *too_long])
     return dataset
 
 
@@ -187,27 +216,17 @@ def make_encoder(data: DataConfig, tokenizer: Tokenizer, vision: VisionConfig) -
     )
 
 
-def check_rejected(rejected: int, samples: int, data: DataConfig, ledger: Ledger) -> None:
-    """Raises ValueError if more than `data.max_rejected` of the samples cannot be used."""
-    if rejected > data.max_rejected * samples or rejected >= samples:
-        place = ledger.path or "rejected.jsonl"
-        raise ValueError(
-            f"{rejected} of {samples} samples cannot be used, more than --max-rejected "
-            f"{data.max_rejected}; the reasons are in {place}"
-        )
-
-
-def _ratios(shards: Shards, data: DataConfig) -> list[float]:
-    """A list file given beside the shards decides; its ratios may have changed since."""
+def _uses(shards: Shards, data: DataConfig) -> list[Use]:
+    """A list file given beside the shards decides; it may have changed since."""
     sources = shards.manifest.sources
     if data.datasets is None:
-        return [source.sample_ratio for source in sources]
-    ratios = read_ratios(data.datasets)
+        return [Use(source.sample_ratio, source.data_augment) for source in sources]
+    uses = read_uses(data.datasets)
     names = {source.name for source in sources}
-    if names != ratios.keys():
-        differing = ", ".join(sorted(names ^ ratios.keys()))
+    if names != uses.keys():
+        differing = ", ".join(sorted(names ^ uses.keys()))
         raise ValueError(
             f"{data.datasets} and the shards in {shards.folder} differ in their data sets: "
             f"{differing}"
         )
-    return [ratios[source.name] for source in sources]
+    return [uses[source.name] for source in sources]

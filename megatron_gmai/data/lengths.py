@@ -6,19 +6,24 @@ the template, the tokens of an image and the length limit in its name.
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_gmai.data.conversation import parse_conversation
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
-from megatron_gmai.data.shards import Shards, StoredSample, write_atomically
+from megatron_gmai.data.shards import Shards, write_atomically
 from megatron_gmai.data.template import Rendered, Template, fit, render
 from megatron_gmai.data.tokenizer import Tokenizer
 
+SAMPLES_PER_JOB = 4096
 # A length of 0 marks a sample that cannot be used; a cut may fall at images_end or behind it.
 LENGTH_ROW = np.dtype([("length", "<i4"), ("images_end", "<i4")])
 
@@ -46,9 +51,9 @@ class Encoder:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def encode(self, sample: StoredSample) -> Rendered:
+    def encode(self, record: Mapping[str, Any], num_images: int) -> Rendered:
         """Raises BadSample if the sample cannot be used at this length."""
-        conversation = parse_conversation(sample.record, len(sample.images))
+        conversation = parse_conversation(record, num_images)
         rendered = render(conversation, self.template, self.tokenizer, self.tokens_per_image)
         if not self.cut:
             return fit(rendered, self.max_length)
@@ -63,16 +68,16 @@ class Encoder:
 def token_lengths(
     shards: Shards,
     encoder: Encoder,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 0,
 ) -> tuple[np.ndarray, list[Rejection]]:
     """The table LENGTH_ROW [samples], mapped from its file, and the samples it rejects.
 
-    Computes and writes both on first use; `progress(done, total)` counts samples.
+    Computes and writes both on first use, with `workers` processes (0: this one).
     """
     table = shards.folder / f"lengths-{encoder.fingerprint}.npy"
     ledger = table.with_suffix(".rejected.jsonl")
     if not table.exists():
-        rows, rejections = _measure(shards, encoder, progress)
+        rows, rejections = _measure(shards, encoder, workers)
         write_atomically(ledger, "".join(map(dump_line, rejections)).encode())
         _save(table, rows)
     rows = np.load(table, mmap_mode="r")
@@ -81,21 +86,32 @@ def token_lengths(
     return rows, read_ledger(ledger)
 
 
-def _measure(
-    shards: Shards, encoder: Encoder, progress: Callable[[int, int], None]
+def _measure(shards: Shards, encoder: Encoder, workers: int) -> tuple[np.ndarray, list[Rejection]]:
+    bounds = [*range(0, len(shards), SAMPLES_PER_JOB), len(shards)]
+    jobs = (repeat(shards), repeat(encoder), bounds[:-1], bounds[1:])
+    if workers and len(shards) > SAMPLES_PER_JOB:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
+            parts = list(pool.map(_measure_part, *jobs))
+    else:
+        parts = list(map(_measure_part, *jobs))
+    rows = np.concatenate([np.empty(0, dtype=LENGTH_ROW), *(part[0] for part in parts)])
+    return rows, [rejection for part in parts for rejection in part[1]]
+
+
+def _measure_part(
+    shards: Shards, encoder: Encoder, first: int, last: int
 ) -> tuple[np.ndarray, list[Rejection]]:
-    rows = np.zeros(len(shards), dtype=LENGTH_ROW)
+    """Samples first up to last."""
+    rows = np.zeros(last - first, dtype=LENGTH_ROW)
     rejections = []
-    for sample in range(len(shards)):
+    for sample in range(first, last):
         key = shards.place(sample)
         try:
-            stored = shards.read(sample)
-            key = stored.key
-            rendered = encoder.encode(stored)
-            rows[sample] = (len(rendered.tokens), rendered.images_end)
+            key, record = shards.read_record(sample)
+            rendered = encoder.encode(record, int(shards.rows[sample]["images"]))
+            rows[sample - first] = (len(rendered.tokens), rendered.images_end)
         except BadSample as error:
             rejections.append(Rejection(key, shards.source_name(sample), str(error)))
-        progress(sample + 1, len(shards))
     return rows, rejections
 
 

@@ -13,12 +13,11 @@ import torch
 
 from megatron_gmai.data.balance import assign, pack_costs
 from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import ALL_IMAGES, PackDataset, Share
+from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
 from megatron_gmai.data.ledger import Rejection
-from megatron_gmai.data.packing import Piece
 
 PREFETCH = 2  # micro-batches per worker: bounds the memory that waits
-Job = list[list[Piece]]  # the packs of one micro-batch
+Job = list[NumberedPack]  # the packs of one micro-batch
 
 
 class Result(NamedTuple):
@@ -84,7 +83,8 @@ def iterate(
         if result.error is not None:
             raise ValueError(result.error)
         jobs.waiting.pop(0)
-        dataset.ledger.add(result.rejections)
+        if result.rejections:
+            dataset.reject(result.rejections)
         yield result.batch
 
 
@@ -147,10 +147,13 @@ class _Jobs(torch.utils.data.Sampler[Job]):
         packs = packs.filled_up(self.global_batch_size)
         costs = pack_costs(packs, self.dataset.shards.rows["images"])
         order = assign(*costs, self.dp_size, self.micro_batch_size)
-        return [[packs.pieces(pack) for pack in micro] for micro in order[:, self.dp_rank]]
+        return [
+            [(start + pack, packs.pieces(pack)) for pack in micro.tolist()]
+            for micro in order[:, self.dp_rank]
+        ]
 
     def in_flight(self) -> str:
         """The samples that workers have been given and not handed back, for a message."""
-        samples = [piece.sample for job in self.waiting for pack in job for piece in pack]
+        samples = [piece.sample for job in self.waiting for _, pieces in job for piece in pieces]
         places = ", ".join(self.dataset.shards.place(sample) for sample in samples[:20])
         return f"{len(samples)} samples: {places}" + (", ..." if len(samples) > 20 else "")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
@@ -50,12 +50,24 @@ def read_list(path: str | os.PathLike[str]) -> list[Source]:
     return sources
 
 
-def read_ratios(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Only the names and ratios of a list file; its annotations need not be there."""
+class Use(NamedTuple):
+    """How a data set is used, which may change after its shards were made."""
+
+    sample_ratio: float
+    data_augment: bool
+
+
+def read_uses(path: str | os.PathLike[str]) -> dict[str, Use]:
+    """Only how the data sets of a list are used; their annotations need not be there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever made the shards was warned
         entries = _parse(Path(path))
-    return {name: _ratio(entry) for name, entry in entries.items()}
+    return {name: Use(_ratio(entry), _augment(entry)) for name, entry in entries.items()}
+
+
+def read_ratios(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Only the ratios of a list file."""
+    return {name: use.sample_ratio for name, use in read_uses(path).items()}
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -107,7 +119,7 @@ def _source(name: str, entry: Any, file: Path) -> Source:
         annotation_files=_annotation_files(place),
         image_roots=_image_roots(entry.get("image_dir", ""), place, file),
         sample_ratio=ratio,
-        data_augment=bool(entry.get("data_augment", False)),
+        data_augment=_augment(entry),
     )
 
 
@@ -120,6 +132,13 @@ def _ratio(entry: Any) -> float:
     if not math.isfinite(ratio) or ratio < 0:
         raise ValueError(f"'sample_ratio' must be 0 or more, found {ratio}")
     return float(ratio)
+
+
+def _augment(entry: Mapping[str, Any]) -> bool:
+    value = entry.get("data_augment", False)
+    if not isinstance(value, bool):
+        raise ValueError(f"'data_augment' must be true or false, found {value!r}")
+    return value
 
 
 def _resolve(name: str, file: Path) -> Path | None:

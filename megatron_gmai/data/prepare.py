@@ -30,7 +30,8 @@ def prepare_data(
     if is_builder:
         data = _locate(data, default_cache_dir, build=True)
         tokenizer = load_tokenizer(resolve_tokenizer(data))
-        token_lengths(Shards(str(data.shards)), make_encoder(data, tokenizer, vision))
+        encoder = make_encoder(data, tokenizer, vision)
+        token_lengths(Shards(str(data.shards)), encoder, data.num_workers)
     barrier()
     data = _locate(data, default_cache_dir, build=False)
     return dataclasses.replace(data, tokenizer=str(resolve_tokenizer(data)))
@@ -46,7 +47,7 @@ def _locate(data: DataConfig, default_cache_dir: str | os.PathLike[str], build: 
     cache = Path(data.dset_cache_dir or default_cache_dir)
     taken_as_is = data.dset_from_cache and (cache / MANIFEST_FILE).is_file()
     if build and not taken_as_is:
-        build_shards(data.datasets, cache)
+        build_shards(data.datasets, cache, workers=data.num_workers)
     return dataclasses.replace(data, shards=str(cache))
 
 

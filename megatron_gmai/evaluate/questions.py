@@ -119,9 +119,7 @@ class HeldOut:
         )
         return Asked(
             question,
-            Prompt(
-                torch.from_numpy(prompt.tokens), torch.from_numpy(prompt.image_starts), pixels
-            ),
+            Prompt(torch.from_numpy(prompt.tokens), torch.from_numpy(prompt.image_starts), pixels),
         )
 
 

@@ -30,7 +30,9 @@ class Segments(PackedSeqParams):
     lengths: tuple[int, ...] = ()
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> "Segments":
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, max_seqlen: int, device: torch.device
+    ) -> "Segments":
         """From int32 [segments + 1] on the host."""
         lengths = tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
         on_device = cu_seqlens.to(device, non_blocking=True)

@@ -118,6 +118,8 @@ class GMAIVL(MegatronModule):
             f"{prefix}language_model.", sharded_offsets, metadata
         )
         replica = (0, self.groups.tp.rank(), self.groups.dp_cp.rank())
+        # The linears' extra state is empty, and reading it back would unpickle it.
+        state = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
         for name, parameter in self.vision_parameters():
             state[prefix + name] = ShardedTensor.from_rank_offsets(
                 prefix + name, parameter, replica_id=replica

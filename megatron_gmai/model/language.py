@@ -8,11 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch.distributed as dist
-from gmai_kernels import (
-    linear_cross_entropy,
-    use_implementation,
-    vocab_parallel_cross_entropy,
-)
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -22,6 +17,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gmai_kernels import (
+    linear_cross_entropy,
+    use_implementation,
+    vocab_parallel_cross_entropy,
+)
 from megatron_gmai.config import LanguageConfig
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.transformer import language_block_spec
@@ -70,7 +70,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 class LanguageModel(MegatronModule):
-    """InternLM2's decoder layers of one stage; embedding on the first, norm and head on the last."""
+    """InternLM2's layers of one stage; embedding on the first, norm and head on the last."""
 
     def __init__(
         self,
@@ -126,7 +126,9 @@ class LanguageModel(MegatronModule):
         """Rotary angles of each token: [T] -> [T, 1, 1, D]."""
         return self.rotary(self.max_position_embeddings)[position_ids]
 
-    def forward(self, embeddings: Tensor | None, position_ids: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, embeddings: Tensor | None, position_ids: Tensor, segments: Segments
+    ) -> Tensor:
         """Run this stage's layers on packed tokens; the first stage is given embeddings."""
         return self.decoder(
             hidden_states=embeddings,
@@ -139,9 +141,7 @@ class LanguageModel(MegatronModule):
         """Cross-entropy of each token: [T or T / tp, 1, H], [T] -> fp32 [T], 0 where ignored."""
         weight = self.output_layer.weight
         collectives = tensor_parallel_collectives(self.groups.tp, self.config.sequence_parallel)
-        where = dict(
-            vocab_start=self.groups.tp.rank() * weight.size(0), vocab_size=self.vocab_size
-        )
+        where = dict(vocab_start=self.groups.tp.rank() * weight.size(0), vocab_size=self.vocab_size)
         if self.loss_implementation == "fused-linear":
             return linear_cross_entropy(hidden[:, 0], weight, labels, **where, **collectives)
         logits, _ = self.output_layer(hidden, runtime_gather_output=False)  # [T, 1, V]

@@ -1,8 +1,9 @@
 """The normalisations in Megatron's spec slots: RMSNorm (fused kernel) and CLIP's LayerNorm."""
 
 import torch
-from gmai_kernels import rms_norm
 from megatron.core.transformer import TransformerConfig
+
+from gmai_kernels import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -16,9 +17,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(
-            torch.empty(
-                hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
-            )
+            torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

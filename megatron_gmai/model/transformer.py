@@ -46,9 +46,7 @@ def _common(device: Device) -> dict[str, Any]:
     )
 
 
-def language_transformer_config(
-    config: Config, device: Device
-) -> TransformerConfig:
+def language_transformer_config(config: Config, device: Device) -> TransformerConfig:
     """InternLM2's decoder as Megatron sees it, with the layout and the recomputation."""
     language, parallel, recompute = config.model.language, config.parallel, Recompute.of(config)
     return TransformerConfig(
@@ -78,7 +76,7 @@ def language_transformer_config(
 
 
 def vision_transformer_config(vision: VisionConfig, device: Device) -> TransformerConfig:
-    """CLIP's encoder, up to the layer whose output is used; neither tensor- nor pipeline-parallel."""
+    """CLIP's encoder up to the layer whose output is used; not parallel in itself."""
     return TransformerConfig(
         **_common(device),
         num_layers=vision.layers_used,

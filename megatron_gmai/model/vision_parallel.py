@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def encode_shared(encode: Callable[[Tensor], Tensor], pixels: Tensor, group: ProcessGroup) -> Tensor:
+def encode_shared(
+    encode: Callable[[Tensor], Tensor], pixels: Tensor, group: ProcessGroup
+) -> Tensor:
     """Encode [N, 3, I, I] with rank r of the group taking the r-th share; all get [N, P, H].
 
     Every rank encodes the same number, at least one: a rank that skipped the tower would leave the

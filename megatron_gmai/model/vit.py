@@ -37,7 +37,7 @@ class VisionTower(CLIPViTModel):
         self.mean = torch.tensor(CLIP_MEAN, device=device.torch_device).view(shape) * 255
         self.std = torch.tensor(CLIP_STD, device=device.torch_device).view(shape) * 255
 
-    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, I, I] -> [N, P, Hv] with P patches an image."""
         normalised = (pixels.float() - self.mean) / self.std
         features = super().forward(normalised.to(self.conv1.weight.dtype))

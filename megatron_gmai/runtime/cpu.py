@@ -122,7 +122,11 @@ TORCH_CUDA: dict[str, Any] = {
     "memory_reserved": _answering(0),
     "memory_stats": _answering({}),
 }
-TORCH_CUDA_NVTX = {"range_push": _answering(), "range_pop": _answering(), "range": _answering(contextlib.nullcontext())}
+TORCH_CUDA_NVTX = {
+    "range_push": _answering(),
+    "range_pop": _answering(),
+    "range": _answering(contextlib.nullcontext()),
+}
 MEGATRON_RANDOM = {
     "_get_cuda_rng_state": lambda device="cuda", clone=False, graph_safe=False: _get_rng_state(),
     "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: _set_rng_state(state),
@@ -146,6 +150,11 @@ class _Installation:
             self.saved.append((owner, name, getattr(owner, name)))
             setattr(owner, name, stand_in)
 
+    def restore(self) -> None:
+        while self.saved:
+            owner, name, original = self.saved.pop()
+            setattr(owner, name, original)
+
 
 _installation = _Installation()
 
@@ -158,15 +167,20 @@ def install() -> None:
     """Make `torch.cuda` mean the CPU in this process. A second call does nothing.
 
     Raises:
-        RuntimeError: this torch or Megatron-Core lacks a name that the emulation replaces.
+        RuntimeError: this torch or Megatron-Core lacks a name that the emulation replaces; nothing
+            is replaced then.
     """
     if installed():
         return
     from megatron.core.tensor_parallel import random
 
-    _installation.replace(torch.cuda, TORCH_CUDA)
-    _installation.replace(torch.cuda.nvtx, TORCH_CUDA_NVTX)
-    _installation.replace(random, MEGATRON_RANDOM)
+    try:
+        _installation.replace(torch.cuda, TORCH_CUDA)
+        _installation.replace(torch.cuda.nvtx, TORCH_CUDA_NVTX)
+        _installation.replace(random, MEGATRON_RANDOM)
+    except RuntimeError:
+        _installation.restore()
+        raise
     _installation.mode = _CudaMeansCpu()
     _installation.mode.__enter__()
 
@@ -177,6 +191,4 @@ def uninstall() -> None:
         return
     _installation.mode.__exit__(None, None, None)
     _installation.mode = None
-    while _installation.saved:
-        owner, name, original = _installation.saved.pop()
-        setattr(owner, name, original)
+    _installation.restore()

@@ -13,26 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
+from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
 from megatron_gmai.training.safe_metadata import check_metadata
 
 MANIFEST = "manifest.json"
@@ -62,22 +54,6 @@ class Checkpoint:
     has_optimizer: bool
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's format written by torch's own writer, in this process.
-
-    Megatron's writer starts a manager process and forks beside the threads of torch.distributed,
-    which costs seconds for a small model and hides the error of a full disk.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
 def save_checkpoint(
     folder: Path,
     position: Position,
@@ -93,39 +69,32 @@ def save_checkpoint(
     """
     final = folder / f"iter_{position.iteration:07d}"
     temporary = folder / f".{final.name}.incomplete"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
+    pointer = folder / f".{LATEST}.tmp"
+
+    def begin() -> None:
+        _remove(temporary)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    problem: str | None = None
+
+    def finish() -> None:
+        _write_manifest(temporary, position, config, has_optimizer=optimizer is not None)
+        pointer.write_text(final.name, encoding="utf-8")
+        _remove(final)  # of an earlier run; nothing from here on needs space
+        temporary.rename(final)
+        pointer.replace(folder / LATEST)
+
     try:
-        state = _sharded_state(model.module, optimizer, groups, loading=False)
-        dist_checkpointing.save(
-            state,
-            str(temporary),
-            sharded_strategy=InProcessSave("torch_dist", 1),
-        )
-        if first:
-            _write_manifest(temporary, position, config, has_optimizer=optimizer is not None)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        problem = f"{type(error).__name__}: {error}"
-    problem = _first_problem(problem)
-    if problem is not None:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        on_first_rank(begin)
+        write_sharded(_sharded_state(model.module, optimizer, groups, loading=False), temporary)
+        on_first_rank(finish)
+    except OSError as error:
+        if dist.get_rank() == 0:
+            _remove(temporary)
+            pointer.unlink(missing_ok=True)
         raise CheckpointError(
-            f"could not save {final}: {problem}\n"
+            f"could not save {final}: {error}\n"
             f"Nothing of it was kept; earlier checkpoints in {folder} are untouched. "
             "Free space or mend the path, then continue with --resume."
-        )
-    if first:
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        pointer = folder / f".{LATEST}.tmp"
-        pointer.write_text(final.name, encoding="utf-8")
-        pointer.replace(folder / LATEST)
-    dist.barrier()
+        ) from error
     return final
 
 
@@ -148,6 +117,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = dict(manifest["files"])
         position = Position(**manifest["position"])
         config = Config.from_json(json.dumps(manifest["config"]))
+        has_optimizer = bool(manifest["has_optimizer"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
     for name, size in files.items():
@@ -158,13 +128,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{path} is damaged: {name} should have {size} bytes, found {found}. "
                 "Use an earlier checkpoint."
             )
-    check_metadata(path / ".metadata")
-    return Checkpoint(path, position, config, bool(manifest["has_optimizer"]))
+    try:
+        check_metadata(path / ".metadata")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return Checkpoint(path, position, config, has_optimizer)
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `folder` that is whole, and why newer ones were passed over."""
-    skipped = []
+    skipped: list[str] = []
     for path in sorted(folder.glob("iter_*"), reverse=True):
         try:
             return open_checkpoint(path), skipped
@@ -192,7 +165,7 @@ def load_checkpoint(
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
     loaded = _load(checkpoint, _sharded_state(model.module, optimizer, groups, loading=True))
-    model.module.load_state_dict(loaded["model"])
+    _set_weights(model.module, loaded["model"])
     if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
         optimizer_state.restore(
             optimizer, model.module, loaded["optimizer"], checkpoint.position.optimizer_steps
@@ -206,14 +179,27 @@ def load_weights(checkpoint: Checkpoint, model: GMAIVL, groups: Groups) -> None:
         CheckpointError: the checkpoint is of another model.
     """
     loaded = _load(checkpoint, _sharded_state(model, None, groups, loading=True))
-    model.load_state_dict(loaded["model"])
+    _set_weights(model, loaded["model"])
 
 
 def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(checkpoint.path))
     except CheckpointingException as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
+        problem = str(error)
+    except CheckpointException as error:  # torch's: not an Exception, so nobody else would see it
+        problem = first_failure(error)
+    raise CheckpointError(
+        f"{checkpoint.path} cannot be loaded: {problem[:300]}\n"
+        "Its bytes have changed, or it is of a model with other sizes or other frozen parts. "
+        "Use an earlier checkpoint, or the settings that it was trained with."
+    )
+
+
+def _set_weights(model: GMAIVL, weights: dict[str, Any]) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(name.endswith("_extra_state") for name in missing)  # Megatron's linears: empty
 
 
 def _sharded_state(
@@ -243,8 +229,5 @@ def _write_manifest(folder: Path, position: Position, config: Config, has_optimi
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _first_problem(problem: str | None) -> str | None:
-    """The first rank's problem on every rank, or None if no rank has one."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((f"rank {rank}: {p}" for rank, p in enumerate(problems) if p is not None), None)
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -14,8 +15,6 @@ from megatron_gmai.config import Config, TrainConfig
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.runtime.groups import Groups
-
-import torch
 
 
 def wrap_for_training(model: GMAIVL, config: Config, groups: Groups) -> DistributedDataParallel:

@@ -1,8 +1,10 @@
-"""torch's distributed checkpoints keep their table of contents as a pickle; allow only plain tables."""
+"""torch keeps a distributed checkpoint's table of contents as a pickle; allow only plain tables."""
 
 import pickle
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 _DCP = "torch.distributed.checkpoint"
 # Exact names: a module as a whole would also offer everything that it imports.
@@ -30,13 +32,19 @@ class _TablesOnly(pickle.Unpickler):
 def check_metadata(path: Path) -> None:
     """Refuse a `.metadata` file that would do more than build tables of tensors when it is read.
 
+    torch unpickles what the table declares as bytes instead of a tensor, so that is refused too.
+    (Megatron's empty `_extra_state` entries are never read.)
+
     Raises:
-        ValueError: the file is missing, is no pickle, or names anything else than the classes of
-            `torch.distributed.checkpoint`.
+        ValueError: the file is missing, is no pickle, names anything else than the classes of
+            `torch.distributed.checkpoint`, or declares a weight as bytes.
     """
     try:
         with path.open("rb") as file:
-            _TablesOnly(file).load()
+            table = _TablesOnly(file).load()
+        for name, entry in table.state_dict_metadata.items():
+            if isinstance(entry, BytesStorageMetadata) and "._extra_state/" not in name:
+                raise ValueError(f"{name} is not a tensor")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:

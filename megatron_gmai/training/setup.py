@@ -71,7 +71,7 @@ class Run:
 def find_start(config: Config, log: Log) -> Start:
     """Choose between resuming, weights of a checkpoint, Hugging Face weights and a fresh start.
 
-    `--resume` wins where its folder holds a whole checkpoint; otherwise `--load` or `--llava` count.
+    `--resume` wins where its folder holds a whole checkpoint; else `--load` or `--llava` count.
     """
     run = config.run
     if run.resume:
@@ -184,6 +184,7 @@ def open_batches(
         total_packs=None if train.train_iters else dataset.total_packs(train.epochs),
         num_workers=config.data.num_workers,
         with_pixels=groups.is_first_stage,
+        image_share=(groups.tp.rank(), groups.tp.size()),
     )
 
 

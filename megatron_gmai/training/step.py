@@ -120,9 +120,7 @@ def forward_step(
     output = model(
         tokens=to_device(batch.tokens),
         position_ids=to_device(batch.position_ids),
-        segments=Segments.from_cu_seqlens(
-            batch.cu_seqlens, batch.max_seqlen, device.torch_device
-        ),
+        segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, device.torch_device),
         labels=labels,
         pixel_values=to_device(batch.pixel_values),
         image_starts=to_device(batch.image_starts),
@@ -150,7 +148,11 @@ def finalize_gradients(
     for chunk in model:
         gmai_vl = chunk.module
         assert isinstance(gmai_vl, GMAIVL)
-        gradients = [p.main_grad for _, p in gmai_vl.vision_parameters() if p.requires_grad]
+        gradients: list[Tensor] = [
+            getattr(p, "main_grad")  # noqa: B009  (set by Megatron, unknown to the type)
+            for _, p in gmai_vl.vision_parameters()
+            if p.requires_grad
+        ]
         if not gradients:
             continue
         flat = torch.cat([g.flatten() for g in gradients])

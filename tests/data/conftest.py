@@ -44,7 +44,9 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 def write_list(tmp_path: Path) -> Callable[..., Path]:
     """Writes annotations and a list file that names them; returns the list file."""
 
-    def write(ratio: float = 1.0, name: str = "LIST.json", **sources: list[Any]) -> Path:
+    def write(
+        ratio: float = 1.0, name: str = "LIST.json", augment: bool = False, **sources: list[Any]
+    ) -> Path:
         entries = {}
         for source, records in sources.items():
             (tmp_path / f"{source}.json").write_text(json.dumps(records))
@@ -53,7 +55,7 @@ def write_list(tmp_path: Path) -> Callable[..., Path]:
                 "annotations": f"{source}.json",
                 "sample_ratio": ratio,
                 "length": len(records),
-                "data_augment": False,
+                "data_augment": augment,
             }
         (tmp_path / name).write_text(json.dumps(entries))
         return tmp_path / name

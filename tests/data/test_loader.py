@@ -215,6 +215,12 @@ class TestDamagedShard:
         ledger = (dataset.ledger.path or Path()).read_text()
         assert "checksum" in ledger and len(dataset.ledger) == 1
 
+    def test_past_the_allowed_share_the_run_stops(self, damaged: tuple[PackDataset, str]) -> None:
+        dataset, _ = damaged
+        dataset.max_rejected = 0.05
+        with pytest.raises(ValueError, match="1 of 10 samples cannot be used"):
+            list(iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1)))
+
     def test_ranks_without_pixels_see_the_same_tokens(
         self, damaged: tuple[PackDataset, str]
     ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gmai.data.mixture import read_list, read_ratios
+from megatron_gmai.data.mixture import Use, read_list, read_uses
 
 
 def write(folder: Path, text: str) -> Path:
@@ -89,5 +89,5 @@ def test_a_missing_list_is_named_with_the_flag(tmp_path: Path) -> None:
         read_list(tmp_path / "no.json")
 
 
-def test_ratios_need_no_annotations(tmp_path: Path) -> None:
-    assert read_ratios(write(tmp_path, json.dumps({"A": entry()}))) == {"A": 0.5}
+def test_ratios_can_be_read_without_the_annotations(tmp_path: Path) -> None:
+    assert read_uses(write(tmp_path, json.dumps({"A": entry()}))) == {"A": Use(0.5, False)}

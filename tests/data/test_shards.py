@@ -13,10 +13,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megatron_gmai.data import build
+from megatron_gmai.data import build, lengths
 from megatron_gmai.data.build import build_shards
-from megatron_gmai.data.ledger import read_ledger
+from megatron_gmai.data.ledger import BadSample, read_ledger
+from megatron_gmai.data.lengths import Encoder
 from megatron_gmai.data.shards import MANIFEST_FILE, Shards
+from megatron_gmai.data.template import get_template
+from megatron_gmai.data.tokenizer import Tokenizer
 from tests.data.world import encoded, mixed_records, open_list, picture, record
 from tools.make_shards import main
 
@@ -209,6 +212,17 @@ def test_too_many_bad_samples_stop_the_run_with_the_ledger_written(
     assert len(read_ledger(tmp_path / "rejected.jsonl")) == 1
 
 
+def test_a_ledger_of_earlier_data_does_not_count(
+    image_folder: Path, tmp_path: Path, tokenizer_file: Path
+) -> None:
+    ledger = tmp_path / "rejected.jsonl"
+    ledger.write_text('{"key": "OLD/0", "source": "OLD", "reason": "gone"}\n')
+    dataset = open_list(
+        write_annotations(image_folder, [GOOD]), tokenizer_file, ledger, max_rejected=0.0
+    )
+    assert not dataset.rejected and len(read_ledger(ledger)) == 1
+
+
 def test_no_usable_sample_is_one_clear_message(
     image_folder: Path, tmp_path: Path, tokenizer_file: Path
 ) -> None:
@@ -277,3 +291,42 @@ class TestCommand:
         status = main(["--datasets", str(tmp_path / "no.json"), "--output", str(tmp_path / "o")])
         assert status == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+class TestTokenLengths:
+    def test_several_processes_measure_the_same(
+        self,
+        tmp_path: Path,
+        write_list: Callable,
+        tokenizer: Tokenizer,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(lengths, "SAMPLES_PER_JOB", 5)
+        build_shards(write_list(A=mixed_records(tmp_path, 12)), tmp_path / "shards")
+        shards = Shards(tmp_path / "shards")
+        encoder = Encoder(tokenizer, get_template("internlm2"), 4, 40)
+        alone, rejected = lengths.token_lengths(shards, encoder)
+        for file in shards.folder.glob("lengths-*"):
+            file.unlink()
+        together, rejected_together = lengths.token_lengths(shards, encoder, workers=2)
+        assert together.tolist() == alone.tolist() and rejected == rejected_together
+        whole = [encoder_length(encoder, shards, row) for row in range(12)]
+        assert alone["length"].tolist() == whole and 0 in whole and max(whole) > 0
+
+    def test_annotations_longer_than_the_first_read(
+        self, tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build_shards(write_list(A=mixed_records(tmp_path, 6)), tmp_path / "shards")
+        shards = Shards(tmp_path / "shards")
+        expected = [(s.key, s.record) for s in map(shards.read, range(6))]
+        for head in (10, 512, 600, 16_384):
+            monkeypatch.setattr("megatron_gmai.data.shards.HEAD", head)
+            assert list(map(shards.read_record, range(6))) == expected
+
+
+def encoder_length(encoder: Encoder, shards: Shards, row: int) -> int:
+    stored = shards.read(row)
+    try:
+        return len(encoder.encode(stored.record, len(stored.images)).tokens)
+    except BadSample:
+        return 0

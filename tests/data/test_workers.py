@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import ALL_IMAGES, PackDataset, Share
+from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
 from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.loader import iterate
-from megatron_gmai.data.packing import Piece
 from tests.data.world import mixed_records, open_list
 
 
@@ -27,9 +26,9 @@ class Fatal(PackDataset):
         return Fatal, super().__reduce__()[1]
 
     def assemble(
-        self, packs: Sequence[Sequence[Piece]], image_share: Share = ALL_IMAGES
+        self, packs: Sequence[NumberedPack], image_share: Share = ALL_IMAGES
     ) -> tuple[MicroBatch, list[Rejection]]:
-        if any(piece.sample == self.poison for pack in packs for piece in pack):
+        if any(piece.sample == self.poison for _, pieces in packs for piece in pieces):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().assemble(packs, image_share)
 

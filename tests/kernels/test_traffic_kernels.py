@@ -63,7 +63,7 @@ def test_rms_norm_backward_with_residual():
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_each_further_row_of_a_wide_backward(residual):
-    """As for narrow rows, and the weight comes from the cache again, 2 bytes: registers are short."""
+    """As for narrow rows, and the weight comes from the cache again: registers are short."""
     moved = []
     for rows in (16, 32):
         x, weight = norm_inputs(rows, 8200)

@@ -5,11 +5,12 @@ from functools import cache
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.training.weights import SeededWeights
-from tests.parallel.batches import MODEL
-from tests.parallel.cases import Case, Outcome, World, run_case, run_cases
+from tests.parallel.batches import MODEL, global_batch
+from tests.parallel.cases import STEPS, Case, Outcome, World, identify, run_case, run_cases
 from tests.parallel.world import run_world
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -31,6 +32,13 @@ PP2_ZERO = ParallelConfig(
     pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True
 )
 STAGES = (1, 2, 3)
+ENCODED = sorted(
+    number
+    for step in range(STEPS)
+    for pack in global_batch(step)
+    if len(pack.pixel_values)
+    for number in identify(pack.pixel_values)
+)
 Outcomes = Callable[[int], dict[str, Outcome]]
 
 CASES = {
@@ -74,13 +82,21 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     cases = {1: CASES[1], 2: CASES[2] + FAULTS, 4: CASES[4]}
 
     @cache
-    def of_world(size: int) -> dict[str, Outcome]:
-        run_world(size, run_cases, cases[size], folder)
+    def started(size: int) -> Exception | None:
+        try:
+            run_world(size, run_cases, cases[size], folder)
+        except ProcessRaisedException as error:
+            return error
+        return None
+
+    def outcomes_of(size: int) -> dict[str, Outcome]:
+        if (error := started(size)) is not None:
+            raise error
         return {
             case.name: Outcome(**torch.load(folder / f"{case.name}.pt")) for case in cases[size]
         }
 
-    return of_world
+    return outcomes_of
 
 
 @pytest.mark.parametrize(
@@ -91,6 +107,8 @@ def test_a_layout_gives_what_one_process_gives(
     size: int, case: Case, outcomes: Outcomes, references: dict[int, Outcome]
 ) -> None:
     found, expected = outcomes(size)[case.name], references[case.stage]
+    assert found.drifted == []
+    assert found.encoded == ENCODED  # each image once, whichever rank did it
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
     for name, weight in expected.weights.items():

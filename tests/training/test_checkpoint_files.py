@@ -1,0 +1,199 @@
+"""A checkpoint is whole or refused, and never runs code that it holds."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_gmai.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    open_checkpoint,
+)
+from tests.parallel import batches
+from tests.parallel.cases import Case, Trainer, World
+from tests.training.resuming import save
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints of one run: iterations 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    world = World()
+    trainer = Trainer(Case("run"), world)
+    for iteration in (1, 2, 3):
+        trainer.step(iteration)
+        save(trainer, folder, iteration)
+    save(trainer, folder / "weights", 3, with_optimizer=False)
+    world.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def test_the_newest_is_found_by_its_folder_or_its_parent(folder: Path) -> None:
+    for path in (folder, folder / "iter_0000003"):
+        found = open_checkpoint(path)
+        assert (found.path.name, found.position.iteration) == ("iter_0000003", 3)
+    assert found.position.consumed_packs == 3 * batches.PACKS
+    assert found.position.optimizer_steps == 3
+    assert found.config.model == batches.MODEL
+    assert (folder / "latest").read_text() == "iter_0000003"
+
+
+def test_nothing_temporary_is_left(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"iter_0000001", "iter_0000002", "iter_0000003", "latest", "weights"}
+
+
+def truncate(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_file(path: Path) -> None:
+    next(path.glob("*.distcp")).unlink()
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-30])
+
+
+def edit_manifest(path: Path, **changes: Any) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest |= changes
+    kept = {key: value for key, value in manifest.items() if value is not None}
+    (path / "manifest.json").write_text(json.dumps(kept))
+
+
+def name_a_file_outside(path: Path) -> None:
+    outside = path.parent / "latest"
+    edit_manifest(path, files={"../latest": outside.stat().st_size})
+
+
+def forget_the_optimizer(path: Path) -> None:
+    edit_manifest(path, has_optimizer=None)
+
+
+def put_a_program_into_the_metadata(path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {path.parent / 'hacked'}",)
+
+    replace_metadata(path, pickle.dumps(Program()))
+
+
+def put_a_hidden_program_into_the_metadata(path: Path) -> None:
+    text = f"__import__('os').system('touch {path.parent / 'hacked'}')".encode()
+    replace_metadata(path, b"cbuiltins\neval\n(V" + text + b"\ntR.")
+
+
+def declare_a_weight_as_bytes(path: Path) -> None:
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["projector.linear_fc1.bias"] = BytesStorageMetadata()
+    replace_metadata(path, pickle.dumps(metadata))
+
+
+def replace_metadata(path: Path, content: bytes) -> None:
+    (path / ".metadata").write_bytes(content)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    edit_manifest(path, files=files | {".metadata": len(content)})
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    truncate: r"iter_0000003 is damaged: __0_0.distcp should have \d+ bytes, found \d+",
+    lose_a_file: r"__0_0.distcp should have \d+ bytes, found no file",
+    lose_the_manifest: r"is not a whole checkpoint: it has no manifest.json",
+    cut_the_manifest: r"manifest.json cannot be read",
+    name_a_file_outside: r"damaged: \.\./latest",
+    forget_the_optimizer: r"manifest.json cannot be read: 'has_optimizer'",
+    put_a_program_into_the_metadata: r"was not loaded: it asks for posix.system",
+    put_a_hidden_program_into_the_metadata: r"was not loaded: it asks for builtins.eval",
+    declare_a_weight_as_bytes: r"was not loaded: projector.linear_fc1.bias is not a tensor",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_what_is_damaged_is_refused_and_the_one_before_is_used(
+    damage: Callable[[Path], None], folder: Path
+) -> None:
+    damage(folder / "iter_0000003")
+    with pytest.raises(CheckpointError, match=DAMAGES[damage]):
+        open_checkpoint(folder)
+    found, skipped = newest_whole_checkpoint(folder)
+    assert found is not None
+    assert found.position.iteration == 2
+    assert len(skipped) == 1
+    assert not (folder / "hacked").exists()
+
+
+def test_what_was_being_written_does_not_count(folder: Path) -> None:
+    shutil.copytree(folder / "iter_0000003", folder / ".iter_0000004.incomplete")
+    found, skipped = newest_whole_checkpoint(folder)
+    assert found is not None
+    assert (found.position.iteration, skipped) == (3, [])
+
+
+def test_without_any_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
+    assert newest_whole_checkpoint(tmp_path / "nowhere") == (None, [])
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: World) -> None:
+    path = folder / "iter_0000003"
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(bytes(file.stat().st_size))
+    trainer = Trainer(Case("run"), alone)
+    with pytest.raises(CheckpointError, match="iter_0000003 cannot be loaded: rank 0: .*\nIts bytes have changed"):
+        load_checkpoint(open_checkpoint(path), trainer.wrapped, None, trainer.groups)
+
+
+def test_another_model_is_told(folder: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = dataclasses.replace(batches.MODEL.language, num_layers=6)
+    model = dataclasses.replace(batches.MODEL, language=language)
+    monkeypatch.setattr("tests.parallel.cases.MODEL", model)
+    monkeypatch.setattr("tests.parallel.cases.CONFIG", dataclasses.replace(batches.CONFIG, model=model))
+    trainer = Trainer(Case("run"), alone)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*layers\.4.*\n.*with other sizes"):
+        load_checkpoint(open_checkpoint(folder), trainer.wrapped, None, trainer.groups)
+
+
+def test_weights_alone_start_a_stage_but_cannot_resume(folder: Path, alone: World) -> None:
+    checkpoint = open_checkpoint(folder / "weights")
+    names = pickle.loads((checkpoint.path / ".metadata").read_bytes()).state_dict_metadata
+    assert not any(name.startswith("optimizer") for name in names)
+    trainer = Trainer(Case("run", stage=1), alone)
+    with pytest.raises(CheckpointError, match="holds weights only .* Start from its weights with"):
+        load_checkpoint(checkpoint, trainer.wrapped, trainer.optimizer, trainer.groups)
+    start = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    load_checkpoint(checkpoint, trainer.wrapped, None, trainer.groups)
+    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n])]
+    assert len(moved) == len(start)
+
+
+def test_saving_an_iteration_again_replaces_it(folder: Path, alone: World) -> None:
+    trainer = Trainer(Case("run"), alone)
+    trainer.step(0)
+    (folder / "iter_0000003" / "old").write_text("of an earlier run")
+    save(trainer, folder, 3)
+    assert not (folder / "iter_0000003" / "old").exists()
+    assert open_checkpoint(folder).position.optimizer_steps == 1

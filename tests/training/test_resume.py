@@ -1,0 +1,88 @@
+"""Resuming is exact: bitwise in the same layout, to rounding in another."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_gmai.config import ParallelConfig
+from tests.parallel.cases import STEPS, Case, World
+from tests.parallel.world import run_world
+from tests.training.resuming import SAVED_AFTER, Job, run_job, run_jobs
+
+TP2 = ParallelConfig(tensor_model_parallel_size=2)
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+ONE = ParallelConfig()
+ZERO = ParallelConfig(use_distributed_optimizer=True)
+ALL = ParallelConfig(
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    sequence_parallel=True,
+    use_distributed_optimizer=True,
+)
+
+SAVED = [
+    Job("tp2-stage1", Case("tp2", TP2, stage=1), save_to="from-tp2-stage1"),
+    Job("tp2-stage3", Case("tp2", TP2, stage=3), save_to="from-tp2-stage3"),
+    Job("zero-stage3", Case("zero", ZERO, stage=3), save_to="from-zero-stage3"),
+    Job("tp2-bf16", Case("tp2", TP2, dtype="bf16"), save_to="from-tp2-bf16"),
+    Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
+]
+SAME = [
+    Job(f"same-{job.name}", job.case, load_from=str(job.save_to)) for job in SAVED
+]  # fmt: skip
+OTHER = {
+    1: [
+        Job("one-from-tp2-stage1", Case("one", ONE, stage=1), load_from="from-tp2-stage1"),
+        Job("one-from-tp2-stage3", Case("one", ONE, stage=3), load_from="from-tp2-stage3"),
+        Job("one-from-zero-stage3", Case("one", ONE, stage=3), load_from="from-zero-stage3"),
+    ],
+    2: [
+        Job("zero-from-tp2-stage1", Case("zero", ZERO, stage=1), load_from="from-tp2-stage1"),
+        Job("zero-from-tp2-stage3", Case("zero", ZERO, stage=3), load_from="from-tp2-stage3"),
+        Job("pp2-from-tp2-stage1", Case("pp2", PP2, stage=1), load_from="from-tp2-stage1"),
+        Job("pp2-from-zero-stage3", Case("pp2", PP2, stage=3), load_from="from-zero-stage3"),
+        Job("tp2-from-zero-stage3", Case("tp2", TP2, stage=3), load_from="from-zero-stage3"),
+    ],
+    4: [
+        Job("all-from-tp2-stage1", Case("all", ALL, stage=1), load_from="from-tp2-stage1"),
+        Job("all-from-tp2-stage3", Case("all", ALL, stage=3), load_from="from-tp2-stage3"),
+        Job("all-from-zero-stage3", Case("all", ALL, stage=3), load_from="from-zero-stage3"),
+    ],
+}
+Rows = dict[int, list[float]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rows]:
+    """What a job gave, by its name: [loss, gradient norm] of each iteration."""
+    folder = tmp_path_factory.mktemp("resume")
+    # The world of two also tries a full disk, which concerns all ranks together.
+    run_world(2, run_jobs, SAVED + SAME + OTHER[2], folder, True)
+    run_world(4, run_jobs, OTHER[4], folder)
+    world = World()
+    for job in OTHER[1]:
+        (folder / f"{job.name}.json").write_text(json.dumps(run_job(job, world, folder)))
+    world.close()
+
+    def of_job(name: str) -> Rows:
+        text = (folder / f"{name}.json").read_text()
+        return {int(iteration): row for iteration, row in json.loads(text).items()}
+
+    return of_job
+
+
+@pytest.mark.parametrize("job", SAVED, ids=lambda job: job.name)
+def test_the_same_layout_continues_bitwise(job: Job, rows: Callable[[str], Rows]) -> None:
+    uninterrupted, resumed = rows(job.name), rows(f"same-{job.name}")
+    assert resumed == {i: uninterrupted[i] for i in range(SAVED_AFTER, STEPS)}
+
+
+@pytest.mark.parametrize("job", [job for size in OTHER for job in OTHER[size]], ids=lambda j: j.name)
+def test_another_layout_continues_to_rounding(job: Job, rows: Callable[[str], Rows]) -> None:
+    uninterrupted = rows(str(job.load_from).removeprefix("from-"))
+    resumed = rows(job.name)
+    assert list(resumed) == list(range(SAVED_AFTER, STEPS))
+    for iteration, row in resumed.items():
+        assert row == pytest.approx(uninterrupted[iteration], rel=1e-5)
