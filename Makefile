@@ -33,7 +33,7 @@ bench-kernels: $(VENV)/.dev  ## the fused kernels against torch and others
 	$(RUN) tools/bench_kernels.py $(ARGS)
 
 bench-data: $(VENV)/.dev  ## loader, packing and planning
-	$(RUN) tools/bench_data.py $(ARGS)
+	$(RUN) benchmarks/data.py $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs
 	rm -rf runs/quickstart runs/bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -65,25 +65,17 @@ def linear_cross_entropy(
     reduce_hidden_grad: sums the hidden gradient [T, H] over the tensor-parallel ranks (all-reduce).
     gather_hidden: for sequence-parallel input; maps this rank's hidden [T / W, H] to [T, H]. Then
     reduce_hidden_grad is the matching reduce-scatter [T, H] -> [T / W, H]. Both get and return
-    tensors that need no gradient. labels always hold all T tokens. chunk_size: tokens whose logits
-    are held at once; the default is 256 on a CPU and 2048 on a GPU. Raises ValueError for wrong
-    shapes, dtypes or labels, before any launch.
+    tensors that need no gradient. labels always hold all T tokens.
+    chunk_size: tokens whose logits are held at once; the default is 256 on a CPU, 2048 on a GPU.
+    Raises ValueError for wrong shapes, dtypes or labels, before any launch.
     """
-    implementation = chosen_implementation(hidden)
-    check_matrix("hidden", hidden, "[T, H]")
-    check_dtype("hidden", hidden, float64=implementation == "reference")
-    check_same("weight", weight, "hidden", hidden)
-    check_matrix("weight", weight, "[V, H]")
-    check_weight(weight, (weight.shape[0], hidden.shape[1]))
-    vocab_size = check_vocabulary(weight.shape[0], vocab_start, vocab_size, all_gather is not None)
+    vocab_size = _check(
+        hidden, weight, vocab_start, vocab_size, all_gather, reduce_hidden_grad, chunk_size
+    )
+    if gather_hidden is not None and reduce_hidden_grad is None:
+        raise ValueError("reduce_hidden_grad: needed with gather_hidden; pass the reduce-scatter")
     tokens = labels.numel() if gather_hidden is not None else hidden.shape[0]
     check_labels(labels, tokens, vocab_size, ignore_index, hidden.device)
-    if (gather_hidden is not None or all_gather is not None) and reduce_hidden_grad is None:
-        raise ValueError(
-            "reduce_hidden_grad: needed with all_gather or gather_hidden; pass the reduction"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: {chunk_size} is not positive")
     columns = true_columns(weight.shape[0], vocab_start, vocab_size)
     plan = _Plan(
         target=local_targets(labels, vocab_start, columns, ignore_index),
@@ -91,17 +83,38 @@ def linear_cross_entropy(
         all_gather=all_gather,
         chunk=chunk_size or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK),
     )
-    if gather_hidden is not None or reduce_hidden_grad is not None:
+    if reduce_hidden_grad is not None:
         hidden = _Gather.apply(hidden, gather_hidden, reduce_hidden_grad)
-        if hidden.shape[0] != tokens:
-            raise ValueError(
-                f"gather_hidden: returned {hidden.shape[0]} tokens for {tokens} labels"
-            )
+    if hidden.shape[0] != tokens:
+        raise ValueError(f"gather_hidden: returned {hidden.shape[0]} tokens for {tokens} labels")
+    implementation = chosen_implementation(hidden)
     if implementation == "reference":
         logits = hidden @ weight.T
         return cross_entropy_reference(logits, plan.target, columns, all_gather)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, plan, backend(implementation))
     return loss
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    vocab_start: int,
+    vocab_size: int | None,
+    all_gather: AllGather | None,
+    reduce_hidden_grad: Collective | None,
+    chunk_size: int | None,
+) -> int:
+    """Return the true global vocabulary size; raise ValueError for a wrong argument."""
+    check_matrix("hidden", hidden, "[T, H]")
+    check_dtype("hidden", hidden, float64=chosen_implementation(hidden) == "reference")
+    check_same("weight", weight, "hidden", hidden)
+    check_matrix("weight", weight, "[V, H]")
+    check_weight(weight, (weight.shape[0], hidden.shape[1]))
+    if all_gather is not None and reduce_hidden_grad is None:
+        raise ValueError("reduce_hidden_grad: needed with all_gather; pass the all-reduce")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: {chunk_size} is not positive")
+    return check_vocabulary(weight.shape[0], vocab_start, vocab_size, all_gather is not None)
 
 
 @dataclass(frozen=True)

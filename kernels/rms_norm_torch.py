@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 18  # fp32 values of a block; with its scratch they fit a core's own cache
+BLOCK_ELEMENTS = 1 << 19  # fp32 values of a block; with its scratch they fit a core's own cache
 
 
 def forward(
@@ -44,8 +44,12 @@ def backward(
         if dweight is not None:
             dweight.addmv_(product.T, r[:, 0])
         slope = (product @ scale)[:, None].mul_(r.pow(3)).div_(-x.shape[1])
-        result = torch.mul(g, scale, out=product).mul_(r).addcmul_(wide, slope)
-        out.copy_(result if extra is None else result.add_(extra))
+        result = torch.mul(g, scale, out=out if out.dtype == torch.float32 else product)
+        result.mul_(r).addcmul_(wide, slope)
+        if extra is not None:
+            result.add_(extra)
+        if result is not out:
+            out.copy_(result)
     return dx, None if dweight is None else dweight.to(weight.dtype)
 
 

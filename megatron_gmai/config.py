@@ -87,6 +87,9 @@ class DataConfig:
     dset_pack_level: str = option(
         "soft", "how samples share a pack", choices=("soft", "hard", "best-fit", "none")
     )
+    max_images_per_pack: int | None = option(
+        None, "images in a pack at most; a sample with more is rejected (default: no limit)"
+    )
     group_by_length: bool = option(False, "samples of like length share a step")
     num_workers: int = option(0, "loader processes per data-parallel rank")
     pad_to_square: bool = option(True, "pad images with the mean colour before resizing")

@@ -27,16 +27,16 @@ def _gmai_vl_7b() -> Config:
 
 
 def _gmai_vl_tiny() -> Config:
-    """The same architecture at 3 million parameters: for laptops, tests and the quick start."""
+    """The same architecture at 2 million parameters: for laptops, tests and the quick start."""
     vision = VisionConfig(
-        num_layers=5, hidden_size=128, num_attention_heads=4, ffn_hidden_size=384, image_size=112
+        num_layers=5, hidden_size=128, num_attention_heads=4, ffn_hidden_size=384, image_size=84
     )
     language = LanguageConfig(
         num_layers=4,
-        hidden_size=192,
+        hidden_size=128,
         num_attention_heads=4,
         num_query_groups=2,
-        ffn_hidden_size=512,
+        ffn_hidden_size=320,
         max_position_embeddings=2048,
     )
     return Config(

@@ -225,7 +225,7 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
 
 # (tower, its fields, part of the message): sizes come from files of start weights, not from flags
 WRONG_SIZES: list[tuple[str, dict[str, int], str]] = [
-    ("vision", {"patch_size": 15}, "image size 112: does not divide by the patch size 15"),
+    ("vision", {"patch_size": 15}, "image size 84: does not divide by the patch size 15"),
     ("vision", {"hidden_size": 130}, "vision hidden size 130: does not divide by 4"),
     ("vision", {"num_layers": 1}, "features are taken before the last layer"),
     ("language", {"hidden_size": 190}, "language hidden size 190: does not divide by 4"),

@@ -96,7 +96,14 @@ def test_nobody_imports_the_programs(layer: str, path: Path) -> None:
     "path", [path for layer, path in SOURCES if layer in {"data", "convert"}], ids=str
 )
 def test_data_and_conversion_know_no_process_groups(path: Path) -> None:
-    assert not [name for name in imports_of(path) if name.startswith("torch.distributed")]
+    # The checkpoint format of torch.distributed is read from files, without a process group.
+    groups = [
+        name
+        for name in imports_of(path)
+        if name.startswith("torch.distributed")
+        and not name.startswith("torch.distributed.checkpoint")
+    ]
+    assert not groups
 
 
 @pytest.mark.parametrize("path", [path for layer, path in SOURCES if layer == "config"], ids=str)

@@ -41,7 +41,13 @@ DETAILS: dict[str, tuple[str, tuple[str, ...]]] = {
     "channel": ("In which colour is the channel displayed?", tuple(CHANNELS)),
     "probe": ("On which side of the image is the transducer?", PROBE_SIDES),
 }
-QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
+# A yes/no question, and the kinds of crop for which the answer is yes.
+YES_NO = {
+    "Was this image taken through a microscope?": ("colon_histology", "nuclei"),
+    "Was ionising radiation used for this image?": ("abdominal_ct", "chest_xray"),
+    "Does the image show a part of the head?": ("brain_mr", "fundus"),
+    "Was this image made with sound waves?": ("echo",),
+}
 _OPEN = {
     "modality": ("Which imaging modality is this?", "How was this image acquired?"),
     "organ": ("What does the image show?", "Which organ or body part is this?"),
@@ -79,24 +85,21 @@ class Question:
 
 def question_types(crop: Crop) -> tuple[str, ...]:
     """The types that can be asked of this crop."""
-    common = ("modality", "organ", "yes_no", "multiple_choice", "caption", "position")
+    common = ("modality", "organ", "yes_no", "multiple_choice", "caption")
     return (*common, *crop.details)
 
 
-def ask(question_type: str, crop: Crop, quadrant: str, rng: np.random.Generator) -> Question:
+def ask(question_type: str, crop: Crop, rng: np.random.Generator) -> Question:
     """A question about a crop.
 
     Args:
         question_type: one of `question_types(crop)`.
         crop: what is asked about.
-        quadrant: where the ring is drawn, one of `QUADRANTS`; only for `position`.
         rng: chooses among wordings and wrong options.
     """
     facts = FACTS[crop.kind]
-    if question_type == "position":
-        return Question("position", "In which quadrant is the yellow ring?", quadrant)
     if question_type == "yes_no":
-        return _yes_no(facts, rng)
+        return _yes_no(crop.kind, rng)
     if question_type == "multiple_choice":
         return _about_image(facts, rng)
     if question_type in DETAILS:
@@ -143,12 +146,11 @@ def _about_image(facts: Facts, rng: np.random.Generator) -> Question:
     return choose("What is shown?", facts.organ, ORGANS, rng)
 
 
-def _yes_no(facts: Facts, rng: np.random.Generator) -> Question:
-    about_organ, positive = rng.random() < 0.5, rng.random() < 0.5
-    truth, pool = (facts.organ, ORGANS) if about_organ else (facts.modality, MODALITIES)
-    named = truth if positive else str(rng.choice([o for o in pool if o != truth]))
-    prompt = f"Does the image show this: {named}?" if about_organ else f"Is the modality {named}?"
-    return Question("yes_no", prompt, "yes" if positive else "no")
+def _yes_no(kind: str, rng: np.random.Generator) -> Question:
+    """Yes and no are equally often right."""
+    positive = bool(rng.random() < 0.5)
+    fitting = [prompt for prompt, kinds in YES_NO.items() if (kind in kinds) == positive]
+    return Question("yes_no", str(rng.choice(fitting)), "yes" if positive else "no")
 
 
 def _caption(crop: Crop) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from examples.quickstart import questions as q
 from examples.quickstart.crops import HELD_OUT, KINDS, TRAIN, Crop, crops, resize
@@ -29,9 +29,8 @@ _HELD_OUT_TYPES = (
     *["multiple_choice"] * 10,
     *["caption"] * 6,
     *["yes_no"] * 4,
-    *["position"] * 4,
 )
-_HELD_OUT_DETAILS = 6  # asked of the first crops; of kinds without a detail: the ring's position
+_HELD_OUT_DETAILS = 6  # asked of the first crops; of kinds without a detail: the modality
 # Grey sources of more than 8 bits: some of their crops become 16-bit PNG. Not the CT: readers
 # stretch deep images to their own range, and its display window is asked for.
 _DEEP_KINDS = ("chest_xray",)
@@ -49,11 +48,10 @@ _JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class AskedCrop:
-    """A crop, the questions asked of it, and where its ring is ("" without one)."""
+    """A crop and the questions asked of it."""
 
     crop: Crop
     questions: tuple[q.Question, ...]
-    quadrant: str
 
 
 def asked_crops(kind: str, split: str, count: int) -> Iterator[AskedCrop]:
@@ -61,9 +59,7 @@ def asked_crops(kind: str, split: str, count: int) -> Iterator[AskedCrop]:
     rng = np.random.default_rng([SEED, KINDS.index(kind), split == HELD_OUT, 1])
     for index, crop in enumerate(_balanced(kind, split, count)):
         types = _held_out_types(crop, index) if split == HELD_OUT else _train_types(crop, rng)
-        quadrant = str(rng.choice(q.QUADRANTS)) if "position" in types else ""
-        asked = tuple(q.ask(name, crop, quadrant, rng) for name in types)
-        yield AskedCrop(crop, asked, quadrant)
+        yield AskedCrop(crop, tuple(q.ask(name, crop, rng) for name in types))
 
 
 def image_sample(output: Path, split: str, index: int, asked: AskedCrop) -> Sample:
@@ -74,7 +70,7 @@ def image_sample(output: Path, split: str, index: int, asked: AskedCrop) -> Samp
     pixels = resize(crop.pixels, int(rng.integers(112, 161)))
     if split == TRAIN:
         pixels = _exposed_otherwise(pixels, rng)
-    path = _save(output / "images", name, pixels, asked.quadrant, crop.kind, index)
+    path = _save(output / "images", name, pixels, crop.kind, index)
     height, width = pixels.shape[:2]
     return {
         "id": name,
@@ -131,7 +127,7 @@ def _balanced(kind: str, split: str, count: int) -> Iterator[Crop]:
 
 def _train_types(crop: Crop, rng: np.random.Generator) -> tuple[str, ...]:
     """One to three types, most often three: questions are cheap beside the image's tokens."""
-    pool = [*_TRAIN_TYPES, "position", *(name for name in crop.details for _ in range(2))]
+    pool = [*_TRAIN_TYPES, *(name for name in crop.details for _ in range(2))]
     count = int(rng.choice([1, 2, 3, 3]))
     return tuple(dict.fromkeys(str(name) for name in rng.permutation(pool)[:count]))
 
@@ -139,7 +135,7 @@ def _train_types(crop: Crop, rng: np.random.Generator) -> tuple[str, ...]:
 def _held_out_types(crop: Crop, index: int) -> tuple[str, ...]:
     """One type. Crops come with the detail's values in turn, so neighbours differ in it."""
     if index < _HELD_OUT_DETAILS:
-        return (next(iter(crop.details), "position"),)
+        return (next(iter(crop.details), "modality"),)
     return (_HELD_OUT_TYPES[(index - _HELD_OUT_DETAILS) % len(_HELD_OUT_TYPES)],)
 
 
@@ -152,17 +148,13 @@ def _conversation(asked: tuple[q.Question, ...], images: int) -> Sample:
     return {"conversations": turns}
 
 
-def _save(
-    folder: Path, name: str, pixels: np.ndarray, quadrant: str, kind: str, index: int
-) -> Path:
-    """JPEG mostly; every fifth PNG, 16 bits deep where the source is and no ring is drawn."""
-    if index % 5 == 0 and kind in _DEEP_KINDS and not quadrant:
+def _save(folder: Path, name: str, pixels: np.ndarray, kind: str, index: int) -> Path:
+    """JPEG mostly; every fifth PNG, 16 bits deep where the source is."""
+    if index % 5 == 0 and kind in _DEEP_KINDS:
         path = folder / f"{name}.png"
         Image.fromarray(np.round(pixels * 65535).astype(np.uint16)).save(path)
         return path
     image = Image.fromarray(np.round(pixels * 255).astype(np.uint8))
-    if quadrant:
-        image = _with_ring(image, quadrant)
     path = folder / (f"{name}.png" if index % 5 == 0 else f"{name}.jpg")
     image.save(path, quality=_JPEG_QUALITY)  # PNG has no quality and ignores it
     return path
@@ -173,15 +165,3 @@ def _exposed_otherwise(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarr
     varied = pixels ** rng.uniform(0.75, 1.35) * rng.uniform(0.85, 1.15)
     varied = varied + rng.normal(0, rng.uniform(0, 0.04), pixels.shape)
     return np.clip(varied, 0, 1)
-
-
-def _with_ring(image: Image.Image, quadrant: str) -> Image.Image:
-    image = image.convert("RGB")
-    width, height = image.size
-    x = width * (0.25 if "left" in quadrant else 0.75)
-    y = height * (0.25 if "upper" in quadrant else 0.75)
-    radius = 0.16 * max(width, height)
-    ImageDraw.Draw(image).ellipse(
-        (x - radius, y - radius, x + radius, y + radius), outline=(255, 235, 0), width=7
-    )
-    return image

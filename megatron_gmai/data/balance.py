@@ -9,7 +9,10 @@ import numpy as np
 
 from megatron_gmai.data.packing import Packs
 
-SWAPS = 64
+SWAPS = 128
+SHIFTS = (0, 1, -1, 2, -2)  # micro-steps between the packs of a swap
+EVEN = 1.002  # most over mean attention of a rank that needs no more swaps
+Place = tuple[int, int, int]  # micro-step, rank, place in the micro-batch
 
 
 def pack_costs(packs: Packs, sample_images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,16 +60,35 @@ def assign(
 
 
 def _even_out(dealt: np.ndarray, images: np.ndarray, attention: np.ndarray) -> None:
-    """Swaps packs with equally many images between the ranks with most and least attention."""
+    """Swaps packs with equally many images while that makes the ranks' attention more alike: packs
+    of one micro-step if any will do, else of neighbouring ones, which hold similar packs."""
+    costs, counts = attention[dealt], images[dealt]  # [micro-steps, dp_size, micro batch]
     for _ in range(SWAPS):
-        loads = attention[dealt].sum(axis=(0, 2))
-        most, least = int(loads.argmax()), int(loads.argmin())
-        gap = int(loads[most] - loads[least])
-        gain = attention[dealt[:, most]] - attention[dealt[:, least]]  # [micro-steps, micro batch]
-        alike = images[dealt[:, most]] == images[dealt[:, least]]
-        missed = np.where(alike & (gain > 0) & (gain < gap), np.abs(gain - gap // 2), gap)
-        step, place = np.unravel_index(missed.argmin(), missed.shape)
-        if missed[step, place] >= gap:
+        loads = costs.sum(axis=(0, 2))
+        if loads.max() <= EVEN * loads.mean():
             return
-        pair = dealt[step, [most, least], place]
-        dealt[step, [least, most], place] = pair
+        for shift in SHIFTS:
+            swaps = [
+                _best_swap(costs, counts, loads, int(rank), shift)
+                for rank in (loads.argmax(), loads.argmin())
+            ]
+            better, here, there = min(swaps)
+            if better < 0:
+                break
+        else:
+            return
+        for table in (dealt, costs, counts):
+            table[here], table[there] = table[there], table[here]
+
+
+def _best_swap(
+    costs: np.ndarray, counts: np.ndarray, loads: np.ndarray, rank: int, shift: int
+) -> tuple[int, Place, Place]:
+    """What the best swap of a pack of `rank` for one `shift` micro-steps away changes the sum of
+    the ranks' squared loads by (halved), and the places of the two packs."""
+    others = np.clip(np.arange(len(costs)) + shift, 0, len(costs) - 1)
+    gains = costs[others] - costs[:, rank : rank + 1]
+    change = gains * (gains + (loads[rank] - loads)[:, None])
+    change[counts[others] != counts[:, rank : rank + 1]] = 0
+    step, other, place = map(int, np.unravel_index(int(change.argmin()), change.shape))
+    return int(change[step, other, place]), (step, rank, place), (int(others[step]), other, place)

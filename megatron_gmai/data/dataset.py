@@ -67,6 +67,7 @@ class PackDataset:
             self.ratios,
             self.settings,
             self.shards.folder / f"plan-{self.fingerprint}",
+            self.shards.rows["images"],
         )
 
     @property
@@ -196,7 +197,14 @@ def open_dataset(
     shards = Shards(data.shards)
     encoder = make_encoder(data, tokenizer, vision)
     _, too_long = token_lengths(shards, encoder)
-    settings = PlanSettings(seed, data.max_length, data.dset_pack_level, data.group_by_length, run)
+    settings = PlanSettings(
+        seed,
+        data.max_length,
+        data.dset_pack_level,
+        data.group_by_length,
+        run,
+        max_images=data.max_images_per_pack,
+    )
     dataset = PackDataset(
         shards, encoder, vision, _uses(shards, data), settings, data.pad_to_square
     )
@@ -213,6 +221,7 @@ def make_encoder(data: DataConfig, tokenizer: Tokenizer, vision: VisionConfig) -
         vision.tokens_per_image,
         data.max_length,
         cut=data.dset_pack_level == "hard",
+        max_images=data.max_images_per_pack,
     )
 
 

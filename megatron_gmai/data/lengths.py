@@ -38,6 +38,7 @@ class Encoder:
     tokens_per_image: int
     max_length: int
     cut: bool = False
+    max_images: int | None = None  # in a pack, so in a sample too
 
     @property
     def fingerprint(self) -> str:
@@ -48,11 +49,14 @@ class Encoder:
             self.tokens_per_image,
             self.max_length,
             self.cut,
+            self.max_images,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def encode(self, record: Mapping[str, Any], num_images: int) -> Rendered:
         """Raises BadSample if the sample cannot be used at this length."""
+        if self.max_images is not None and num_images > self.max_images:
+            raise BadSample(f"{num_images} images, more than --max-images-per-pack")
         conversation = parse_conversation(record, num_images)
         rendered = render(conversation, self.template, self.tokenizer, self.tokens_per_image)
         if not self.cut:

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_gmai.data.order import permutation
 from megatron_gmai.data.packing import (
+    ImageCap,
     Packs,
     join,
     pack_best_fit,
@@ -43,6 +44,7 @@ class PlanSettings:
     group_by_length: bool = False
     run: int = 512
     window: int = WINDOW
+    max_images: int | None = None  # in a pack
 
 
 class Plan:
@@ -56,13 +58,15 @@ class Plan:
         ratios: Sequence[float],
         settings: PlanSettings,
         cache: Path | None = None,
+        images: np.ndarray | None = None,
     ) -> None:
         """`lengths` is the table of `lengths.py`, `first_rows` [shards + 1] the rows of each shard,
         `shard_sources` the data set of each shard, `ratios` [data sets] the samples an epoch takes
         for each one that there is. `cache` is the beginning of the names of files that keep what
-        `counts` found; it has to be a name that changes with everything else."""
+        `counts` found; it has to be a name that changes with everything else. `images` [samples]
+        is needed where packs have a limit of them."""
         self.lengths, self.first_rows, self.settings = lengths, first_rows, settings
-        self.ratios, self._cache = list(ratios), cache
+        self.ratios, self._cache, self._images = list(ratios), cache, images
         sources = np.asarray(shard_sources)
         self._shards = [np.flatnonzero(sources == s) for s in range(len(self.ratios))]
         self._streams = lru_cache(maxsize=2)(self._make_streams)
@@ -125,18 +129,25 @@ class Plan:
         if self.settings.group_by_length:
             by_length = np.argsort(-table["length"], kind="stable")
             samples, table = samples[by_length], table[by_length]
-        packs = self._pack(table)
+        packs = self._pack(table, self._cap(samples))
         packs = packs.reordered(self._pack_order(len(packs), epoch, window))
         return Packs(samples[packs.samples], packs.starts, packs.stops, packs.bounds)
 
-    def _pack(self, table: np.ndarray) -> Packs:
+    def _cap(self, samples: np.ndarray) -> ImageCap | None:
+        if self.settings.max_images is None:
+            return None
+        if self._images is None:
+            raise ValueError("a limit of images per pack needs the number of images per sample")
+        return ImageCap(self._images[samples].astype(np.int64), self.settings.max_images)
+
+    def _pack(self, table: np.ndarray, cap: ImageCap | None) -> Packs:
         level, max_length = self.settings.pack_level, self.settings.max_length
         if level == "soft":
-            return pack_soft(table["length"], max_length)
+            return pack_soft(table["length"], max_length, cap)
         if level == "hard":
-            return pack_hard(table["length"], table["images_end"], max_length)
+            return pack_hard(table["length"], table["images_end"], max_length, cap)
         if level == "best-fit":
-            return pack_best_fit(table["length"], max_length)
+            return pack_best_fit(table["length"], max_length, cap)
         if level == "none":
             return pack_none(table["length"])
         raise ValueError(f"--dset-pack-level {level!r} is unknown")

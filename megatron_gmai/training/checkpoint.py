@@ -11,6 +11,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -185,7 +186,7 @@ def load_weights(checkpoint: Checkpoint, model: GMAIVL, groups: Groups) -> None:
 def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(checkpoint.path))
-    except CheckpointingException as error:
+    except (CheckpointingException, UnpicklingError) as error:
         problem = str(error)
     except CheckpointException as error:  # torch's: not an Exception, so nobody else would see it
         problem = first_failure(error)

@@ -43,8 +43,7 @@ def test_eight_ranks_have_the_same_work_over_a_step(steps: list) -> None:
         for name, cost in zip(excess, (images, attention), strict=True):
             loads = cost[order].sum(axis=(0, 2))
             excess[name].append(loads.max() / loads.mean())
-    assert np.mean(excess["images"]) <= 1.01 and np.mean(excess["attention"]) <= 1.01
-    assert max(excess["images"]) <= 1.01 and max(excess["attention"]) <= 1.03
+    assert max(excess["images"]) <= 1.01 and max(excess["attention"]) <= 1.01
 
 
 def test_the_packs_that_run_at_one_time_are_alike(steps: list) -> None:

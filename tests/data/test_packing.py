@@ -5,7 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from megatron_gmai.data.packing import Packs, pack_best_fit, pack_hard, pack_none, pack_soft
+from megatron_gmai.data.packing import (
+    ImageCap,
+    Packs,
+    pack_best_fit,
+    pack_hard,
+    pack_none,
+    pack_soft,
+)
 
 LIMIT = 100
 METHODS = {
@@ -79,3 +86,34 @@ def test_reordering_moves_whole_packs() -> None:
     packs = pack_soft(np.array([60, 40, 1, 99, 2, 50]), LIMIT).reordered(np.array([2, 0, 1]))
     assert packs.samples.tolist() == [4, 5, 0, 1, 2, 3]
     assert packs.bounds.tolist() == [0, 2, 4, 6]
+
+
+class TestImageCap:
+    MOST = 3
+    CAPPED = {
+        "soft": lambda lengths, cap: pack_soft(lengths, LIMIT, cap),
+        "best-fit": lambda lengths, cap: pack_best_fit(lengths, LIMIT, cap),
+        "hard": lambda lengths, cap: pack_hard(lengths, np.zeros_like(lengths), LIMIT, cap),
+    }
+
+    @pytest.mark.parametrize("method", CAPPED.values(), ids=CAPPED)
+    def test_no_pack_has_more_images_and_no_sample_is_lost(self, method: Callable) -> None:
+        lengths = random_lengths(700, seed=5) // 8 + 1
+        images = np.random.default_rng(6).integers(0, self.MOST + 1, 700)
+        packs = method(lengths, ImageCap(images, self.MOST))
+        first = np.where(packs.starts == 0, images[packs.samples], 0)
+        per_pack = np.add.reduceat(first, packs.bounds[:-1])
+        assert per_pack.max() == self.MOST and per_pack.sum() == images.sum()
+        assert (packs.stops - packs.starts).sum() == lengths.sum()
+        assert sorted(packs.samples[packs.starts == 0]) == list(range(700))
+        assert max(sizes(packs)) <= LIMIT
+
+    @pytest.mark.parametrize("method", CAPPED.values(), ids=CAPPED)
+    def test_a_limit_that_is_never_reached_changes_nothing(self, method: Callable) -> None:
+        lengths = random_lengths(300, seed=7)
+        free, capped = method(lengths, None), method(lengths, ImageCap(np.ones(300, int), 100))
+        assert sizes(free) == sizes(capped)
+
+    def test_best_fit_puts_text_beside_the_images(self) -> None:
+        lengths, images = np.full(40, LIMIT // 4), np.repeat([1, 0], 20)
+        assert len(pack_best_fit(lengths, LIMIT, ImageCap(images, 2))) == 10

@@ -1,6 +1,7 @@
 """How images enter the sequence, what trains, and what can never be predicted."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def model(alone: World) -> GMAIVL:
     return build(alone, {})
 
 
-def build(world: World, frozen: dict[str, bool]) -> GMAIVL:
+def build(world: World, frozen: dict[str, Any]) -> GMAIVL:
     config = dataclasses.replace(CONFIG, train=TrainConfig(**frozen))
     model = GMAIVL(config, world.device, world.groups(ParallelConfig()))
     fill(model, SeededWeights(MODEL, seed=1))

@@ -36,7 +36,7 @@ from megatron_gmai.training.weights import SeededWeights, fill
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4
-STAGES = {
+STAGES: dict[int, dict[str, Any]] = {
     1: {"freeze_vit": True, "freeze_llm": True},
     2: {"freeze_llm": True},
     3: {},

@@ -163,17 +163,38 @@ def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: World) -
     file = next(path.glob("*.distcp"))
     file.write_bytes(bytes(file.stat().st_size))
     trainer = Trainer(Case("run"), alone)
-    with pytest.raises(CheckpointError, match="iter_0000003 cannot be loaded: rank 0: .*\nIts bytes have changed"):
+    with pytest.raises(
+        CheckpointError, match="iter_0000003 cannot be loaded: rank 0: .*\nIts bytes have changed"
+    ):
         load_checkpoint(open_checkpoint(path), trainer.wrapped, None, trainer.groups)
+
+
+def test_a_program_in_the_common_file_is_not_run(folder: Path, alone: World) -> None:
+    class Program:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {folder / 'hacked'}",)
+
+    path = folder / "iter_0000003"
+    torch.save({"program": Program()}, path / "common.pt")
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    edit_manifest(path, files=files | {"common.pt": (path / "common.pt").stat().st_size})
+    trainer = Trainer(Case("run"), alone)
+    with pytest.raises(CheckpointError, match="iter_0000003 cannot be loaded"):
+        load_checkpoint(open_checkpoint(path), trainer.wrapped, None, trainer.groups)
+    assert not (folder / "hacked").exists()
 
 
 def test_another_model_is_told(folder: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     language = dataclasses.replace(batches.MODEL.language, num_layers=6)
     model = dataclasses.replace(batches.MODEL, language=language)
     monkeypatch.setattr("tests.parallel.cases.MODEL", model)
-    monkeypatch.setattr("tests.parallel.cases.CONFIG", dataclasses.replace(batches.CONFIG, model=model))
+    monkeypatch.setattr(
+        "tests.parallel.cases.CONFIG", dataclasses.replace(batches.CONFIG, model=model)
+    )
     trainer = Trainer(Case("run"), alone)
-    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*layers\.4.*\n.*with other sizes"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be loaded: .*layers\.4.*\n.*with other sizes"
+    ):
         load_checkpoint(open_checkpoint(folder), trainer.wrapped, None, trainer.groups)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -79,7 +78,9 @@ def test_the_same_layout_continues_bitwise(job: Job, rows: Callable[[str], Rows]
     assert resumed == {i: uninterrupted[i] for i in range(SAVED_AFTER, STEPS)}
 
 
-@pytest.mark.parametrize("job", [job for size in OTHER for job in OTHER[size]], ids=lambda j: j.name)
+@pytest.mark.parametrize(
+    "job", [job for size in OTHER for job in OTHER[size]], ids=lambda j: j.name
+)
 def test_another_layout_continues_to_rounding(job: Job, rows: Callable[[str], Rows]) -> None:
     uninterrupted = rows(str(job.load_from).removeprefix("from-"))
     resumed = rows(job.name)

@@ -63,8 +63,9 @@ def test_every_step_of_a_short_run_moves_the_weights(total: int, warmup: float) 
 
 
 @pytest.mark.parametrize(
-    ("interval", "total", "steps"), [(-1, 70, 70), (0.1, 70, 7), (0.001, 70, 1), (1, 70, 1), (30, 70, 30)]
-)  # fmt: skip
+    ("interval", "total", "steps"),
+    [(-1, 70, 70), (0.1, 70, 7), (0.001, 70, 1), (1, 70, 1), (30, 70, 30)],
+)
 def test_the_checkpoint_interval_is_a_share_or_a_number_of_steps(
     interval: float, total: int, steps: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""Figures of the data pipeline, side by side in one run: `python tools/bench_data.py`.
+"""Figures of the data pipeline, side by side in one run: `python benchmarks/data.py`.
 
 Writes runs/bench/data.json. Every comparison is a ratio of two things measured in this run on this
 machine: throughput to packed batches against the plain ways to load the same images, the fill of

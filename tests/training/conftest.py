@@ -1,0 +1,36 @@
+"""A small real data set for runs of the entry script."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megatron_gmai.data.build import build_shards
+from megatron_gmai.data.prepare import copy_tokenizer
+from tests.data.world import WORDS, mixed_records
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 samples as shards: images, two images, several turns, text only; with a tokenizer."""
+    folder = tmp_path_factory.mktemp("samples")
+    generator = np.random.default_rng(0)
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(" ".join(generator.choice(WORDS, 6)) for _ in range(400)),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    (folder / "samples.json").write_text(json.dumps(mixed_records(folder, 24)))
+    entry = {"image_dir": str(folder), "annotations": "samples.json", "sample_ratio": 1.0,
+             "length": 24, "data_augment": False}  # fmt: skip
+    (folder / "LIST.json").write_text(json.dumps({"samples": entry}))
+    build_shards(folder / "LIST.json", folder / "shards")
+    copy_tokenizer(folder / "tokenizer.model", folder / "shards")
+    return folder / "shards"

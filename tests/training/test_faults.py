@@ -1,0 +1,128 @@
+"""What becomes of a run when something goes wrong: it ends soon, says why once, and continues."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training.command import STEPS, finish, launcher, losses, run, start, wait_for_step
+
+TP2 = ("--tp", "2")
+ENDS_WITHIN = 60  # seconds after a rank is gone
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a run that nothing disturbed."""
+    work_dir = tmp_path_factory.mktemp("uninterrupted")
+    process = start(shards, work_dir, 2, *TP2)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert list(losses(work_dir)) == list(range(1, STEPS + 1))
+    return work_dir
+
+
+@pytest.fixture(scope="module")
+def killed(
+    shards: Path, uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int | None]:
+    """The work directory of a run whose second rank was killed after step 5, and its status."""
+    work_dir = tmp_path_factory.mktemp("killed")
+    process = start(shards, work_dir, 2, *TP2)
+    wait_for_step(process, work_dir, 5)
+    ranks = psutil.Process(process.pid).children()
+    second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    finish(process, timeout=ENDS_WITHIN)
+    _, alive = psutil.wait_procs(ranks, timeout=1)
+    assert alive == []
+    return work_dir, process.returncode
+
+
+@pytest.fixture
+def work_dir(killed: tuple[Path, int | None], tmp_path: Path) -> Path:
+    """A copy of the killed run's work directory."""
+    shutil.copytree(killed[0], tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_a_killed_rank_ends_the_run(killed: tuple[Path, int | None], uninterrupted: Path) -> None:
+    work_dir, status = killed
+    assert status not in (0, None)
+    assert 5 <= len(losses(work_dir)) < STEPS
+    assert (work_dir / "checkpoints" / "iter_0000003").is_dir()
+
+
+def test_resuming_reproduces_the_uninterrupted_run_bitwise(
+    shards: Path, work_dir: Path, uninterrupted: Path
+) -> None:
+    output = finish(start(shards, work_dir, 2, *TP2, "--resume"))
+    assert "resuming from" in output
+    assert losses(work_dir) == losses(uninterrupted)
+
+
+def test_resuming_in_another_layout_reproduces_it_to_rounding(
+    shards: Path, work_dir: Path, uninterrupted: Path
+) -> None:
+    output = finish(start(shards, work_dir, 1, "--resume"))
+    expected = losses(uninterrupted)
+    assert losses(work_dir).keys() == expected.keys(), output
+    for iteration, row in losses(work_dir).items():
+        assert row == pytest.approx(expected[iteration], rel=1e-4)
+
+
+def test_a_full_disk_is_told_in_one_message(shards: Path, work_dir: Path) -> None:
+    before = sorted(path.name for path in (work_dir / "checkpoints").iterdir())
+    limited = ("bash", "-c", 'ulimit -f 4000 && exec "$@"', "bash")  # KiB a file
+    process = start(shards, work_dir, 1, "--resume", prefix=limited)
+    output = finish(process)
+    assert process.returncode == 2
+    assert output.count("error: could not save") == 1
+    assert "Traceback" not in output
+    assert sorted(path.name for path in (work_dir / "checkpoints").iterdir()) == before
+
+
+def test_a_mistake_in_the_flags_is_told_once_by_all_ranks(shards: Path, tmp_path: Path) -> None:
+    process = start(shards, tmp_path / "work", 2, "--tp", "2", "--freeze-vit", "--freeze-llm",
+                    "--freeze-projector")  # fmt: skip
+    output = finish(process)
+    assert process.returncode != 0
+    assert output.count("nothing is left to train") == 1
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_on_one_rank_is_shown_once_and_ends_all(failing: int, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "import torch.distributed as dist\n"
+        "from megatron_gmai.training.resilience import run_guarded\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo')\n"
+        f"    if dist.get_rank() == {failing}:\n"
+        "        raise RuntimeError('the cause')\n"
+        "    dist.barrier()\n"
+        "    raise RuntimeError('not reached')\n"
+        "run_guarded(main)\n"
+    )
+    process = run([*launcher(2), str(program)])
+    output = finish(process, timeout=ENDS_WITHIN)
+    assert process.returncode not in (0, None)
+    assert output.count("RuntimeError: the cause") == 1
+    assert f"[rank {failing}] Traceback" in output
+    assert "not reached" not in output
+
+
+def test_an_interrupted_process_leaves_quietly(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from megatron_gmai.training.resilience import run_guarded\n"
+        "def main():\n"
+        "    raise KeyboardInterrupt\n"
+        "run_guarded(main)\n"
+    )
+    process = run([*launcher(1), str(program)])
+    assert (finish(process), process.returncode) == ("", 130)
