@@ -15,6 +15,7 @@ from PIL import Image
 from examples.quickstart import run, sources
 from examples.quickstart.build import DataSet, Sizes, build, guess_accuracy
 from examples.quickstart.crops import HELD_OUT, KINDS, SINGLE_IMAGES, TRAIN, crops
+from examples.quickstart.questions import YES_NO
 from examples.quickstart.steps import StepFailed, Steps, command
 from examples.quickstart.tokenizer import SPECIAL_TOKENS
 from megatron_gmai.data.mixture import read_list
@@ -97,21 +98,8 @@ class TestSamples:
         asked = [s for s in read(made.held_out) if s["question_type"] == "yes_no"]
         assert {answer(sample) for sample in asked} == {"yes", "no"}
         for sample in asked:
-            if sample["class"] == "brain_mr":
-                named = sample["conversations"][0]["value"].rstrip("?").split()[-1]
-                assert (answer(sample) == "yes") == (named in ("MR", "brain"))
-
-    def test_the_ring_is_where_the_answer_says(self, made: DataSet) -> None:
-        asked = [s for s in read(made.held_out) if s["question_type"] == "position"]
-        assert len({answer(sample) for sample in asked}) == 4
-        for sample in asked:
-            image = Image.open(made.list_file.parent / sample["image"]).convert("RGB")
-            pixels = np.asarray(image).astype(int)
-            yellow = (pixels[..., :2].min(axis=2) > 180) & (pixels[..., 2] < 90)
-            rows, columns = np.nonzero(yellow)
-            vertical = "upper" if rows.mean() < image.height / 2 else "lower"
-            horizontal = "left" if columns.mean() < image.width / 2 else "right"
-            assert answer(sample) == f"{vertical} {horizontal}"
+            prompt = sample["conversations"][0]["value"].removeprefix("<image>\n")
+            assert (answer(sample) == "yes") == (sample["class"] in YES_NO[prompt])
 
 
 class TestGuessing:
@@ -176,12 +164,10 @@ class TestImages:
             assert 0 <= crop.pixels.min() < crop.pixels.max() <= 1
             assert crop.pixels.std() > 0.02
 
-    def test_bone_is_bright_in_both_radiographs(self) -> None:
-        chest, leg = sources.chest_xray(), sources.leg_xray()
+    def test_bone_is_bright_in_the_radiograph(self) -> None:
+        chest = sources.chest_xray()
         spine, lung = chest[900:1000, 880:960], chest[500:600, 350:450]
-        tibia, air = leg[500:600, 840:880], leg[500:600, 520:600]
         assert spine.mean() > lung.mean() + 0.2
-        assert tibia.mean() > air.mean() + 0.2
 
     def test_a_missing_package_is_named_with_its_remedy(self) -> None:
         with pytest.raises(ValueError, match="nilearn is installed but holds no nowhere.nii"):

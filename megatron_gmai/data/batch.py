@@ -5,7 +5,7 @@ Legend: M packs of S = max_length tokens, T = M * S, N images of I x I pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,12 @@ class MicroBatch:
     num_tokens: int  # without padding
     keys: tuple[str, ...]
 
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        """Pickles its tensors as bytes: torch would open a shared file for each of them."""
+        return _from_arrays, (
+            {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()},
+        )
+
     def pin_memory(self) -> "MicroBatch":
         """The same batch in page-locked memory, for copies that overlap with computation."""
         tensors = {
@@ -37,6 +43,12 @@ class MicroBatch:
             if isinstance(value, torch.Tensor)
         }
         return MicroBatch(**{**vars(self), **tensors})
+
+
+def _from_arrays(fields: dict[str, Any]) -> MicroBatch:
+    return MicroBatch(
+        **{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}
+    )
 
 
 class SampleImage(NamedTuple):

@@ -114,10 +114,14 @@ class PackDataset:
             )
 
     def assemble(
-        self, packs: Sequence[NumberedPack], image_share: Share = ALL_IMAGES
+        self,
+        packs: Sequence[NumberedPack],
+        image_share: Share = ALL_IMAGES,
+        memory: np.ndarray | None = None,
     ) -> tuple[MicroBatch, list[Rejection]]:
         """One micro-batch of these packs (one without pieces is all padding), and the samples
-        that could not be read and became padding.
+        that could not be read and became padding. Pixels are put into `memory`, uint8
+        [max_images(packs), 3, I, I], where it is given.
 
         Raises ValueError if a sample's tokens or images are not what the plan was made for.
         """
@@ -125,7 +129,12 @@ class PackDataset:
         rejections: list[Rejection] = []
         for number, pieces in packs:
             builder.add_pack([self._segment(piece, number, rejections) for piece in pieces])
-        return builder.build(self._pixels(builder.images, image_share)), rejections
+        pixels = self._pixels(builder.images, image_share, memory)
+        return builder.build(pixels), rejections
+
+    def max_images(self, packs: int) -> int:
+        """So many images can be in `packs` packs."""
+        return packs * (self.settings.max_length // self.vision.tokens_per_image)
 
     def _segment(self, piece: Piece, pack: int, rejections: list[Rejection]) -> Segment:
         try:
@@ -152,7 +161,9 @@ class PackDataset:
             return None
         return choose_tone(self.settings.seed, pack, sample)
 
-    def _pixels(self, images: Sequence[SampleImage], share: Share) -> np.ndarray:
+    def _pixels(
+        self, images: Sequence[SampleImage], share: Share, memory: np.ndarray | None
+    ) -> np.ndarray:
         """uint8 [N, 3, I, I] with this process's share decoded and the others black; [0, 3, I, I]
         for processes that need none."""
         side = self.vision.image_size
@@ -160,8 +171,14 @@ class PackDataset:
             return np.zeros((0, 3, side, side), dtype=np.uint8)
         part, parts = share
         count = max(1, -(-len(images) // parts))
-        pixels = np.zeros((len(images), 3, side, side), dtype=np.uint8)
-        for number, image in list(enumerate(images))[part * count : (part + 1) * count]:
+        if memory is None:
+            memory = np.empty((len(images), 3, side, side), dtype=np.uint8)
+        pixels = memory[: len(images)]
+        own = range(part * count, (part + 1) * count)
+        for number, image in enumerate(images):
+            if number not in own:
+                pixels[number] = 0
+                continue
             decoded = self._decode(image.key, image.data)
             pixels[number] = decoded if image.tone is None else image.tone.apply(decoded)
         return pixels

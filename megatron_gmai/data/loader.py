@@ -6,9 +6,11 @@ no state, so their number changes nothing but the speed.
 
 import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from megatron_gmai.data.balance import assign, pack_costs
@@ -17,15 +19,21 @@ from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Sh
 from megatron_gmai.data.ledger import Rejection
 
 PREFETCH = 2  # micro-batches per worker: bounds the memory that waits
+# A worker begins a micro-batch when the one PREFETCH before it is on its way, and those before that
+# are taken over: with two places more, none is overwritten that is still needed.
+SLOTS = PREFETCH + 2
 Job = list[NumberedPack]  # the packs of one micro-batch
 
 
 class Result(NamedTuple):
-    """What a worker hands over: a batch, or the message of the error that ends the run."""
+    """What a worker hands over: a batch, or the message of the error that ends the run. `place` is
+    where in the shared memory the first `images` hold the batch's pixels."""
 
     batch: MicroBatch | None
     rejections: list[Rejection]
     error: str | None = None
+    place: tuple[int, int] | None = None
+    images: int = 0
 
 
 def iterate(
@@ -57,16 +65,21 @@ def iterate(
     jobs = _Jobs(
         dataset, dp_rank, dp_size, micro_batch_size, global_batch_size, start_pack, total_packs
     )
+    memory = None
+    if num_workers and with_pixels:
+        memory = _shared_memory(dataset, num_workers, micro_batch_size)
     loader = torch.utils.data.DataLoader(
-        _Assembler(dataset, image_share if with_pixels else None),
+        _Assembler(dataset, image_share if with_pixels else None, memory),
         sampler=jobs,
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_keep_freed_memory,
         multiprocessing_context=_worker_context() if num_workers else None,
         prefetch_factor=PREFETCH if num_workers else None,
     )
+    if not num_workers:
+        _keep_freed_memory()
     results = iter(loader)
     while True:
         try:
@@ -85,7 +98,25 @@ def iterate(
         jobs.waiting.pop(0)
         if result.rejections:
             dataset.reject(result.rejections)
-        yield result.batch
+        yield _taken_over(result, memory)
+
+
+def _shared_memory(dataset: PackDataset, workers: int, packs: int) -> torch.Tensor:
+    """uint8 [workers, SLOTS, images, 3, I, I] that workers write and this process reads: made once,
+    where a file for each batch costs more than a copy. Only what is written takes memory."""
+    side = dataset.vision.image_size
+    shape = (workers, SLOTS, dataset.max_images(packs), 3, side, side)
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+
+def _taken_over(result: Result, memory: torch.Tensor | None) -> MicroBatch:
+    """The batch in memory of its own: page-locked where there is a device to copy it to."""
+    batch, device = result.batch, torch.cuda.is_available()
+    assert batch is not None  # a result without a batch has an error
+    if memory is not None and result.place is not None:
+        pixels = memory[result.place][: result.images]
+        batch = replace(batch, pixel_values=pixels if device else pixels.clone())
+    return batch.pin_memory() if device else batch
 
 
 def _worker_context() -> BaseContext:
@@ -96,6 +127,13 @@ def _worker_context() -> BaseContext:
     return context
 
 
+def _keep_freed_memory(worker: int = 0) -> None:
+    """Each image needs megabytes for a millisecond. glibc gives them back to the system, and new
+    pages cost more than the resizing, until it has seen a large block freed: then it keeps blocks
+    up to that size (mallopt(3), M_MMAP_THRESHOLD)."""
+    np.empty(31 * 2**20, dtype=np.uint8)
+
+
 def _unchanged(result: Any) -> Any:
     return result
 
@@ -103,14 +141,27 @@ def _unchanged(result: Any) -> Any:
 class _Assembler(torch.utils.data.Dataset):
     """Runs in the workers: a job becomes a micro-batch."""
 
-    def __init__(self, dataset: PackDataset, image_share: Share) -> None:
-        self.dataset, self.image_share = dataset, image_share
+    def __init__(
+        self, dataset: PackDataset, image_share: Share, memory: torch.Tensor | None
+    ) -> None:
+        self.dataset, self.image_share, self.memory = dataset, image_share, memory
+        self.jobs = 0
 
     def __getitem__(self, job: Job) -> Result:
         try:
-            return Result(*self.dataset.assemble(job, self.image_share))
+            if self.memory is None:
+                return Result(*self.dataset.assemble(job, self.image_share))
+            return self._into(self.memory, job)
         except ValueError as error:
             return Result(None, [], str(error))
+
+    def _into(self, memory: torch.Tensor, job: Job) -> Result:
+        place = (torch.utils.data.get_worker_info().id, self.jobs % SLOTS)
+        self.jobs += 1
+        batch, rejections = self.dataset.assemble(job, self.image_share, memory[place].numpy())
+        images = len(batch.pixel_values)
+        batch = replace(batch, pixel_values=batch.pixel_values[:0])
+        return Result(batch, rejections, None, place, images)
 
 
 class _Jobs(torch.utils.data.Sampler[Job]):

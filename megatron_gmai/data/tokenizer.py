@@ -12,6 +12,8 @@ import sentencepiece
 IMAGE_TOKEN = "<image>"
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
+# Texts between special tokens repeat: short ones are remembered, so many of them.
+SHORT, MOST_SHORT = 16, 4096
 # InternLM2's model file holds unnamed pieces where its chat models put their special tokens.
 INTERNLM2_PIECES = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
@@ -46,6 +48,7 @@ class Tokenizer:
         self.bos_id = self._pieces.bos_id()
         self.eos_id = self._pieces.eos_id()
         self.pad_id = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos_id
+        self._short: dict[str, list[int]] = {}
         self._split = re.compile("|".join(re.escape(name) for name in sorted(self._specials)))
 
     @property
@@ -80,6 +83,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos. Never gives a special id: names of special tokens in a
         text are spelled out, so that no sample can forge the end of a turn."""
+        if len(text) > SHORT:
+            return self._encode(text)
+        if text not in self._short and len(self._short) < MOST_SHORT:
+            self._short[text] = self._encode(text)
+        return list(self._short.get(text) or self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         start = 0
         for match in self._split.finditer(text):

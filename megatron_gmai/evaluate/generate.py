@@ -17,7 +17,7 @@ from megatron_gmai.model.gmai_vl import GMAIVL
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids up to where the answer begins, with the images that their placeholders stand for."""
+    """Token ids up to where the answer begins, and the images that placeholders stand for."""
 
     tokens: Tensor  # int64 [L]
     image_starts: Tensor  # int64 [n], first placeholder of each image
@@ -66,7 +66,7 @@ def generate(
 def _left_padded(
     prompts: Sequence[Prompt], pad_id: int, max_new_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, S], real keys bool [B, S + M], image places [N] in the batch flattened to B · S."""
+    """Tokens [B, S], real keys bool [B, S + M], image places [N] in the flat batch (B · S)."""
     length = max(len(prompt.tokens) for prompt in prompts)
     tokens = torch.full((len(prompts), length), pad_id)
     real_keys = torch.ones(len(prompts), length + max_new_tokens, dtype=torch.bool)

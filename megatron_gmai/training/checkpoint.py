@@ -26,6 +26,7 @@ from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
+from megatron_gmai.training.rng import restore_rng, sharded_rng
 from megatron_gmai.training.safe_metadata import check_metadata
 
 MANIFEST = "manifest.json"
@@ -53,6 +54,7 @@ class Checkpoint:
     position: Position
     config: Config
     has_optimizer: bool
+    names: frozenset[str]  # of its tensors
 
 
 def save_checkpoint(
@@ -130,10 +132,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 "Use an earlier checkpoint."
             )
     try:
-        check_metadata(path / ".metadata")
+        names = check_metadata(path / ".metadata")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return Checkpoint(path, position, config, has_optimizer)
+    return Checkpoint(path, position, config, has_optimizer, names)
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -165,8 +167,13 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    loaded = _load(checkpoint, _sharded_state(model.module, optimizer, groups, loading=True))
+    state = _sharded_state(model.module, optimizer, groups, loading=True)
+    if not checkpoint.names.issuperset(state.get("rng", ())):
+        del state["rng"]  # of another layout
+    loaded = _load(checkpoint, state)
     _set_weights(model.module, loaded["model"])
+    for saved in loaded.get("rng", {}).values():
+        restore_rng(saved)
     if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
         optimizer_state.restore(
             optimizer, model.module, loaded["optimizer"], checkpoint.position.optimizer_steps
@@ -216,6 +223,7 @@ def _sharded_state(
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
+        state["rng"] = sharded_rng(groups)
     return state
 
 

@@ -29,11 +29,12 @@ class _TablesOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_metadata(path: Path) -> None:
-    """Refuse a `.metadata` file that would do more than build tables of tensors when it is read.
+def check_metadata(path: Path) -> frozenset[str]:
+    """The names of a checkpoint's tensors, from its `.metadata` file.
 
-    torch unpickles what the table declares as bytes instead of a tensor, so that is refused too.
-    (Megatron's empty `_extra_state` entries are never read.)
+    A file that would do more than build tables of tensors when it is read is refused; so is
+    one that declares bytes instead of a tensor, which torch would unpickle. (Megatron's
+    empty `_extra_state` entries are never read.)
 
     Raises:
         ValueError: the file is missing, is no pickle, names anything else than the classes of
@@ -45,6 +46,7 @@ def check_metadata(path: Path) -> None:
         for name, entry in table.state_dict_metadata.items():
             if isinstance(entry, BytesStorageMetadata) and "._extra_state/" not in name:
                 raise ValueError(f"{name} is not a tensor")
+        return frozenset(table.state_dict_metadata)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:

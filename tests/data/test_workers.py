@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -26,11 +27,14 @@ class Fatal(PackDataset):
         return Fatal, super().__reduce__()[1]
 
     def assemble(
-        self, packs: Sequence[NumberedPack], image_share: Share = ALL_IMAGES
+        self,
+        packs: Sequence[NumberedPack],
+        image_share: Share = ALL_IMAGES,
+        memory: np.ndarray | None = None,
     ) -> tuple[MicroBatch, list[Rejection]]:
         if any(piece.sample == self.poison for _, pieces in packs for piece in pieces):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().assemble(packs, image_share)
+        return super().assemble(packs, image_share, memory)
 
 
 @pytest.fixture

@@ -1,0 +1,80 @@
+"""tools/evaluate.py, started as a user starts it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gmai.config import DataConfig
+from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.training.checkpoint import Position, save_checkpoint
+from megatron_gmai.training.optimizer import wrap_for_training
+from tests.evaluate.models import build, config_for
+from tests.parallel.cases import World
+from tests.parallel.world import run_world
+from tests.training.command import ROOT, finish, launcher, run
+
+
+def save_from_two_ranks(folder: Path, tokenizer_file: Path) -> None:
+    config = config_for(load_tokenizer(tokenizer_file), tensor_parallel=2)
+    config = dataclasses.replace(config, data=DataConfig(tokenizer=str(tokenizer_file)))
+    model = build(World(), config)
+    wrapped = wrap_for_training(model, config, model.groups)
+    save_checkpoint(folder, Position(iteration=3), wrapped, None, config, model.groups)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """A checkpoint that two tensor-parallel ranks have written."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_world(2, save_from_two_ranks, folder, tokenizer_file)
+    return folder
+
+
+def evaluate(ranks: int, *flags: Any) -> tuple[int, str]:
+    words = [*launcher(ranks), str(ROOT / "tools" / "evaluate.py"), "--device", "cpu"]
+    process = run([*words, *map(str, flags)])
+    output = finish(process)
+    return process.returncode, output
+
+
+def test_one_process_and_two_data_parallel_ranks_report_the_same(
+    checkpoints: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    reports = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.json"
+        flags = ["--load", checkpoints, "--data", held_out_file, "--output", file]
+        status, output = evaluate(ranks, *flags, "--batch-size", 2, "--max-new-tokens", 5)
+        assert status == 0, output
+        assert "2 of 9 records were skipped" in output
+        assert "9 questions" in output or ranks == 2
+        reports.append(json.loads(file.read_text()))
+    one, two = reports
+    assert [sample["id"] for sample in one["samples"]][1:4] == ["text", "two", "turns"]
+    assert len({sample["answer"] for sample in one["samples"]}) > 1
+    assert [skip["id"] for skip in one["skipped"]] == ["missing", "long"]
+    assert set(one["by_question_type"]) == {"untyped", "yes_no"}
+    assert set(one["by_class"]) == {"b", "unnamed"}
+    right = sum(sample["correct"] for sample in one["samples"])
+    assert one["accuracy"] == right / 7 and one["asked"] == 7
+    assert one | {"seconds": 0} == two | {"seconds": 0}
+
+
+def test_a_users_mistake_gets_one_line_and_status_2(
+    checkpoints: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    def message(*flags: Any) -> str:
+        words = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, flags)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "--data" in message("--load", checkpoints)
+    assert "not a whole checkpoint" in message("--load", tmp_path, "--data", held_out_file)
+    assert "does not divide" in message("--load", checkpoints, "--data", held_out_file, "--tp", 3)
