@@ -30,7 +30,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 bench: bench-kernels bench-data  ## all benchmarks, results under runs/bench
 
 bench-kernels: $(VENV)/.dev  ## the fused kernels against torch and others
-	$(RUN) tools/bench_kernels.py $(ARGS)
+	$(RUN) benchmarks/kernels.py $(ARGS)
 
 bench-data: $(VENV)/.dev  ## loader, packing and planning
 	$(RUN) benchmarks/data.py $(ARGS)

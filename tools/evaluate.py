@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main() -> None:
-    flags = parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    flags = parser().parse_args(argv)
     if flags.batch_size < 1 or flags.max_new_tokens < 1:
         raise ValueError("--batch-size and --max-new-tokens must be at least 1")
     warnings.filterwarnings("ignore", message=".*Transformer Engine.*|.*Apex.*")

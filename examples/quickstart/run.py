@@ -33,9 +33,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("stage1", 30, 2e-3, ("--freeze-vit", "--freeze-llm")),
-    Stage("stage2", 60, 1e-3, ("--freeze-llm",)),
-    Stage("stage3", 600, 1e-3, ()),
+    Stage("stage1", 20, 1e-3, ("--freeze-vit", "--freeze-llm")),
+    Stage("stage2", 40, 1e-3, ("--freeze-llm",)),
+    Stage("stage3", 900, 1e-3, ()),
 )
 
 
@@ -90,7 +90,7 @@ def training_command(folders: Folders, index: int, gpus: int) -> list[str]:
     words += [f"--nproc-per-node={processes}", "pretrain_gmai_vl.py", "--preset", "gmai-vl-tiny"]
     words += ["--shards", str(folders.shards), "--work-dir", str(folders.stage(stage)), *parallel]
     words += ["--train-iters", str(stage.steps), "--lr", str(stage.learning_rate), *stage.frozen]
-    words += ["--log-interval", "5"]
+    words += ["--adam-beta2", "0.95", "--log-interval", "10"]
     if index > 0:
         words += ["--load", str(folders.stage(STAGES[index - 1]) / "checkpoints")]
     return words

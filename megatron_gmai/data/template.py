@@ -5,6 +5,7 @@ call of its own: at inference the prompt ends where the answer begins, so the id
 No template puts bos first. An image is `tokens_per_image` copies of the image token.
 """
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,8 +87,8 @@ class _Writer:
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_image: int) -> None:
         self.tokenizer, self.tokens_per_image = tokenizer, tokens_per_image
-        self.tokens: list[int] = []
-        self.labels: list[int] = []
+        # Arrays, because an image's hundreds of equal ids are then copied as one block.
+        self.tokens, self.labels = array("q"), array("q")
         self.image_starts: list[int] = []
         self._text = ""
 
@@ -96,30 +97,30 @@ class _Writer:
 
     def piece(self, piece: str) -> None:
         if piece.startswith("<|"):
-            self._append([self.tokenizer.special_id(piece)])
+            self._append(array("q", [self.tokenizer.special_id(piece)]))
         else:
             self.text(piece)
 
     def image(self) -> None:
         self.flush()
         self.image_starts.append(len(self.tokens))
-        self._append([self.tokenizer.image_token_id] * self.tokens_per_image)
+        self._append(array("q", [self.tokenizer.image_token_id]) * self.tokens_per_image)
 
     def answer(self, text: str, end: str) -> None:
         self.flush()
-        ids = [*self.tokenizer.encode(text), self.tokenizer.special_id(end)]
+        ids = array("q", [*self.tokenizer.encode(text), self.tokenizer.special_id(end)])
         self.tokens += ids
         self.labels += ids
 
     def flush(self) -> None:
         text, self._text = self._text, ""
         if text:
-            self._append(self.tokenizer.encode(text))
+            self._append(array("q", self.tokenizer.encode(text)))
 
-    def _append(self, ids: list[int]) -> None:
+    def _append(self, ids: "array[int]") -> None:
         self.flush()
         self.tokens += ids
-        self.labels += [IGNORE] * len(ids)
+        self.labels += array("q", [IGNORE]) * len(ids)
 
 
 def get_template(name: str) -> Template:

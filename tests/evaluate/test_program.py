@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_gmai.config import DataConfig
+from megatron_gmai.config import Config, DataConfig
 from megatron_gmai.data.tokenizer import load_tokenizer
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.optimizer import wrap_for_training
@@ -17,6 +15,7 @@ from tests.evaluate.models import build, config_for
 from tests.parallel.cases import World
 from tests.parallel.world import run_world
 from tests.training.command import ROOT, finish, launcher, run
+from tools.evaluate import main, tokenizer_for
 
 
 def save_from_two_ranks(folder: Path, tokenizer_file: Path) -> None:
@@ -52,7 +51,6 @@ def test_one_process_and_two_data_parallel_ranks_report_the_same(
         status, output = evaluate(ranks, *flags, "--batch-size", 2, "--max-new-tokens", 5)
         assert status == 0, output
         assert "2 of 9 records were skipped" in output
-        assert "9 questions" in output or ranks == 2
         reports.append(json.loads(file.read_text()))
     one, two = reports
     assert [sample["id"] for sample in one["samples"]][1:4] == ["text", "two", "turns"]
@@ -65,16 +63,38 @@ def test_one_process_and_two_data_parallel_ranks_report_the_same(
     assert one | {"seconds": 0} == two | {"seconds": 0}
 
 
-def test_a_users_mistake_gets_one_line_and_status_2(
-    checkpoints: Path, held_out_file: Path, tmp_path: Path
-) -> None:
-    def message(*flags: Any) -> str:
-        words = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, flags)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        return done.stderr
+def test_a_users_mistake_gets_one_line_and_status_2(held_out_file: Path, tmp_path: Path) -> None:
+    status, output = evaluate(1, "--load", tmp_path, "--data", held_out_file)
+    assert status == 2
+    assert output.startswith("error: ") and "not a whole checkpoint" in output
+    assert "Traceback" not in output
 
-    assert "--data" in message("--load", checkpoints)
-    assert "not a whole checkpoint" in message("--load", tmp_path, "--data", held_out_file)
-    assert "does not divide" in message("--load", checkpoints, "--data", held_out_file, "--tp", 3)
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--data"),
+        (("--data", "nowhere.json"), "cannot read annotations nowhere.json"),
+        (("--data", "DATA", "--tp", "3"), "does not divide"),
+        (("--data", "DATA", "--batch-size", "0"), "at least 1"),
+        (("--data", "DATA", "--tokenizer", "nowhere.model"), "no sentencepiece model"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_told_before_anything_is_built(
+    checkpoints: Path, held_out_file: Path, flags: tuple[str, ...], message: str
+) -> None:
+    given = [str(held_out_file) if flag == "DATA" else flag for flag in flags]
+    with pytest.raises(ValueError, match=message):
+        main(["--load", str(checkpoints), *given])
+
+
+def test_the_tokenizer_of_another_model_is_refused(tokenizer_file: Path) -> None:
+    config = config_for(load_tokenizer(tokenizer_file))
+    model = dataclasses.replace(config.model, image_token_id=5)
+    with pytest.raises(ValueError, match="the file that the model was trained with"):
+        tokenizer_for(dataclasses.replace(config, model=model), str(tokenizer_file))
+
+
+def test_a_checkpoint_without_a_tokenizer_asks_for_one() -> None:
+    with pytest.raises(ValueError, match="give --tokenizer FILE"):
+        tokenizer_for(Config(), None)

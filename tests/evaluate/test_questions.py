@@ -77,9 +77,10 @@ def test_what_cannot_be_asked_is_skipped_with_its_reason(held_out: HeldOut) -> N
 
 def test_batches_hold_every_record_once_beside_others_of_like_length(held_out: HeldOut) -> None:
     made = list(batches(held_out, range(9), 2))
-    numbers = [getattr(one, "question", one).number for batch in made for one in batch]
+    drawn = [one for batch in made for one in batch]
+    numbers = [(one.question if isinstance(one, Asked) else one).number for one in drawn]
     assert sorted(numbers) == list(range(9))
-    lengths = [len(one.prompt.tokens) for batch in made for one in batch if isinstance(one, Asked)]
+    lengths = [len(one.prompt.tokens) for one in drawn if isinstance(one, Asked)]
     assert lengths == sorted(lengths)
     assert [len(batch) for batch in made] == [2, 2, 2, 2, 1]
 
