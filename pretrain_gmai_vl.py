@@ -7,17 +7,17 @@ One process needs no torchrun: `python pretrain_gmai_vl.py FLAGS`.
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 from megatron_gmai.cli import parse
+from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.training.resilience import run_guarded
 
 
 def main() -> None:
     config, notes = parse(sys.argv[1:])
     # Imported once the flags are known to be right: `--help` and mistakes answer at once.
-    warnings.filterwarnings("ignore", message=".*Transformer Engine.*|.*Apex.*")
+    quiet_libraries()
     import torch.distributed as dist
 
     from megatron_gmai.runtime.device import choose_device

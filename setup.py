@@ -30,6 +30,7 @@ setup(
         # Apex is built from its sources on the machine itself; it is used when it is there.
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7,<2.9"],
         "dicom": ["pydicom>=3"],
+        "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.46"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],
     },

@@ -11,7 +11,6 @@ with `--load`.
 import argparse
 import dataclasses
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from megatron_gmai.config import Config, DataConfig, TrainConfig
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import open_pretrained, write_pretrained
 from megatron_gmai.data.tokenizer import MODEL_FILE, load_tokenizer
+from megatron_gmai.runtime.quiet import quiet_libraries
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after a mistake that the message explains."""
     flags = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message=".*Transformer Engine.*|.*Apex.*")
+    quiet_libraries()
     try:
         to_hf(flags) if flags.direction == "to-hf" else from_hf(flags)
     except (ValueError, OSError) as error:

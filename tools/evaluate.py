@@ -14,13 +14,13 @@ import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_gmai.config import Config, ParallelConfig, TrainConfig
 from megatron_gmai.data.shards import write_atomically
 from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout
 
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser().parse_args(argv)
     if flags.batch_size < 1 or flags.max_new_tokens < 1:
         raise ValueError("--batch-size and --max-new-tokens must be at least 1")
-    warnings.filterwarnings("ignore", message=".*Transformer Engine.*|.*Apex.*")
-    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    quiet_libraries()
     import torch.distributed as dist
 
     from megatron_gmai.evaluate.benchmark import evaluate

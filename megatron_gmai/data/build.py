@@ -4,6 +4,7 @@ Work is cut into units, one tar file each, which depend on nothing but their rec
 is complete is not made again after a crash.
 """
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.data import image as images
+from megatron_gmai.data import parquet, remote
 from megatron_gmai.data.conversation import IMAGE_TAG, image_names, parse_conversation
 from megatron_gmai.data.dicom import decode_dicom, is_dicom
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
@@ -75,6 +77,7 @@ def build_shards(
     if (output / MANIFEST_FILE).exists():
         return _check_existing(output, inputs)
     _prepare_parts(output, inputs)
+    sources = [_at_hand(source, number, output / PARTS) for number, source in enumerate(sources)]
     units = [unit for number, source in enumerate(sources) for unit in _units(source, number)]
     total = sum(len(unit.numbers) for unit in units)
     missing = [unit for unit in units if not _part(output, unit.shard, "npy").exists()]
@@ -113,6 +116,7 @@ def fingerprint(sources: Sequence[Source]) -> str:
             source.name,
             [_file_fingerprint(file) for file in source.annotation_files],
             [str(root.resolve()) if root != Path() else "." for root in source.image_roots],
+            *([remote.version(url) for url in source.annotation_urls], source.image_url),
         ]
         for source in sources
     ]
@@ -147,6 +151,36 @@ def _prepare_parts(output: Path, inputs: str) -> None:
         shutil.rmtree(parts)
     parts.mkdir(parents=True)
     marker.write_text(inputs)
+
+
+def _at_hand(source: Source, number: int, folder: Path) -> Source:
+    """The data set with annotations that can be read at random: URLs copied, Parquet unpacked. What
+    an interrupted run has copied whole is kept."""
+    files, images = [], folder / f"{number:03d}.images"
+    for place in (*source.annotation_files, *source.annotation_urls):
+        if isinstance(place, Path) and place.suffix.lower() != parquet.SUFFIX:
+            files.append(place)
+            continue
+        local = folder / f"{number:03d}-{len(files):05d}.annotations"
+        files.append(local)
+        if not local.exists():
+            _copy_annotations(place, local, images)
+    embedded = images if images.exists() else None
+    return dataclasses.replace(
+        source, annotation_files=tuple(files), annotation_urls=(), embedded_images=embedded
+    )
+
+
+def _copy_annotations(place: Path | str, local: Path, images: Path) -> None:
+    partial, fetched = local.with_suffix(".partial"), local.with_suffix(".fetched")
+    if isinstance(place, str):
+        remote.copy(place, str(fetched))
+    if str(place).lower().endswith(parquet.SUFFIX):
+        parquet.unpack(fetched if isinstance(place, str) else place, partial, images)
+        fetched.unlink(missing_ok=True)
+    else:
+        fetched.replace(partial)
+    partial.replace(local)
 
 
 def _part(output: Path, shard: str, suffix: str) -> Path:
@@ -205,6 +239,12 @@ def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tupl
 
 
 def _read_image(name: str, source: Source) -> bytes:
+    if source.embedded_images is not None:
+        data = parquet.read_embedded(source.embedded_images, name, MAX_IMAGE_BYTES)
+        if data is not None:
+            return data
+    if source.image_url is not None:
+        return remote.read_below(source.image_url, name, MAX_IMAGE_BYTES)
     path = find_image(name, source.image_roots)
     try:
         if path.stat().st_size > MAX_IMAGE_BYTES:

@@ -43,7 +43,8 @@ class PackDataset:
         self.shards, self.encoder, self.vision = shards, encoder, vision
         self.uses, self.settings, self.pad_to_square = tuple(uses), settings, pad_to_square
         self.ledger = Ledger(None)
-        self.rejected: set[str] = set()  # keys of the samples of this data set that are unusable
+        self.rejected: set[str] = set()  # keys of the samples that every rank knows are unusable
+        self.found: set[str] = set()  # and of those that this process found so while reading
         self.max_rejected = 1.0
 
     def __reduce__(self) -> tuple[type["PackDataset"], tuple[Any, ...]]:
@@ -100,12 +101,20 @@ class PackDataset:
             packs += math.ceil((epochs - whole) * self.plan.total(whole) - 1e-9)
         return packs
 
-    def reject(self, rejections: Sequence[Rejection]) -> None:
+    def reject(self, rejections: Sequence[Rejection], share: float | None = None) -> None:
         """Writes rejections to the ledger. Raises ValueError if the share of the samples that
-        cannot be used has come to exceed `max_rejected`, or if none is left."""
+        cannot be used has come to exceed `max_rejected`, or if none is left.
+
+        What a rank finds while reading is only its part: with `share`, the part of the data that it
+        has read by the plan, each of them counts 1 / share times, as other ranks find as many.
+        """
         self.ledger.add(rejections)
-        self.rejected |= {rejection.key for rejection in rejections}
-        bad = len(self.rejected)
+        keys = {rejection.key for rejection in rejections}
+        if share is None:
+            self.rejected |= keys
+        else:
+            self.found |= keys
+        bad = len(self.rejected) + round(len(self.found) / (share or 1.0))
         samples = self.shards.manifest.samples + self.shards.manifest.rejected
         if bad > self.max_rejected * samples or bad >= samples:
             raise ValueError(

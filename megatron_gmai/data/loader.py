@@ -4,6 +4,7 @@ With worker processes, the plan stays in this process and the workers get pieces
 no state, so their number changes nothing but the speed.
 """
 
+import itertools
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -81,7 +82,7 @@ def iterate(
     if not num_workers:
         _keep_freed_memory()
     results = iter(loader)
-    while True:
+    for number in itertools.count(1):
         try:
             result = next(results)
         except StopIteration:
@@ -97,7 +98,8 @@ def iterate(
             raise ValueError(result.error)
         jobs.waiting.pop(0)
         if result.rejections:
-            dataset.reject(result.rejections)
+            epochs = number * micro_batch_size * dp_size / dataset.packs_per_epoch
+            dataset.reject(result.rejections, min(1.0, max(1.0, epochs) / dp_size))
         yield _taken_over(result, memory)
 
 

@@ -14,19 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ANNOTATION_SUFFIXES = (".json", ".jsonl")
+from megatron_gmai.data.remote import is_url, list_files
+
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".parquet")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of the list. `image_roots` are tried in order; images may not leave them."""
+    """One entry of the list. `image_roots` are tried in order; images may not leave them.
+
+    Annotations and images may lie behind URLs (`remote.py`), and images in one file (`parquet.py`).
+    """
 
     name: str
     annotation_files: tuple[Path, ...]
     image_roots: tuple[Path, ...]
     sample_ratio: float = 1.0
     data_augment: bool = False
+    annotation_urls: tuple[str, ...] = ()
+    image_url: str | None = None
+    embedded_images: Path | None = None
 
 
 def read_list(path: str | os.PathLike[str]) -> list[Source]:
@@ -108,18 +116,31 @@ def _source(name: str, entry: Any, file: Path) -> Source:
     annotations = entry.get("annotations")
     if not isinstance(annotations, str) or not annotations:
         raise ValueError("'annotations' must name a JSON file or a folder of them")
-    place = _resolve(annotations, file)
-    if place is None:
-        raise ValueError(
-            f"annotations {annotations!r} not found, neither from {Path.cwd()} "
-            f"nor from {file.parent}"
-        )
+    image_dir = entry.get("image_dir", "")
+    files: tuple[Path, ...] = ()
+    urls: tuple[str, ...] = ()
+    place: Path | None = None
+    if is_url(annotations):
+        beside = annotations.rpartition("/")[0]
+        urls = tuple(list_files(annotations, ANNOTATION_SUFFIXES))
+        image_dir = image_dir or (annotations if urls != (annotations,) else beside)
+    else:
+        place = _resolve(annotations, file)
+        if place is None:
+            raise ValueError(
+                f"annotations {annotations!r} not found, neither from {Path.cwd()} "
+                f"nor from {file.parent}"
+            )
+        files = _annotation_files(place)
+    remote = is_url(image_dir)
     return Source(
         name=name,
-        annotation_files=_annotation_files(place),
-        image_roots=_image_roots(entry.get("image_dir", ""), place, file),
+        annotation_files=files,
+        image_roots=() if remote else _image_roots(image_dir, place, file),
         sample_ratio=ratio,
         data_augment=_augment(entry),
+        annotation_urls=urls,
+        image_url=image_dir if remote else None,
     )
 
 
@@ -159,10 +180,10 @@ def _annotation_files(place: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _image_roots(image_dir: Any, annotations: Path, file: Path) -> tuple[Path, ...]:
+def _image_roots(image_dir: Any, annotations: Path | None, file: Path) -> tuple[Path, ...]:
     if not isinstance(image_dir, str):
         raise ValueError(f"'image_dir' must be a path, found {image_dir!r}")
-    if image_dir == "":
+    if image_dir == "" and annotations is not None:
         beside = annotations if annotations.is_dir() else annotations.parent
         return (Path(), beside)
     place = _resolve(image_dir, file)

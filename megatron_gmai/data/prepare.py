@@ -1,6 +1,7 @@
 """From the flags to shards that are there: build them, measure them, find the tokenizer."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,14 @@ from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.build import build_shards
 from megatron_gmai.data.dataset import make_encoder
 from megatron_gmai.data.lengths import token_lengths
-from megatron_gmai.data.shards import MANIFEST_FILE, Shards, read_manifest, write_atomically
+from megatron_gmai.data.remote import is_url
+from megatron_gmai.data.shards import (
+    MANIFEST_FILE,
+    Shards,
+    copy_index,
+    read_manifest,
+    write_atomically,
+)
 from megatron_gmai.data.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
 
 
@@ -40,8 +48,7 @@ def prepare_data(
 def _locate(data: DataConfig, default_cache_dir: str | os.PathLike[str], build: bool) -> DataConfig:
     """`data` with the folder of its shards; `--shards` wins over the cache of `--datasets`."""
     if data.shards is not None:
-        read_manifest(Path(data.shards))
-        return data
+        return _with_writable_index(data, data.dset_cache_dir or default_cache_dir, build)
     if data.datasets is None:
         raise ValueError("no data: give --shards DIR or --datasets LIST.json")
     cache = Path(data.dset_cache_dir or default_cache_dir)
@@ -49,6 +56,23 @@ def _locate(data: DataConfig, default_cache_dir: str | os.PathLike[str], build: 
     if build and not taken_as_is:
         build_shards(data.datasets, cache, workers=data.num_workers)
     return dataclasses.replace(data, shards=str(cache))
+
+
+def _with_writable_index(
+    data: DataConfig, cache: str | os.PathLike[str], build: bool
+) -> DataConfig:
+    """Token lengths and plans are kept beside the index: behind a URL, or in a folder that cannot
+    be written to, the index is copied to the cache."""
+    origin = str(data.shards)
+    if not is_url(origin):
+        read_manifest(Path(origin))
+        if os.access(origin, os.W_OK):
+            return data
+        origin = str(Path(origin).resolve())
+    folder = Path(cache) / f"index-{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
+    if build:
+        copy_index(origin, folder, (MODEL_FILE, CONFIG_FILE))
+    return dataclasses.replace(data, shards=str(folder))
 
 
 def resolve_tokenizer(data: DataConfig) -> Path:

@@ -21,10 +21,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.remote import copy, filesystem, is_url
 
 INDEX_FILE = "index.npy"
 MANIFEST_FILE = "index.json"
 REJECTED_FILE = "rejected.jsonl"
+ORIGIN_FILE = "origin"  # beside a copy of an index: where the tar files are
 FORMAT = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif", "img")
 CAPTION_QUESTION = "Describe this image."
@@ -135,6 +137,8 @@ class Shards:
         """Raises ValueError if the folder holds no complete set of shards."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        origin = self.folder / ORIGIN_FILE
+        self._origin = origin.read_text() if origin.is_file() else str(self.folder)
         self._files: dict[int, BinaryIO] = {}
 
     def __reduce__(self) -> tuple[type["Shards"], tuple[Path]]:
@@ -170,7 +174,7 @@ class Shards:
         images or not, because the checksum covers all members.
         """
         shard, offset, size = self._span(sample)
-        span = os.pread(self._open(shard).fileno(), size, offset)
+        span = self._bytes(shard, offset, size)
         if zlib.crc32(span) != self.rows[sample]["crc"]:
             raise BadSample("the stored bytes have changed since they were written (checksum)")
         return parse_sample(span)
@@ -191,7 +195,7 @@ class Shards:
         BadSample like `read`.
         """
         shard, offset, size = self._span(sample)
-        head = os.pread(self._open(shard).fileno(), min(size, HEAD), offset)
+        head = self._bytes(shard, offset, min(size, HEAD))
         members = _plain_members(head[: BLOCK + _padded_size(head)])
         if members:
             key, suffix = split_name(members[0][0])
@@ -206,11 +210,21 @@ class Shards:
         row = self.rows[sample]
         return f"{self.manifest.shards[int(row['shard'])].name}@{row['offset']}"
 
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        if not is_url(self._origin):
+            return os.pread(self._open(shard).fileno(), size, offset)
+        name = f"{self._origin}/{self.manifest.shards[shard].name}"
+        files, path = filesystem(name)
+        try:
+            return files.cat_file(path, offset, offset + size)
+        except OSError as error:
+            raise ValueError(f"cannot read shard {name}: {error}") from error
+
     def _open(self, shard: int) -> BinaryIO:
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
-            path = self.folder / self.manifest.shards[shard].name
+            path = Path(self._origin) / self.manifest.shards[shard].name
             try:
                 self._files[shard] = path.open("rb", buffering=0)
             except OSError as error:
@@ -333,6 +347,19 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.format != FORMAT:
         raise ValueError(f"{file} has format {manifest.format}, expected {FORMAT}; make it again")
     return manifest
+
+
+def copy_index(origin: str, folder: Path, extras: Sequence[str] = ()) -> None:
+    """Makes `folder` stand for the shards in `origin`, a URL or a folder that cannot be written to:
+    the index is copied, and `extras` that are there; the tar files stay. Raises ValueError."""
+    url = origin if is_url(origin) else Path(origin).resolve().as_uri()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (INDEX_FILE, REJECTED_FILE, *extras):
+        files, path = filesystem(f"{url}/{name}")
+        if files.exists(path):
+            copy(f"{url}/{name}", str(folder / name))
+    write_atomically(folder / ORIGIN_FILE, origin.encode())
+    copy(f"{url}/{MANIFEST_FILE}", str(folder / MANIFEST_FILE))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -40,9 +40,10 @@ def save(run: Run, iteration: int) -> None:
     config = run.config
     assert config.run.save is not None
     optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
+    new_packs = (iteration - run.position.iteration) * config.train.global_batch_size
     position = Position(
         iteration,
-        iteration * config.train.global_batch_size,
+        run.position.consumed_packs + new_packs,
         steps_taken(run.optimizer, run.device),
     )
     path = save_checkpoint(

@@ -155,7 +155,7 @@ def build_run(
         ),
         batches=open_batches(config, dataset, groups, position),
         position=position,
-        total_iterations=total_iterations(config, dataset),
+        total_iterations=total_iterations(config, dataset, position),
     )
 
 
@@ -188,9 +188,10 @@ def open_batches(
     )
 
 
-def total_iterations(config: Config, dataset: PackDataset) -> int:
-    """Optimizer steps of the whole run."""
+def total_iterations(config: Config, dataset: PackDataset, position: Position) -> int:
+    """Optimizer steps of the whole run; after a resume the global batch may be another one."""
     train = config.train
     if train.train_iters is not None:
         return train.train_iters
-    return math.ceil(dataset.total_packs(train.epochs) / train.global_batch_size)
+    left = dataset.total_packs(train.epochs) - position.consumed_packs
+    return position.iteration + math.ceil(left / train.global_batch_size)

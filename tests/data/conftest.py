@@ -41,23 +41,32 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def write_list(tmp_path: Path) -> Callable[..., Path]:
+def write_list(tmp_path: Path, write_list_in: Callable[[Path], Callable]) -> Callable[..., Path]:
     """Writes annotations and a list file that names them; returns the list file."""
+    return write_list_in(tmp_path)
 
-    def write(
-        ratio: float = 1.0, name: str = "LIST.json", augment: bool = False, **sources: list[Any]
-    ) -> Path:
-        entries = {}
-        for source, records in sources.items():
-            (tmp_path / f"{source}.json").write_text(json.dumps(records))
-            entries[source] = {
-                "image_dir": str(tmp_path),
-                "annotations": f"{source}.json",
-                "sample_ratio": ratio,
-                "length": len(records),
-                "data_augment": augment,
-            }
-        (tmp_path / name).write_text(json.dumps(entries))
-        return tmp_path / name
 
-    return write
+@pytest.fixture(scope="session")
+def write_list_in() -> Callable[[Path], Callable[..., Path]]:
+    """`write_list` for a folder."""
+
+    def write_in(folder: Path) -> Callable[..., Path]:
+        def write(
+            ratio: float = 1.0, name: str = "LIST.json", augment: bool = False, **sources: list[Any]
+        ) -> Path:
+            entries = {}
+            for source, records in sources.items():
+                (folder / f"{source}.json").write_text(json.dumps(records))
+                entries[source] = {
+                    "image_dir": str(folder),
+                    "annotations": str(folder / f"{source}.json"),
+                    "sample_ratio": ratio,
+                    "length": len(records),
+                    "data_augment": augment,
+                }
+            (folder / name).write_text(json.dumps(entries))
+            return folder / name
+
+        return write
+
+    return write_in

@@ -151,6 +151,24 @@ def test_the_shares_of_a_group_make_up_the_images(dataset: PackDataset, parts: i
     assert torch.equal(total, whole.pixel_values)
 
 
+def test_no_pack_has_more_images_than_allowed(
+    tmp_path: Path, write_list: Callable, tokenizer_file: Path
+) -> None:
+    list_file = write_list(A=mixed_records(tmp_path, 40))
+
+    def images(**settings) -> list[int]:
+        dataset = open_list(list_file, tokenizer_file, **settings)
+        total = dataset.total_packs(1)
+        return [len(b.image_starts) for b in iterate(dataset, 0, 1, 1, 1, total_packs=total)]
+
+    free = images()
+    for level in ("soft", "hard", "best-fit"):
+        capped = images(max_images_per_pack=2, dset_pack_level=level)
+        assert max(capped) == 2 < max(free) and sum(capped) == sum(free)
+    alone = images(max_images_per_pack=1)
+    assert max(alone) == 1 and sum(alone) == sum(i % 3 == 0 for i in range(40))
+
+
 def test_sizes_that_do_not_divide_are_refused(dataset: PackDataset) -> None:
     with pytest.raises(ValueError, match="--global-batch-size 12 .* 5 data-parallel ranks"):
         next(iterate(dataset, 0, 5, 1, GLOBAL))
@@ -220,6 +238,29 @@ class TestDamagedShard:
         dataset.max_rejected = 0.05
         with pytest.raises(ValueError, match="1 of 10 samples cannot be used"):
             list(iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1)))
+
+    def test_what_one_of_several_ranks_finds_stands_for_what_the_others_find(
+        self, damaged: tuple[PackDataset, str]
+    ) -> None:
+        dataset, key = damaged
+        dataset.max_rejected = 0.35
+        total, found = dataset.total_packs(1), []
+        for rank in range(4):
+            dataset.found.clear()
+            try:
+                list(iterate(dataset, rank, 4, 1, 4, total_packs=total))
+            except ValueError as error:
+                found.append(str(error))
+        (message,) = found
+        assert message.startswith("4 of 10 samples cannot be used")
+
+    def test_over_several_epochs_a_rank_sees_it_all_and_counts_it_once(
+        self, damaged: tuple[PackDataset, str]
+    ) -> None:
+        dataset, key = damaged
+        dataset.max_rejected = 0.45
+        list(iterate(dataset, 0, 2, 1, 2, total_packs=dataset.total_packs(12)))
+        assert len(dataset.found) == 1
 
     def test_ranks_without_pixels_see_the_same_tokens(
         self, damaged: tuple[PackDataset, str]

@@ -1,0 +1,104 @@
+"""Nothing stale is used: each cached file is bound to all that it was made from."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gmai.data.lengths import Encoder, token_lengths
+from megatron_gmai.data.shards import Shards
+from megatron_gmai.data.template import get_template
+from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.world import mixed_records, open_list
+
+
+@pytest.fixture
+def list_file(tmp_path: Path, write_list: Callable) -> Path:
+    return write_list(A=mixed_records(tmp_path, 12))
+
+
+def other_tokenizer(file: Path, folder: Path) -> Tokenizer:
+    """The same pieces with one more special token."""
+    (folder / "tokenizer.model").write_bytes(file.read_bytes())
+    config = {"added_tokens_decoder": {"900": {"content": "<|new|>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "template": {"template": get_template("qwen")},
+    "tokens per image": {"tokens_per_image": 5},
+    "length limit": {"max_length": 64},
+    "cutting": {"cut": True},
+    "images per pack": {"max_images": 1},
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "tokenizer"])
+def test_token_lengths_belong_to_one_way_of_encoding(
+    list_file: Path, tokenizer_file: Path, tmp_path: Path, name: str
+) -> None:
+    shards: Shards = open_list(list_file, tokenizer_file).shards
+    encoder = Encoder(load_tokenizer(tokenizer_file), get_template("internlm2"), 4, 128)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    change = CHANGES.get(name) or {"tokenizer": other_tokenizer(tokenizer_file, folder)}
+    changed = dataclasses.replace(encoder, **change)
+    assert changed.fingerprint != encoder.fingerprint
+    before = set(shards.folder.glob("lengths-*.npy"))
+    assert len(before) == 1
+    token_lengths(shards, encoder)
+    assert set(shards.folder.glob("lengths-*.npy")) == before
+    token_lengths(shards, changed)
+    assert len(set(shards.folder.glob("lengths-*.npy")) - before) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"max_length": 64},
+        {"dset_pack_level": "best-fit"},
+        {"group_by_length": True},
+        {"max_images_per_pack": 2},
+    ],
+    ids=str,
+)
+def test_a_plan_belongs_to_its_settings(
+    list_file: Path, tokenizer_file: Path, change: dict[str, Any]
+) -> None:
+    plain = open_list(list_file, tokenizer_file).fingerprint
+    assert open_list(list_file, tokenizer_file).fingerprint == plain
+    assert open_list(list_file, tokenizer_file, **change).fingerprint != plain
+
+
+def test_a_plan_belongs_to_the_ratios_of_the_list(list_file: Path, tokenizer_file: Path) -> None:
+    plain = open_list(list_file, tokenizer_file).fingerprint
+    entries = json.loads(list_file.read_text())
+    entries["A"]["sample_ratio"] = 0.5
+    list_file.write_text(json.dumps(entries))
+    assert open_list(list_file, tokenizer_file).fingerprint != plain
+
+
+def test_shards_of_changed_annotations_are_refused(list_file: Path, tokenizer_file: Path) -> None:
+    open_list(list_file, tokenizer_file)
+    annotations = list_file.parent / "A.json"
+    annotations.write_text(annotations.read_text().replace("yes", "no"))
+    with pytest.raises(ValueError, match="made from other data sets, or these have changed"):
+        open_list(list_file, tokenizer_file)
+
+
+def test_from_cache_takes_shards_as_they_are_but_measures_for_a_new_template(
+    list_file: Path, tokenizer_file: Path
+) -> None:
+    made = open_list(list_file, tokenizer_file)
+    (list_file.parent / "A.json").unlink()
+    cached = {"dset_cache_dir": str(made.shards.folder), "dset_from_cache": True}
+    again = open_list(list_file, tokenizer_file, **cached)
+    assert again.fingerprint == made.fingerprint
+    shorter = open_list(list_file, tokenizer_file, max_length=64, **cached)
+    assert shorter.fingerprint != made.fingerprint
+    assert len(list(made.shards.folder.glob("lengths-*.npy"))) == 2

@@ -1,0 +1,163 @@
+"""Where data come from: Parquet with embedded images, URLs, folders that cannot be written to."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_gmai.config import DataConfig
+from megatron_gmai.data.build import build_shards
+from megatron_gmai.data.dataset import open_dataset
+from megatron_gmai.data.ledger import BadSample, read_ledger
+from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.prepare import prepare_data
+from megatron_gmai.data.remote import read_below
+from megatron_gmai.data.shards import Shards
+from megatron_gmai.data.tokenizer import load_tokenizer
+from tests.data.world import VISION, encoded, mixed_records, picture, record
+
+PICTURES = [encoded(picture(seed=seed)) for seed in range(4)]
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """The URL of an empty folder in fsspec's memory."""
+    yield "memory://hospital"
+    fsspec.filesystem("memory").rm("/hospital", recursive=True)
+
+
+def put(url: str, data: bytes) -> None:
+    with fsspec.open(url, "wb") as file:
+        file.write(data)
+
+
+def build(folder: Path, **entry: Any) -> Shards:
+    (folder / "LIST.json").write_text(json.dumps({"A": entry}))
+    build_shards(folder / "LIST.json", folder / "shards")
+    return Shards(folder / "shards")
+
+
+def stored_images(shards: Shards) -> list[tuple[bytes, ...]]:
+    samples = sorted(map(shards.read, range(len(shards))), key=lambda sample: sample.key)
+    return [sample.images for sample in samples]
+
+
+class TestParquet:
+    def rows(self) -> list[dict[str, Any]]:
+        hub = [{"bytes": data, "path": "lost.png"} for data in PICTURES]
+        return [
+            {**record("<image>what", "yes"), "images": [hub[0]]},
+            {**record("what", "no"), "images": []},
+            {**record("<image><image>what", "no"), "images": [hub[1], hub[2]]},
+            {**record("<image>what", "no"), "images": [{"bytes": b"broken", "path": None}]},
+        ]
+
+    def write(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    def test_embedded_images_come_back_and_bad_ones_are_told(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "data.parquet", self.rows())
+        shards = build(tmp_path, annotations="data.parquet")
+        assert stored_images(shards) == [(PICTURES[0],), (), (PICTURES[1], PICTURES[2])]
+        (line,) = read_ledger(tmp_path / "shards" / "rejected.jsonl")
+        assert line.key == "A/00000003" and "not an image" in line.reason
+
+    def test_a_column_of_bytes_and_conversations_as_text(self, tmp_path: Path) -> None:
+        turns = json.dumps(record("<image>what", "yes")["conversations"])
+        rows = [{"image": data, "conversations": turns} for data in PICTURES]
+        for part in (0, 1):
+            self.write(tmp_path / f"part-{part}.parquet", rows[2 * part : 2 * part + 2])
+        shards = build(tmp_path, annotations=str(tmp_path))
+        assert stored_images(shards) == [(data,) for data in PICTURES]
+
+    def test_names_of_files_are_found_in_the_image_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(PICTURES[3])
+        self.write(tmp_path / "data.parquet", [record("<image>what", "yes", "a.png")])
+        shards = build(tmp_path, annotations="data.parquet", image_dir=str(tmp_path))
+        assert stored_images(shards) == [(PICTURES[3],)]
+
+    def test_a_damaged_file_is_one_clear_message(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "data.parquet", self.rows())
+        content = (tmp_path / "data.parquet").read_bytes()
+        (tmp_path / "data.parquet").write_bytes(content[:-20])
+        with pytest.raises(ValueError, match=r"cannot read annotations .*data\.parquet"):
+            build(tmp_path, annotations="data.parquet")
+
+
+class TestUrls:
+    def test_annotations_and_images(self, tmp_path: Path, memory: str) -> None:
+        put(f"{memory}/images/a.png", PICTURES[0])
+        records = [record("<image>what", "yes", "a.png"), record("<image>what", "no", "b.png")]
+        put(f"{memory}/notes/one.json", json.dumps(records).encode())
+        put(f"{memory}/notes/two.jsonl", json.dumps(record("what", "no")).encode())
+        shards = build(tmp_path, annotations=f"{memory}/notes", image_dir=f"{memory}/images")
+        assert stored_images(shards) == [(PICTURES[0],), ()]
+        (line,) = read_ledger(tmp_path / "shards" / "rejected.jsonl")
+        assert line.reason.startswith("image b.png: no such file in memory://")
+
+    def test_images_lie_beside_the_annotations_by_default(
+        self, tmp_path: Path, memory: str
+    ) -> None:
+        put(f"{memory}/a.png", PICTURES[1])
+        put(f"{memory}/one.json", json.dumps([record("<image>what", "yes", "a.png")]).encode())
+        assert stored_images(build(tmp_path, annotations=f"{memory}/one.json")) == [(PICTURES[1],)]
+
+    @pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.png", "file:///etc/hosts"])
+    def test_names_do_not_leave_the_folder(self, memory: str, name: str) -> None:
+        put(f"{memory}/a.png", PICTURES[1])
+        with pytest.raises(BadSample, match="outside"):
+            read_below(f"{memory}/images", name, 10**9)
+
+    def test_changed_annotations_are_noticed(self, tmp_path: Path, memory: str) -> None:
+        put(f"{memory}/one.json", json.dumps([record("what", "yes")]).encode())
+        build(tmp_path, annotations=f"{memory}/one.json")
+        put(f"{memory}/one.json", json.dumps([record("what", "yes, it is")]).encode())
+        with pytest.raises(ValueError, match="have changed since"):
+            build(tmp_path, annotations=f"{memory}/one.json")
+
+    @pytest.mark.parametrize("url", ["nothing://at.all/x.json", "memory://nowhere/x.json"])
+    def test_a_place_that_cannot_be_read_is_one_clear_message(
+        self, tmp_path: Path, url: str
+    ) -> None:
+        with pytest.raises(ValueError, match=f"A: .*{url}"):
+            build(tmp_path, annotations=url)
+
+
+def batches(data: DataConfig, tokenizer: Path, cache: Path) -> list[Any]:
+    data = dataclasses.replace(data, tokenizer=str(tokenizer), max_length=128, max_rejected=0.9)
+    data = prepare_data(data, VISION, cache, True, lambda: None)
+    dataset = open_dataset(data, load_tokenizer(tokenizer), VISION, 1, None)
+    found = iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1))
+    return [(b.keys, b.tokens.tolist(), b.pixel_values.tolist()) for b in found]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    (tmp_path / "a.json").write_text(json.dumps(mixed_records(tmp_path, 9)))
+    return build(tmp_path, annotations="a.json", image_dir=str(tmp_path)).folder
+
+
+def test_shards_behind_a_url_give_the_same_batches(
+    shards: Path, tmp_path: Path, memory: str, tokenizer_file: Path
+) -> None:
+    for file in shards.iterdir():
+        put(f"{memory}/{file.name}", file.read_bytes())
+    here = batches(DataConfig(shards=str(shards)), tokenizer_file, tmp_path / "cache")
+    assert batches(DataConfig(shards=memory), tokenizer_file, tmp_path / "cache") == here
+
+
+def test_a_folder_that_cannot_be_written_to_is_left_alone(
+    shards: Path, tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(shards.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shards)
+    data = DataConfig(shards=str(shards))
+    assert len(batches(data, tokenizer_file, tmp_path / "cache")) > 0
+    assert sorted(shards.iterdir()) == before
