@@ -29,10 +29,10 @@ lint: $(VENV)/.dev  ## ruff and mypy
 
 bench: bench-kernels bench-data  ## all benchmarks, results under runs/bench
 
-bench-kernels: $(VENV)/.dev  ## the fused kernels against torch and others
+bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
 
-bench-data: $(VENV)/.dev  ## loader, packing and planning
+bench-data: $(VENV)/.bench  ## loader, packing and planning
 	$(RUN) benchmarks/data.py $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs
@@ -45,6 +45,10 @@ $(VENV)/.train: $(addprefix requirements/,cpu.txt quickstart.txt images.txt) set
 	$(RUN) -m pip install --quiet -r requirements/cpu.txt -r requirements/quickstart.txt
 	$(RUN) -m pip install --quiet --no-deps -r requirements/images.txt
 	$(RUN) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
+	$(RUN) -m pip install --quiet --no-deps -r requirements/bench.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train requirements/dev.txt

@@ -46,9 +46,10 @@ class MicroBatch:
 
 
 def _from_arrays(fields: dict[str, Any]) -> MicroBatch:
-    return MicroBatch(
-        **{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}
-    )
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            fields[name] = torch.from_numpy(value)
+    return MicroBatch(**fields)
 
 
 class SampleImage(NamedTuple):

@@ -156,8 +156,10 @@ def _prepare_parts(output: Path, inputs: str) -> None:
 def _at_hand(source: Source, number: int, folder: Path) -> Source:
     """The data set with annotations that can be read at random: URLs copied, Parquet unpacked. What
     an interrupted run has copied whole is kept."""
-    files, images = [], folder / f"{number:03d}.images"
-    for place in (*source.annotation_files, *source.annotation_urls):
+    files: list[Path] = []
+    images = folder / f"{number:03d}.images"
+    places: list[Path | str] = [*source.annotation_files, *source.annotation_urls]
+    for place in places:
         if isinstance(place, Path) and place.suffix.lower() != parquet.SUFFIX:
             files.append(place)
             continue

@@ -158,7 +158,9 @@ class _Assembler(torch.utils.data.Dataset):
             return Result(None, [], str(error))
 
     def _into(self, memory: torch.Tensor, job: Job) -> Result:
-        place = (torch.utils.data.get_worker_info().id, self.jobs % SLOTS)
+        worker = torch.utils.data.get_worker_info()
+        assert worker is not None  # there is shared memory only where there are workers
+        place = (worker.id, self.jobs % SLOTS)
         self.jobs += 1
         batch, rejections = self.dataset.assemble(job, self.image_share, memory[place].numpy())
         images = len(batch.pixel_values)

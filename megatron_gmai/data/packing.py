@@ -155,7 +155,9 @@ def pack_best_fit(lengths: np.ndarray, max_length: int, cap: ImageCap | None = N
     kinds = (max_length - lengths) * (most + 1) + (most - cap.images if cap else 0)
     order = _stable_order(kinds, (max_length + 1) * (most + 1))
     counts = np.bincount(kinds)
-    open_packs = [[[] for _ in range(max_length + 1)] for _ in range(most + 1)]
+    open_packs: list[list[list[int]]] = [  # by slots and room
+        [[] for _ in range(max_length + 1)] for _ in range(most + 1)
+    ]
     rooms = [0] * (most + 1)  # by slots; bit r: there are open packs with room r
     pack_of: list[int] = []  # pack of each sample in `order`
     packs = 0

@@ -96,7 +96,7 @@ def test_from_cache_takes_shards_as_they_are_but_measures_for_a_new_template(
 ) -> None:
     made = open_list(list_file, tokenizer_file)
     (list_file.parent / "A.json").unlink()
-    cached = {"dset_cache_dir": str(made.shards.folder), "dset_from_cache": True}
+    cached: dict[str, Any] = {"dset_cache_dir": str(made.shards.folder), "dset_from_cache": True}
     again = open_list(list_file, tokenizer_file, **cached)
     assert again.fingerprint == made.fingerprint
     shorter = open_list(list_file, tokenizer_file, max_length=64, **cached)
