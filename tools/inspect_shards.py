@@ -32,10 +32,12 @@ from megatron_gmai.data.tokenizer import load_tokenizer
 THUMBNAIL = 160
 BARS = 40
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 2em; max-width: 75em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .2em 1em .2em 0; text-align: left }
 .sample { border-top: 1px solid #ccc; padding: 1em 0; display: flex; gap: 1em }
 .sample > div { flex: 0 0 180px; overflow-wrap: anywhere }
+svg { width: 600px; border-bottom: 1px solid #999 } .grid svg { width: 270px }
+.grid { display: flex; flex-wrap: wrap; gap: 1em 2em } .grid p { margin: 0 }
 td + td, th + th { text-align: right } h3 { margin: 1em 0 0; font-size: 1em }
 .sample img { display: block; max-width: 160px; margin-bottom: .5em }
 pre { white-space: pre-wrap; margin: 0; flex: 1; font: 13px/1.5 ui-monospace, monospace }
@@ -132,11 +134,13 @@ def render_page(
         f"<style>{STYLE}</style><h1>{_text(shards.folder)}</h1>",
         _table([head, *rows]),
         f"<h2>Tokens of a sample</h2>{histogram(lengths[lengths > 0])}",
+        "<div class=grid>",
         *(
-            f"<h3>{_text(source.name)}</h3>"
-            + histogram(lengths[(shards.rows["source"] == number) & (lengths > 0)])
+            f"<div><h3>{_text(source.name)}</h3>"
+            f"{histogram(lengths[(shards.rows['source'] == number) & (lengths > 0)])}</div>"
             for number, source in enumerate(shards.manifest.sources)
         ),
+        "</div>",
         "<h2>Rejected</h2>",
         _table([["reason", "samples"], *([r, str(n)] for r, n in reasons(rejections))])
         if rejections
@@ -192,7 +196,7 @@ def histogram(values: np.ndarray) -> str:
             f"<title>{edges[place]:.0f} to {edges[place + 1]:.0f}: {count}</title></rect>"
         )
     label = f"{edges[0]:.0f} to {edges[-1]:.0f} tokens, mean {values.mean():.0f}"
-    return f"<svg width={BARS * 15} height=100 style='border-bottom: 1px solid #999'>{''.join(bars)}</svg><p>{label}</p>"
+    return f"<svg viewBox='0 0 {BARS * 15} 100'>{''.join(bars)}</svg><p>{label}</p>"
 
 
 def _thumbnail(data: bytes) -> str:

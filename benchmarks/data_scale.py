@@ -1,0 +1,153 @@
+"""An index of 14 million samples, and the memory of 10,000 batches.
+
+The shards are real: each name is a link to one tar file of a thousand samples, so a resumed run
+reads what it would read anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from kernel_figures import Figure, at_least, at_most
+
+from megatron_gmai.config import DataConfig, VisionConfig
+from megatron_gmai.data.dataset import PackDataset, open_dataset
+from megatron_gmai.data.lengths import LENGTH_ROW
+from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.plan import Plan, PlanSettings
+from megatron_gmai.data.shards import ShardFile, Shards, save_index, write_manifest
+from megatron_gmai.data.tokenizer import load_tokenizer
+
+STEP = 512  # packs
+VISION = VisionConfig(image_size=28)  # four tokens an image: the files are small, not the index
+
+
+def open_shards(folder: Path) -> PackDataset:
+    """The data set as a run opens it."""
+    data = DataConfig(
+        shards=str(folder), tokenizer=str(folder / "tokenizer.model"), dset_pack_level="best-fit"
+    )
+    tokenizer = load_tokenizer(str(data.tokenizer))
+    return open_dataset(data, tokenizer, VISION, 1, None, run=STEP)
+
+
+def planning(lengths: np.ndarray) -> dict[str, float]:
+    """Samples planned a second, and milliseconds for each of some hundred steps in a row."""
+    table = np.zeros(len(lengths), dtype=LENGTH_ROW)
+    table["length"] = lengths
+    shards = len(lengths) // 1000
+    sources = np.sort(np.random.default_rng(0).integers(0, 20, shards))
+    settings = PlanSettings(1, 2048, "best-fit")
+    plan = Plan(table, np.arange(shards + 1) * 1000, sources, [1.0] * 20, settings)
+    start = time.perf_counter()
+    total = plan.total(0)
+    epoch = time.perf_counter() - start
+    steps = min(400, total // STEP)
+    start = time.perf_counter()
+    for step in range(steps):
+        plan.packs(step * STEP, (step + 1) * STEP)
+    each = (time.perf_counter() - start) / steps + epoch / (total / STEP)
+    return {"samples_per_s": len(lengths) / epoch, "ms_per_step": 1000 * each}
+
+
+def enlarge(small: Path, large: Path, samples: int) -> None:
+    """Writes an index that repeats the samples of `small`, one tar file, under new shard names."""
+    shards = Shards(small)
+    open_shards(small)  # leaves the token lengths
+    (tar,) = shards.manifest.shards
+    times = samples // len(shards)
+    large.mkdir()
+    names = [f"{number:05d}.tar" for number in range(times)]
+    for name in names:
+        os.symlink(small / tar.name, large / name)
+    rows = np.tile(np.array(shards.rows), times)
+    rows["shard"] = np.repeat(np.arange(times), len(shards))
+    save_index(large, rows)
+    (table,) = small.glob("lengths-*.npy")
+    np.save(large / table.name, np.tile(np.load(table), times))
+    for name in ("tokenizer.model", table.with_suffix(".rejected.jsonl").name):
+        (large / name).write_bytes((small / name).read_bytes())
+    files = tuple(ShardFile(name, len(shards), tar.size) for name in names)
+    source = dataclasses.replace(shards.manifest.sources[0], samples=len(rows))
+    write_manifest(large, dataclasses.replace(shards.manifest, shards=files, sources=(source,)))
+
+
+def private_mb() -> float:
+    """Memory of this process that it shares with no other (Linux)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+    return sum(int(fields[f"Private_{kind}"]) for kind in ("Clean", "Dirty")) / 1024
+
+
+def resumed(folder: Path) -> dict[str, float]:
+    """Seconds to open the data and to the first batch in the middle of epoch 3; this process's own
+    memory for it, and the size of the files that all processes of a node map together."""
+    before, start = private_mb(), time.perf_counter()
+    dataset = open_shards(folder)
+    rows = len(dataset.shards.rows)
+    opened = time.perf_counter() - start
+    middle = dataset.total_packs(3.5) // STEP * STEP
+    next(iterate(dataset, 0, 8, 1, STEP, middle))
+    first = time.perf_counter() - start
+    mapped = sum(file.stat().st_size for file in folder.glob("*.npy") if "plan" not in file.name)
+    return {
+        "samples": rows,
+        "open_s": opened,
+        "first_batch_s": first,
+        "private_mb": private_mb() - before,
+        "mapped_mb": mapped / 2**20,
+    }
+
+
+def scale_figures(small: Path, lengths: np.ndarray) -> list[Figure]:
+    """Planning, opening and resuming with as many samples as `lengths`."""
+    few, many = planning(lengths[:100_000]), planning(lengths)
+    large = small.parent / "large"
+    enlarge(small, large, len(lengths))
+    dataset = open_shards(large)
+    start = time.perf_counter()
+    dataset.total_packs(4)  # what a run has left behind when it comes to epoch 3
+    planned = time.perf_counter() - start
+    command = [sys.executable, __file__, str(large)]
+    run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    growth = many["ms_per_step"] / few["ms_per_step"]
+    memory = run["mapped_mb"] + run["private_mb"]
+    return [
+        at_least("planning, 14M samples", many["samples_per_s"] / 1e6, "M samples/s", 1.0),
+        Figure("planning a step, 100k samples", few["ms_per_step"], "ms"),
+        at_most("planning a step, 14M over 100k samples", growth, "x", 1.5),
+        at_most("open an index of 14M samples", run["open_s"], "s", 2.0),
+        at_most("files mapped by all processes + one's own memory", memory, "MB", 500.0),
+        Figure("own memory of each process", run["private_mb"], "MB"),
+        at_most("first batch of a resume in epoch 3", run["first_batch_s"], "s", 5.0),
+        Figure("the same where nobody has planned epochs 0 to 3", planned, "s more"),
+    ]
+
+
+def memory_figures(dataset: PackDataset, batches: int) -> list[Figure]:
+    """Growth of the resident memory by batch, from a tenth of the batches on."""
+    import psutil
+
+    process, sizes = psutil.Process(), []
+    loader = iterate(dataset, 0, 1, 1, 8)
+    for number in range(batches):
+        next(loader)
+        if number >= batches // 10 and number % 100 == 0:
+            sizes.append((number, process.memory_info().rss))
+    numbers, rss = np.array(sizes, dtype=float).T
+    slope = float(np.polyfit(numbers, rss, 1)[0])
+    return [
+        at_most(f"memory slope over {batches} batches", slope, "bytes/batch", 100.0),
+        Figure("the same in all", (rss[-1] - rss[0]) / 2**20, "MB"),
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(resumed(Path(sys.argv[1]))))
