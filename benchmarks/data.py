@@ -50,19 +50,27 @@ def main() -> int:
     parser.add_argument("--output", default="runs/bench/data.json")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    figures = [*fill(), *evenness()]
+    figures: list[Figure] = []
+    for part in parts(flags.images, flags.samples, flags.batches):
+        show(part)
+        figures += part
+    write(Path(flags.output), figures, [])
+    return int(any(figure.holds is False for figure in figures))
+
+
+def parts(images: int, samples: int, batches: int) -> Iterator[list[Figure]]:
+    """All figures, in the order in which they are measured."""
+    yield fill()
+    yield evenness()
     with tempfile.TemporaryDirectory() as folder:
-        figures += throughput(Path(folder), flags.images)
+        yield throughput(Path(folder), images)
     with tempfile.TemporaryDirectory() as folder:
         small = make_data(Path(folder), 1000, (28, 28), VISION).shards.folder
         shutil.copyfile(Path(folder) / "tokenizer.model", small / "tokenizer.model")
-        figures += memory_figures(open_shards(small), flags.batches)
+        yield memory_figures(open_shards(small), batches)
         for file in small.glob("lengths-*"):
             file.unlink()
-        figures += scale_figures(small, length_mix(flags.samples)[0])
-    show(figures)
-    write(Path(flags.output), figures, [])
-    return int(any(figure.holds is False for figure in figures))
+        yield scale_figures(small, length_mix(samples)[0])
 
 
 def length_mix(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,8 @@ from megatron_gmai.data.tokenizer import load_tokenizer
 THUMBNAIL = 160
 BARS = 40
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 2em; max-width: 75em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
+body { margin: 0 auto; padding: 2em; max-width: 75em }
 table { border-collapse: collapse } td, th { padding: .2em 1em .2em 0; text-align: left }
 .sample { border-top: 1px solid #ccc; padding: 1em 0; display: flex; gap: 1em }
 .sample > div { flex: 0 0 180px; overflow-wrap: anywhere }

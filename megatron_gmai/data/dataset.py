@@ -143,7 +143,8 @@ class PackDataset:
 
     def max_images(self, packs: int) -> int:
         """So many images can be in `packs` packs."""
-        return packs * (self.settings.max_length // self.vision.tokens_per_image)
+        fitting = self.settings.max_length // self.vision.tokens_per_image
+        return packs * min(fitting, self.settings.max_images or fitting)
 
     def _segment(self, piece: Piece, pack: int, rejections: list[Rejection]) -> Segment:
         try:

@@ -4,7 +4,6 @@ With worker processes, the plan stays in this process and the workers get pieces
 no state, so their number changes nothing but the speed.
 """
 
-import itertools
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -81,14 +80,23 @@ def iterate(
     )
     if not num_workers:
         _keep_freed_memory()
+    for number, result in enumerate(_results(loader, jobs), start=1):
+        if result.rejections:
+            epochs = number * micro_batch_size * dp_size / dataset.packs_per_epoch
+            dataset.reject(result.rejections, min(1.0, max(1.0, epochs) / dp_size))
+        yield _taken_over(result, memory)
+
+
+def _results(loader: torch.utils.data.DataLoader, jobs: "_Jobs") -> Iterator[Result]:
+    """What the workers hand over, with their ends and errors turned into one clear message."""
     results = iter(loader)
-    for number in itertools.count(1):
+    while True:
         try:
             result = next(results)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            if not num_workers:
+            if not loader.num_workers:
                 raise
             raise RuntimeError(
                 f"a loader process ended unexpectedly ({error}) while the loader worked on "
@@ -97,15 +105,12 @@ def iterate(
         if result.error is not None:
             raise ValueError(result.error)
         jobs.waiting.pop(0)
-        if result.rejections:
-            epochs = number * micro_batch_size * dp_size / dataset.packs_per_epoch
-            dataset.reject(result.rejections, min(1.0, max(1.0, epochs) / dp_size))
-        yield _taken_over(result, memory)
+        yield result
 
 
 def _shared_memory(dataset: PackDataset, workers: int, packs: int) -> torch.Tensor:
-    """uint8 [workers, SLOTS, images, 3, I, I] that workers write and this process reads: made once,
-    where a file for each batch costs more than a copy. Only what is written takes memory."""
+    """uint8 [workers, SLOTS, images, 3, I, I] that workers write and this process reads: taken once
+    and whole, where a file for each batch would cost more than a copy."""
     side = dataset.vision.image_size
     shape = (workers, SLOTS, dataset.max_images(packs), 3, side, side)
     return torch.empty(shape, dtype=torch.uint8).share_memory_()
