@@ -55,8 +55,13 @@ def folder(shards: Path, tmp_path: Path) -> Path:
         "height": 256,
     }
     (examples / "example_data.json").write_text(json.dumps([sample] * 4))
-    entry = {"image_dir": str(examples), "annotations": str(examples / "example_data.json")}
-    entry |= {"sample_ratio": 1.0, "length": 38276, "data_augment": True}
+    entry = {
+        "image_dir": str(examples),
+        "annotations": str(examples / "example_data.json"),
+        "sample_ratio": 1.0,
+        "length": 38276,
+        "data_augment": True,
+    }
     # The published list file ends its only entry with a comma, which is not JSON.
     (examples / "example_list.json").write_text(f'{{"FILE1": {json.dumps(entry)},\n}}')
     return tmp_path
