@@ -10,7 +10,6 @@ from dataclasses import replace
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from megatron_gmai.data.balance import assign, pack_costs
@@ -74,12 +73,9 @@ def iterate(
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        worker_init_fn=_keep_freed_memory,
         multiprocessing_context=_worker_context() if num_workers else None,
         prefetch_factor=PREFETCH if num_workers else None,
     )
-    if not num_workers:
-        _keep_freed_memory()
     for number, result in enumerate(_results(loader, jobs), start=1):
         if result.rejections:
             epochs = number * micro_batch_size * dp_size / dataset.packs_per_epoch
@@ -132,13 +128,6 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return context
-
-
-def _keep_freed_memory(worker: int = 0) -> None:
-    """Each image needs megabytes for a millisecond. glibc gives them back to the system, and new
-    pages cost more than the resizing, until it has seen a large block freed: then it keeps blocks
-    up to that size (mallopt(3), M_MMAP_THRESHOLD)."""
-    np.empty(31 * 2**20, dtype=np.uint8)
 
 
 def _unchanged(result: Any) -> Any:
