@@ -38,7 +38,7 @@ class TestPresets:
 
     def test_tiny_is_small_in_every_way_and_sets_a_fitting_batch(self) -> None:
         config = preset("gmai-vl-tiny")
-        assert config.model.vision.tokens_per_image == 64
+        assert config.model.vision.tokens_per_image == 36
         assert config.model.vision.layers_used == 4
         assert config.data.max_length == 512
         assert (config.train.lr, config.train.global_batch_size) == (1e-3, 8)
@@ -156,7 +156,7 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     (1, {"run": {"log_interval": 0}}, "--log-interval 0"),
     (1, {"run": {"checkpoint_interval": 0}}, "--checkpoint-interval 0"),
     (1, {"run": {"checkpoint_interval": 2.5}}, "--checkpoint-interval 2.5: neither"),
-    (1, {"data": {"max_length": 64}}, "--max-length 64: one image alone takes 64 tokens"),
+    (1, {"data": {"max_length": 36}}, "--max-length 36: one image alone takes 36 tokens"),
     (1, {"data": {"max_length": 4096}}, "--max-length 4096: the language model knows 2048"),
     (6, {"parallel": {"tensor_model_parallel_size": 4}}, "does not divide the 6 processes"),
     (4, {"parallel": {"tensor_model_parallel_size": 4}}, "4: does not divide the query groups, 2"),

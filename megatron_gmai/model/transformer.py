@@ -26,6 +26,15 @@ def _leave_uninitialised(tensor: torch.Tensor) -> None:
     """Weights are filled later by name (`initialise.py`), the same in every layout."""
 
 
+def _eager_quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's x · sigmoid(1.702 x), as it is written.
+
+    Megatron's own compiles itself at its first call; on a CPU that takes seconds in every process,
+    and a C++ compiler that a laptop may not have.
+    """
+    return x * torch.sigmoid(1.702 * x)
+
+
 def _common(device: Device) -> dict[str, Any]:
     return dict(
         hidden_dropout=0.0,
@@ -85,7 +94,7 @@ def vision_transformer_config(vision: VisionConfig, device: Device) -> Transform
         ffn_hidden_size=vision.ffn_hidden_size,
         layernorm_epsilon=vision.layernorm_eps,
         normalization="LayerNorm",
-        activation_func=quick_gelu,
+        activation_func=quick_gelu if device.is_cuda else _eager_quick_gelu,
         bias_activation_fusion=False,
         add_bias_linear=True,
     )

@@ -144,3 +144,11 @@ def test_padded_rows_of_the_vocabulary_never_win(model: GMAIVL) -> None:
     losses.sum().backward()
     padding = language.output_layer.weight.grad[MODEL.language.vocab_size :]
     assert torch.equal(padding, torch.zeros_like(padding))
+
+
+def test_nothing_is_compiled_on_a_cpu(model: GMAIVL) -> None:
+    """A laptop may have no C++ compiler, and a short run no time for one."""
+    compiled = torch._dynamo.utils.counters["frames"]
+    before = dict(compiled)
+    run(model, make_pack(seed=1, images=1)).sum().backward()
+    assert dict(compiled) == before
