@@ -26,12 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.compiler.code_generator  # noqa: F401: see below
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, mangle_type
+
+# The compiler keeps the `min` and `max` that it finds when it is first imported. Triton imports it
+# late: inside `interpret()` it would find, and keep, the interpreter's.
 
 _MISSING = object()
 

@@ -1,5 +1,8 @@
 """The interpreter computes what a GPU would, bfloat16 included, and leaves no trace."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +101,15 @@ def test_restores_after_an_error_and_passes_it_on():
     with pytest.raises(TypeError, match="n"), interpret():
         scale_kernel[(1,)](torch.ones(4))
     assert JITFunction.run is run
+
+
+def test_a_compiler_that_is_used_after_the_interpreter_is_untouched():
+    """In a process of its own: here the compiler has long been imported."""
+    program = """
+import triton.language as tl
+from gmai_kernels.testing.interpreter import interpret
+with interpret():
+    from triton.compiler.code_generator import CodeGenerator
+assert CodeGenerator.builtin_namespace["min"] is tl.core.builtin_min
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
