@@ -199,6 +199,29 @@ class TestSteps:
         steps.run("work", ["b"], [product], work)
         assert len(calls) == 3
 
+    @pytest.mark.parametrize(
+        ("inputs", "continues", "kept"),
+        [("a", True, True), ("b", True, False), ("a", False, False)],
+    )
+    def test_an_interrupted_step_goes_on_where_its_inputs_are_the_same(
+        self, tmp_path: Path, inputs: str, continues: bool, kept: bool
+    ) -> None:
+        steps, product = Steps(tmp_path / "steps"), tmp_path / "product"
+
+        def half() -> None:
+            product.write_text("half")
+            raise KeyboardInterrupt
+
+        def rest() -> None:
+            assert product.exists() == kept
+            product.write_text("whole")
+
+        with pytest.raises(KeyboardInterrupt):
+            steps.run("work", ["a"], [product], half, continues)
+        steps.run("work", [inputs], [product], rest, continues)
+        assert product.read_text() == "whole"
+        steps.run("work", [inputs], [product], half, continues)  # complete: not done again
+
     def test_a_failed_command_gives_one_message_and_leaves_the_step_undone(
         self, tmp_path: Path
     ) -> None:

@@ -2,9 +2,10 @@
 
     python -m examples.quickstart.run [--output runs/quickstart]
 
-A second run reuses every step that is complete. The stages freeze what GMAI-VL's stages freeze;
-their lengths and learning rates differ from the paper's, because here both towers start from
-random weights and stage 3 has to teach them nearly everything.
+A second run reuses every step that is complete, and goes on with a stage that was interrupted. The
+stages freeze what GMAI-VL's stages freeze; their lengths and learning rates differ from the
+paper's, because here both towers start from random weights and stage 3 has to teach them nearly
+everything.
 """
 
 import argparse
@@ -92,6 +93,7 @@ def training_command(folders: Folders, index: int, gpus: int) -> list[str]:
     words += ["--train-iters", str(stage.steps), "--lr", str(stage.learning_rate), *stage.frozen]
     # Four packs in a forward pass: a tiny model's time goes into calls, not into arithmetic.
     words += ["--micro-batch-size", "4", "--adam-beta2", "0.95", "--log-interval", "10"]
+    words += ["--checkpoint-interval", "0.25"]
     if index > 0:
         words += ["--load", str(folders.stage(STAGES[index - 1]) / "checkpoints")]
     return words
@@ -106,7 +108,8 @@ def train(output: Path) -> None:
     previous = done["shards"]
     for index, stage in enumerate(STAGES):
         words = training_command(folders, index, gpus)
-        previous = _command_step(steps, stage.name, previous, words, folders.stage(stage))
+        made = folders.stage(stage)
+        previous = _command_step(steps, stage.name, previous, words, made, going_on=("--resume",))
         done[stage.name] = previous
     done["evaluation"] = _evaluation(steps, folders, previous)
     done["export"] = _export(steps, folders, previous)
@@ -139,7 +142,7 @@ def _shards(steps: Steps, folders: Folders, data: Done) -> Done:
     words += ["--datasets", str(folders.data / "quickstart.json")]
     words += ["--tokenizer", str(folders.data / "tokenizer.model")]
     words += ["--output", str(folders.shards)]
-    return _command_step(steps, "shards", data, words, folders.shards)
+    return _command_step(steps, "shards", data, words, folders.shards, going_on=())
 
 
 def _evaluation(steps: Steps, folders: Folders, trained: Done) -> Done:
@@ -154,10 +157,23 @@ def _export(steps: Steps, folders: Folders, trained: Done) -> Done:
     return _command_step(steps, "export", trained, words, folders.export)
 
 
-def _command_step(steps: Steps, name: str, before: Done, words: list[str], made: Path) -> Done:
-    inputs = [before.fingerprint, *words]
+def _command_step(
+    steps: Steps,
+    name: str,
+    before: Done,
+    words: list[str],
+    made: Path,
+    going_on: tuple[str, ...] | None = None,
+) -> Done:
+    """A step that is a command. With the flags `going_on`, which may be none, it continues what it
+    had made when it was interrupted."""
+
+    def action() -> None:
+        command([*words, *(going_on or ())] if made.exists() else words, ROOT)
+
     try:
-        return steps.run(name, inputs, [made], lambda: command(words, ROOT))
+        inputs = [before.fingerprint, *words]
+        return steps.run(name, inputs, [made], action, continues=going_on is not None)
     except StepFailed as error:
         raise StepFailed(f"{name} failed: {error}") from error
 
@@ -177,7 +193,7 @@ def main() -> int:
         print(f"quick start: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("quick start: stopped; the same command continues with the next step")
+        print("quick start: stopped; the same command goes on from here")
         return 130
     return 0
 

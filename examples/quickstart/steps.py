@@ -30,7 +30,12 @@ class Steps:
         self.folder = folder
 
     def run(
-        self, name: str, inputs: Sequence[str], outputs: Sequence[Path], action: Callable[[], None]
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[Path],
+        action: Callable[[], None],
+        continues: bool = False,
     ) -> Done:
         """Do a step unless its stamp matches and its outputs exist.
 
@@ -39,6 +44,8 @@ class Steps:
             inputs: all that decides the result, above all the fingerprints of earlier steps.
             outputs: files or folders that the step makes; removed before it runs.
             action: does the work; raises StepFailed or ValueError.
+            continues: the action goes on with the outputs of one that was interrupted, so they are
+                kept if that had the same inputs.
         """
         stamp = self.folder / f"{name}.json"
         fingerprint = hashlib.sha256(json.dumps([name, *inputs]).encode()).hexdigest()[:16]
@@ -46,17 +53,24 @@ class Steps:
         if done and done.fingerprint == fingerprint and all(path.exists() for path in outputs):
             print(f"== {name}: complete, taken from the earlier run", flush=True)
             return done
-        print(f"== {name}", flush=True)
+        begun = _read(stamp.with_suffix(".begun"))
+        goes_on = continues and begun is not None and begun.fingerprint == fingerprint
+        print(f"== {name}" + (", continued" if goes_on else ""), flush=True)
         stamp.unlink(missing_ok=True)
-        for path in outputs:
+        for path in () if goes_on else outputs:
             _remove(path)
+        self._write(stamp.with_suffix(".begun"), Done(fingerprint, 0.0))
         start = time.monotonic()
         action()
         _check_made(name, outputs)
         done = Done(fingerprint, round(time.monotonic() - start, 1))
+        self._write(stamp, done)
+        stamp.with_suffix(".begun").unlink()
+        return done
+
+    def _write(self, stamp: Path, done: Done) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps(vars(done)) + "\n")
-        return done
 
 
 def command(words: Sequence[str], folder: Path) -> None:
