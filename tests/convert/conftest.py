@@ -10,17 +10,13 @@ import pytest
 import sentencepiece
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import LlavaForConditionalGeneration
 
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.huggingface import write_pretrained
 from megatron_gmai.convert.mapping import canonical_shapes
 from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from tests.llava import random_llava
 
 # Every size differs, so that no exchange of two dimensions goes unnoticed.
 MODEL = ModelConfig(
@@ -75,36 +71,7 @@ def random_weights() -> Callable[[ModelConfig], dict[str, Tensor]]:
 @pytest.fixture
 def llava() -> LlavaForConditionalGeneration:
     """A random model of the sizes of `MODEL`, as transformers builds it."""
-    vision, language = MODEL.vision, MODEL.language
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            num_hidden_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            num_attention_heads=vision.num_attention_heads,
-            intermediate_size=vision.ffn_hidden_size,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
-        ),
-        text_config=LlamaConfig(
-            num_hidden_layers=language.num_layers,
-            hidden_size=language.hidden_size,
-            num_attention_heads=language.num_attention_heads,
-            num_key_value_heads=language.num_query_groups,
-            intermediate_size=language.ffn_hidden_size,
-            vocab_size=language.vocab_size,
-            rms_norm_eps=language.rmsnorm_eps,
-            rope_theta=language.rope_theta,
-            max_position_embeddings=language.max_position_embeddings,
-        ),
-        image_token_index=MODEL.image_token_id,
-        image_seq_length=vision.tokens_per_image,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model
+    return random_llava(MODEL, std=0.1)
 
 
 @pytest.fixture

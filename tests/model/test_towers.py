@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import LlavaForConditionalGeneration
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.convert.huggingface import open_pretrained
@@ -17,6 +12,7 @@ from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.model.vit import CLIP_MEAN, CLIP_STD
 from megatron_gmai.training.weights import fill
+from tests.llava import random_llava
 from tests.parallel.batches import CONFIG, MODEL
 from tests.parallel.cases import World
 
@@ -24,36 +20,7 @@ from tests.parallel.cases import World
 @pytest.fixture
 def llava() -> LlavaForConditionalGeneration:
     """Random weights in transformers' classes, large enough that every part matters."""
-    vision, language = MODEL.vision, MODEL.language
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            num_hidden_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            num_attention_heads=vision.num_attention_heads,
-            intermediate_size=vision.ffn_hidden_size,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
-            hidden_act="quick_gelu",
-        ),
-        text_config=LlamaConfig(
-            num_hidden_layers=language.num_layers,
-            hidden_size=language.hidden_size,
-            num_attention_heads=language.num_attention_heads,
-            num_key_value_heads=language.num_query_groups,
-            intermediate_size=language.ffn_hidden_size,
-            vocab_size=language.vocab_size,
-            rms_norm_eps=language.rmsnorm_eps,
-            rope_theta=language.rope_theta,
-            max_position_embeddings=language.max_position_embeddings,
-        ),
-        image_token_index=MODEL.image_token_id,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    return model
+    return random_llava(MODEL, std=0.2)
 
 
 @pytest.fixture
