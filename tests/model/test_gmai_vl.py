@@ -5,17 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_gmai.config import ParallelConfig, TrainConfig
-from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.model.language import padded_vocab_size
 from megatron_gmai.training.optimizer import wrap_for_training
 from megatron_gmai.training.weights import SeededWeights, fill
-from tests.parallel.batches import CONFIG, LENGTH, MODEL, make_pack
+from tests.parallel.batches import CONFIG, LENGTH, MODEL, losses_of, make_pack
 from tests.parallel.cases import STAGES, World
 
 PARTS = {"vision_model", "projector", "language_model"}
@@ -33,18 +30,6 @@ def build(world: World, frozen: dict[str, Any]) -> GMAIVL:
     return model
 
 
-def run(model: GMAIVL | DistributedDataParallel, batch: MicroBatch) -> Tensor:
-    """fp32 [T]"""
-    return model(
-        tokens=batch.tokens,
-        position_ids=batch.position_ids,
-        segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, torch.device("cpu")),
-        labels=batch.labels,
-        pixel_values=batch.pixel_values,
-        image_starts=batch.image_starts,
-    )
-
-
 def test_image_features_take_the_place_of_their_tokens_and_of_no_others(model: GMAIVL) -> None:
     embeddings = torch.zeros(LENGTH, 1, 48)
     count = MODEL.vision.tokens_per_image
@@ -58,23 +43,23 @@ def test_image_features_take_the_place_of_their_tokens_and_of_no_others(model: G
 
 def test_the_embedding_of_a_placeholder_does_not_matter(model: GMAIVL) -> None:
     pack = make_pack(seed=1, images=3)
-    before = run(model, pack)
+    before = losses_of(model, pack)
     with torch.no_grad():
         model.language_model.embedding.word_embeddings.weight[MODEL.image_token_id] += 1.0
-    assert torch.equal(run(model, pack), before)
+    assert torch.equal(losses_of(model, pack), before)
 
 
 def test_each_image_matters_at_its_own_place(model: GMAIVL) -> None:
     pack = make_pack(seed=1, images=2)  # the first in the first sample, the second in the second
     swapped = dataclasses.replace(pack, pixel_values=pack.pixel_values.flip(0))
     same = pack.labels == -100
-    assert torch.equal(run(model, pack)[same], run(model, swapped)[same])
-    assert not torch.equal(run(model, pack), run(model, swapped))
+    assert torch.equal(losses_of(model, pack)[same], losses_of(model, swapped)[same])
+    assert not torch.equal(losses_of(model, pack), losses_of(model, swapped))
     second_only = pack.pixel_values.clone()
     second_only[1] = 255 - second_only[1]
-    changed = run(model, dataclasses.replace(pack, pixel_values=second_only))
-    assert torch.equal(run(model, pack)[:20], changed[:20])
-    assert not torch.equal(run(model, pack)[20:], changed[20:])
+    changed = losses_of(model, dataclasses.replace(pack, pixel_values=second_only))
+    assert torch.equal(losses_of(model, pack)[:20], changed[:20])
+    assert not torch.equal(losses_of(model, pack)[20:], changed[20:])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -82,7 +67,7 @@ def test_a_text_only_micro_batch_gives_the_tower_a_gradient_of_zero(
     stage: int, alone: World
 ) -> None:
     model = build(alone, STAGES[stage])
-    run(model, make_pack(seed=1, images=0)).sum().backward()
+    losses_of(model, make_pack(seed=1, images=0)).sum().backward()
     for name, parameter in model.vision_parameters():
         assert parameter.grad is not None, name
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
@@ -94,7 +79,7 @@ def test_every_trained_parameter_and_no_frozen_one_has_a_gradient(
     stage: int, images: int, alone: World
 ) -> None:
     model = build(alone, STAGES[stage])
-    run(model, make_pack(seed=1, images=images)).sum().backward()
+    losses_of(model, make_pack(seed=1, images=images)).sum().backward()
     trained = {1: {"projector"}, 2: {"projector", "vision_model"}, 3: PARTS}[stage]
     got = {name for name, p in model.named_parameters() if p.grad is not None}
     assert got == {n for n, _ in model.named_parameters() if n.split(".")[0] in trained}
@@ -120,7 +105,7 @@ def test_the_tower_is_not_run_for_text_when_it_does_not_train(
         raise AssertionError("the tower ran")
 
     monkeypatch.setattr(model.vision_model, "forward", unexpected)
-    assert run(model, make_pack(seed=1, images=0)).isfinite().all()
+    assert losses_of(model, make_pack(seed=1, images=0)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -134,12 +119,12 @@ def test_the_vocabulary_is_padded_to_128_rows_a_rank(
 
 def test_padded_rows_of_the_vocabulary_never_win(model: GMAIVL) -> None:
     language, pack = model.language_model, make_pack(seed=1, images=0)
-    before = run(model, pack)
+    before = losses_of(model, pack)
     with torch.no_grad():
         language.output_layer.weight[MODEL.language.vocab_size :] = 1e3
         hidden = torch.randn(7, 1, MODEL.language.hidden_size)
         assert language.logits(hidden).shape == (7, 1, MODEL.language.vocab_size)
-    losses = run(model, pack)
+    losses = losses_of(model, pack)
     assert torch.equal(losses, before)
     losses.sum().backward()
     padding = language.output_layer.weight.grad[MODEL.language.vocab_size :]
@@ -150,5 +135,5 @@ def test_nothing_is_compiled_on_a_cpu(model: GMAIVL) -> None:
     """A laptop may have no C++ compiler, and a short run no time for one."""
     compiled = torch._dynamo.utils.counters["frames"]
     before = dict(compiled)
-    run(model, make_pack(seed=1, images=1)).sum().backward()
+    losses_of(model, make_pack(seed=1, images=1)).sum().backward()
     assert dict(compiled) == before

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training.weights import SeededWeights, fill
-from tests.parallel.batches import BOUNDS, CONFIG, LENGTH, MODEL, join, make_pack
+from tests.parallel.batches import BOUNDS, CONFIG, LENGTH, MODEL, join, losses_of, make_pack
 from tests.parallel.cases import World
 
 
@@ -20,18 +19,6 @@ def model(alone: World) -> GMAIVL:
     built = GMAIVL(CONFIG, alone.device, alone.groups(ParallelConfig()))
     fill(built, SeededWeights(MODEL, seed=1))
     return built
-
-
-def losses_of(model: GMAIVL, batch: MicroBatch) -> Tensor:
-    """fp32 [T]"""
-    return model(
-        tokens=batch.tokens,
-        position_ids=batch.position_ids,
-        segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, torch.device("cpu")),
-        labels=batch.labels,
-        pixel_values=batch.pixel_values,
-        image_starts=batch.image_starts,
-    )
 
 
 def gradients_of(model: GMAIVL, batch: MicroBatch) -> dict[str, Tensor]:

@@ -3,7 +3,10 @@
 Every pack has LENGTH tokens: two samples and a padding tail.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from megatron_gmai.config import (
     Config,
@@ -14,6 +17,7 @@ from megatron_gmai.config import (
     VisionConfig,
 )
 from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.model.attention import Segments
 
 # The vocabulary is padded to 128 rows on one rank and to 256 on two.
 MODEL = ModelConfig(
@@ -101,4 +105,16 @@ def join(packs: list[MicroBatch]) -> MicroBatch:
         num_samples=sum(pack.num_samples for pack in packs),
         num_tokens=sum(pack.num_tokens for pack in packs),
         keys=tuple(key for pack in packs for key in pack.keys),
+    )
+
+
+def losses_of(model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
+    """The loss of each token, fp32 [T], of a model that one rank holds whole."""
+    return model(
+        tokens=batch.tokens,
+        position_ids=batch.position_ids,
+        segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, torch.device("cpu")),
+        labels=batch.labels,
+        pixel_values=batch.pixel_values,
+        image_starts=batch.image_starts,
     )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmai.model.attention import Segments
-from tests.parallel.batches import LENGTH, PACKS, global_batch
+from tests.parallel.batches import LENGTH, PACKS, global_batch, losses_of
 from tests.parallel.cases import STAGES, Case, Trainer, World
 
 
@@ -13,17 +12,7 @@ def plain_loss(trainer: Trainer, step: int) -> Tensor:
     """The mean over the supervised tokens of a whole global batch."""
     total, count = torch.zeros(()), 0
     for pack in global_batch(step):
-        losses = trainer.model(
-            tokens=pack.tokens,
-            position_ids=pack.position_ids,
-            segments=Segments.from_cu_seqlens(
-                pack.cu_seqlens, pack.max_seqlen, torch.device("cpu")
-            ),
-            labels=pack.labels,
-            pixel_values=pack.pixel_values,
-            image_starts=pack.image_starts,
-        )
-        total = total + losses.sum()
+        total = total + losses_of(trainer.model, pack).sum()
         count += int((pack.labels != -100).sum())
     return total / count
 
