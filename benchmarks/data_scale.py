@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from kernel_figures import Figure, at_least, at_most
@@ -21,11 +22,14 @@ from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.dataset import PackDataset, open_dataset
 from megatron_gmai.data.lengths import LENGTH_ROW
 from megatron_gmai.data.loader import iterate
-from megatron_gmai.data.plan import Plan, PlanSettings
+from megatron_gmai.data.plan import Bookmark, Plan
 from megatron_gmai.data.shards import ShardFile, Shards, save_index, write_manifest
 from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.windows import PlanSettings, Windows
 
 STEP = 512  # packs
+EPOCHS = 4
+PROCESSES = 8  # of a node
 VISION = VisionConfig(image_size=28)  # four tokens an image: the files are small, not the index
 
 
@@ -45,7 +49,7 @@ def planning(lengths: np.ndarray) -> dict[str, float]:
     shards = len(lengths) // 1000
     sources = np.sort(np.random.default_rng(0).integers(0, 20, shards))
     settings = PlanSettings(1, 2048, "best-fit")
-    plan = Plan(table, np.arange(shards + 1) * 1000, sources, [1.0] * 20, settings)
+    plan = Plan(Windows(table, np.arange(shards + 1) * 1000, sources, [1.0] * 20, settings))
     start = time.perf_counter()
     total = plan.total(0)
     epoch = time.perf_counter() - start
@@ -79,55 +83,74 @@ def enlarge(small: Path, large: Path, samples: int) -> None:
     write_manifest(large, dataclasses.replace(shards.manifest, shards=files, sources=(source,)))
 
 
-def private_mb() -> float:
-    """Memory of this process that it shares with no other (Linux)."""
+def own_mb() -> float:
+    """Memory of this process that is no file's (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
-    return sum(int(fields[f"Private_{kind}"]) for kind in ("Clean", "Dirty")) / 1024
+    return int(fields["Anonymous"]) / 1024
 
 
-def resumed(folder: Path) -> dict[str, float]:
-    """Seconds to open the data and to the first batch in the middle of epoch 3; this process's own
-    memory for it, and the size of the files that all processes of a node map together."""
-    before, start = private_mb(), time.perf_counter()
+def resumed(folder: Path, middle: int, bookmark: dict[str, Any] | None) -> dict[str, float]:
+    """Seconds to open the data and to the first batch at pack `middle`; this process's own memory
+    for it and for some hundred steps, and the size of the files that all processes map together."""
+    before, start = own_mb(), time.perf_counter()
     dataset = open_shards(folder)
     rows = len(dataset.shards.rows)
     opened = time.perf_counter() - start
-    middle = dataset.total_packs(3.5) // STEP * STEP
-    next(iterate(dataset, 0, 8, 1, STEP, middle))
+    if bookmark is not None:
+        dataset.open_at(Bookmark(**bookmark))
+    next(iterate(dataset, 0, PROCESSES, 1, STEP, middle, dataset.total_packs(EPOCHS)))
     first = time.perf_counter() - start
+    for step in range(200):
+        dataset.plan.packs(middle + step * STEP, middle + (step + 1) * STEP)
     mapped = sum(file.stat().st_size for file in folder.glob("*.npy") if "plan" not in file.name)
     return {
         "samples": rows,
         "open_s": opened,
         "first_batch_s": first,
-        "private_mb": private_mb() - before,
+        "own_mb": own_mb() - before,
         "mapped_mb": mapped / 2**20,
     }
 
 
+def in_new_process(folder: Path, middle: int, bookmark: Bookmark | None) -> dict[str, float]:
+    """`resumed` by a process that has seen nothing, on files without any plan."""
+    for file in folder.glob("plan-*"):
+        file.unlink()
+    known = None if bookmark is None else dataclasses.asdict(bookmark)
+    command = [sys.executable, __file__, str(folder), str(middle), json.dumps(known)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
 def scale_figures(small: Path, lengths: np.ndarray) -> list[Figure]:
-    """Planning, opening and resuming with as many samples as `lengths`."""
+    """Planning, opening and resuming with as many samples as `lengths`, in the middle of epoch 3 of
+    4, with a checkpoint's bookmark and without."""
     few, many = planning(lengths[:100_000]), planning(lengths)
     large = small.parent / "large"
     enlarge(small, large, len(lengths))
     dataset = open_shards(large)
     start = time.perf_counter()
-    dataset.total_packs(4)  # what a run has left behind when it comes to epoch 3
-    planned = time.perf_counter() - start
-    command = [sys.executable, __file__, str(large)]
-    run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    dataset.total_packs(EPOCHS)
+    counting = (time.perf_counter() - start) / EPOCHS
+    middle = dataset.total_packs(3.5) // STEP * STEP
+    run = in_new_process(large, middle, dataset.bookmark(middle))
+    without = in_new_process(large, middle, None)
     growth = many["ms_per_step"] / few["ms_per_step"]
-    memory = run["mapped_mb"] + run["private_mb"]
+    memory = run["mapped_mb"] + PROCESSES * run["own_mb"]
     return [
         at_least("planning, 14M samples", many["samples_per_s"] / 1e6, "M samples/s", 1.0),
         Figure("planning a step, 100k samples", few["ms_per_step"], "ms"),
         at_most("planning a step, 14M over 100k samples", growth, "x", 1.5),
         at_most("open an index of 14M samples", run["open_s"], "s", 2.0),
-        at_most("files mapped by all processes + one's own memory", memory, "MB", 500.0),
-        Figure("own memory of each process", run["private_mb"], "MB"),
-        at_most("first batch of a resume in epoch 3", run["first_batch_s"], "s", 5.0),
-        Figure("the same where nobody has planned epochs 0 to 3", planned, "s more"),
+        at_most(f"memory of {PROCESSES} processes for it", memory, "MB", 500.0),
+        Figure("of it files that all of them map", run["mapped_mb"], "MB"),
+        Figure("of it own memory of each process", run["own_mb"], "MB"),
+        at_most(
+            "first batch of a resume in epoch 3, no plan files", run["first_batch_s"], "s", 5.0
+        ),
+        Figure("the same from a checkpoint without a bookmark", without["first_batch_s"], "s"),
+        Figure("counting an epoch's packs at a first start", counting, "s"),
     ]
 
 
@@ -150,4 +173,4 @@ def memory_figures(dataset: PackDataset, batches: int) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(resumed(Path(sys.argv[1]))))
+    print(json.dumps(resumed(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))))

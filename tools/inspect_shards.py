@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         vision = VisionConfig(image_size=flags.image_size)
         encoder = make_encoder(data, load_tokenizer(resolve_tokenizer(data)), vision)
         rows, too_long = token_lengths(shards, encoder)
-        lengths = np.array(rows["length"])
+        lengths = rows["length"].astype(np.int64)
         rejections = [*read_ledger(shards.folder / REJECTED_FILE), *too_long]
         print(report(shards, lengths, rejections))
         page = Path(flags.html or shards.folder / "inspect.html")

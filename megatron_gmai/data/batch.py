@@ -23,17 +23,17 @@ class MicroBatch:
     position_ids: torch.Tensor  # int64 [T], from 0 in each segment
     cu_seqlens: torch.Tensor  # int32 [segments + 1], from 0 to T
     max_seqlen: int
-    pixel_values: torch.Tensor  # uint8 [N, 3, I, I], not normalised; see `iterate` for who has them
+    # uint8 [N, 3, I, I], channels last in memory, not normalised; `iterate` says who has them.
+    pixel_values: torch.Tensor
     image_starts: torch.Tensor  # int64 [N], flat position of each image's first placeholder
     num_samples: int
     num_tokens: int  # without padding
     keys: tuple[str, ...]
 
     def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
-        """Pickles its tensors as bytes: torch would open a shared file for each of them."""
-        return _from_arrays, (
-            {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()},
-        )
+        """Pickles its tensors as bytes, since torch would open a shared file for each of them, and
+        its integers in half their size, which fits token ids and places in a batch."""
+        return _from_arrays, ({name: _to_array(value) for name, value in vars(self).items()},)
 
     def pin_memory(self) -> "MicroBatch":
         """The same batch in page-locked memory, for copies that overlap with computation."""
@@ -45,10 +45,19 @@ class MicroBatch:
         return MicroBatch(**{**vars(self), **tensors})
 
 
+def _to_array(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    array = value.numpy()
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
 def _from_arrays(fields: dict[str, Any]) -> MicroBatch:
     for name, value in fields.items():
         if isinstance(value, np.ndarray):
             fields[name] = torch.from_numpy(value)
+    for name in ("tokens", "labels", "position_ids", "image_starts"):
+        fields[name] = fields[name].long()
     return MicroBatch(**fields)
 
 

@@ -17,10 +17,11 @@ from megatron_gmai.data.ledger import BadSample, Ledger, Rejection, read_ledger
 from megatron_gmai.data.lengths import Encoder, token_lengths
 from megatron_gmai.data.mixture import Use, read_uses
 from megatron_gmai.data.packing import Piece
-from megatron_gmai.data.plan import Plan, PlanSettings
+from megatron_gmai.data.plan import Bookmark, Plan
 from megatron_gmai.data.shards import REJECTED_FILE, Shards
 from megatron_gmai.data.template import get_template
 from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.windows import PlanSettings, Windows
 
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
 Share = tuple[int, int] | None
@@ -61,15 +62,15 @@ class PackDataset:
     def plan(self) -> Plan:
         lengths, _ = token_lengths(self.shards, self.encoder)
         first_rows = self.shards.first_rows
-        return Plan(
+        windows = Windows(
             lengths,
             first_rows,
             self.shards.rows["source"][first_rows[:-1]],
             self.ratios,
             self.settings,
-            self.shards.folder / f"plan-{self.fingerprint}",
             self.shards.rows["images"],
         )
+        return Plan(windows, self.shards.folder / f"plan-{self.fingerprint}")
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +102,16 @@ class PackDataset:
             packs += math.ceil((epochs - whole) * self.plan.total(whole) - 1e-9)
         return packs
 
+    def bookmark(self, pack: int) -> Bookmark:
+        """What a run that goes on at `pack` need not find out again."""
+        return self.plan.bookmark(pack, self.fingerprint)
+
+    def open_at(self, bookmark: Bookmark) -> None:
+        """Makes the packs behind a bookmark quick to reach. One of other data or settings says
+        nothing about this plan and changes nothing."""
+        if bookmark.plan == self.fingerprint:
+            self.plan.open_at(bookmark)
+
     def reject(self, rejections: Sequence[Rejection], share: float | None = None) -> None:
         """Writes rejections to the ledger. Raises ValueError if the share of the samples that
         cannot be used has come to exceed `max_rejected`, or if none is left.
@@ -130,7 +141,7 @@ class PackDataset:
     ) -> tuple[MicroBatch, list[Rejection]]:
         """One micro-batch of these packs (one without pieces is all padding), and the samples
         that could not be read and became padding. Pixels are put into `memory`, uint8
-        [max_images(packs), 3, I, I], where it is given.
+        [max_images(packs), I, I, 3], where it is given.
 
         Raises ValueError if a sample's tokens or images are not what the plan was made for.
         """
@@ -174,35 +185,36 @@ class PackDataset:
     def _pixels(
         self, images: Sequence[SampleImage], share: Share, memory: np.ndarray | None
     ) -> np.ndarray:
-        """uint8 [N, 3, I, I] with this process's share decoded and the others black; [0, 3, I, I]
-        for processes that need none."""
+        """uint8 [N, 3, I, I], channels last in memory, with this process's share decoded and the
+        others black; [0, 3, I, I] for processes that need none."""
         side = self.vision.image_size
         if share is None:
             return np.zeros((0, 3, side, side), dtype=np.uint8)
         part, parts = share
         count = max(1, -(-len(images) // parts))
         if memory is None:
-            memory = np.empty((len(images), 3, side, side), dtype=np.uint8)
+            memory = np.empty((len(images), side, side, 3), dtype=np.uint8)
         pixels = memory[: len(images)]
         own = range(part * count, (part + 1) * count)
         for number, image in enumerate(images):
             if number not in own:
                 pixels[number] = 0
                 continue
-            decoded = self._decode(image.key, image.data)
-            pixels[number] = decoded if image.tone is None else image.tone.apply(decoded)
-        return pixels
+            self._decode(image, pixels[number])
+        return pixels.transpose(0, 3, 1, 2)
 
-    def _decode(self, key: str, data: bytes) -> np.ndarray:
-        """An image was decoded once when the shards were made, and the checksum holds, so a
-        failure here means another decoder: it ends the run."""
+    def _decode(self, image: SampleImage, out: np.ndarray) -> None:
+        """Puts the pixels into `out`, uint8 [I, I, 3]. An image was decoded once when the shards
+        were made, and the checksum holds, so a failure means another decoder: it ends the run."""
         try:
-            return load_image(data, self.vision.image_size, self.pad_to_square)
+            load_image(image.data, self.vision.image_size, self.pad_to_square, out)
         except BadSample as error:
             raise ValueError(
-                f"sample {key}: {error}, though it was decoded when the shards were made; make "
-                "the shards again with the installed image libraries"
+                f"sample {image.key}: {error}, though it was decoded when the shards were made; "
+                "make the shards again with the installed image libraries"
             ) from error
+        if image.tone is not None:
+            out[:] = image.tone.apply(out)
 
 
 def open_dataset(
@@ -229,7 +241,7 @@ def open_dataset(
         data.max_length,
         data.dset_pack_level,
         data.group_by_length,
-        run,
+        run if data.group_by_length else 1,  # so that other global batches keep the plan's name
         max_images=data.max_images_per_pack,
     )
     dataset = PackDataset(

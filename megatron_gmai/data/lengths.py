@@ -26,6 +26,8 @@ from megatron_gmai.data.tokenizer import Tokenizer
 SAMPLES_PER_JOB = 4096
 # A length of 0 marks a sample that cannot be used; a cut may fall at images_end or behind it.
 LENGTH_ROW = np.dtype([("length", "<i4"), ("images_end", "<i4")])
+# Half the memory, for tables whose numbers all fit.
+SHORT_ROW = np.dtype([("length", "<u2"), ("images_end", "<u2")])
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def token_lengths(
     encoder: Encoder,
     workers: int = 0,
 ) -> tuple[np.ndarray, list[Rejection]]:
-    """The table LENGTH_ROW [samples], mapped from its file, and the samples it rejects.
+    """The table, SHORT_ROW or LENGTH_ROW [samples], mapped from its file, and the samples it
+    rejects.
 
     Computes and writes both on first use, with `workers` processes (0: this one).
     """
@@ -83,9 +86,9 @@ def token_lengths(
     if not table.exists():
         rows, rejections = _measure(shards, encoder, workers)
         write_atomically(ledger, "".join(map(dump_line, rejections)).encode())
-        _save(table, rows)
+        _save(table, _shortened(rows))
     rows = np.load(table, mmap_mode="r")
-    if rows.dtype != LENGTH_ROW or len(rows) != len(shards):
+    if rows.dtype not in (SHORT_ROW, LENGTH_ROW) or len(rows) != len(shards):
         raise ValueError(f"{table} does not belong to these shards; delete it")
     return rows, read_ledger(ledger)
 
@@ -117,6 +120,11 @@ def _measure_part(
         except BadSample as error:
             rejections.append(Rejection(key, shards.source_name(sample), str(error)))
     return rows, rejections
+
+
+def _shortened(rows: np.ndarray) -> np.ndarray:
+    most = max((int(rows[name].max(initial=0)) for name in LENGTH_ROW.names or ()))
+    return rows.astype(SHORT_ROW) if most < 2**16 else rows
 
 
 def _save(path: Path, rows: np.ndarray) -> None:

@@ -16,22 +16,28 @@ from megatron_gmai.data.balance import assign, pack_costs
 from megatron_gmai.data.batch import MicroBatch
 from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
 from megatron_gmai.data.ledger import Rejection
+from megatron_gmai.data.pixel_memory import PixelMemory
 
 PREFETCH = 2  # micro-batches per worker: bounds the memory that waits
-# A worker begins a micro-batch when the one PREFETCH before it is on its way, and those before that
-# are taken over: with two places more, none is overwritten that is still needed.
-SLOTS = PREFETCH + 2
-Job = list[NumberedPack]  # the packs of one micro-batch
+# Micro-batches that the training step can hold before one has to be sent through a pipe.
+HELD = 4
+
+
+class Job(NamedTuple):
+    """The packs of one micro-batch, and the slot of the shared memory for its pixels."""
+
+    packs: list[NumberedPack]
+    slot: int | None = None
 
 
 class Result(NamedTuple):
-    """What a worker hands over: a batch, or the message of the error that ends the run. `place` is
-    where in the shared memory the first `images` hold the batch's pixels."""
+    """What a worker hands over: a batch, or the message of the error that ends the run. The pixels
+    of `images` images are in the shared memory where there is a `slot`, else in the batch."""
 
     batch: MicroBatch | None
     rejections: list[Rejection]
     error: str | None = None
-    place: tuple[int, int] | None = None
+    slot: int | None = None
     images: int = 0
 
 
@@ -61,14 +67,23 @@ def iterate(
             f"--global-batch-size {global_batch_size} is not a multiple of micro batch "
             f"{micro_batch_size} x {dp_size} data-parallel ranks"
         )
-    jobs = _Jobs(
-        dataset, dp_rank, dp_size, micro_batch_size, global_batch_size, start_pack, total_packs
-    )
     memory = None
     if num_workers and with_pixels:
-        memory = _shared_memory(dataset, num_workers, micro_batch_size)
+        images, side = dataset.max_images(micro_batch_size), dataset.vision.image_size
+        memory = PixelMemory(num_workers * PREFETCH + HELD, images, side)
+    jobs = _Jobs(
+        dataset,
+        dp_rank,
+        dp_size,
+        micro_batch_size,
+        global_batch_size,
+        start_pack,
+        total_packs,
+        memory,
+    )
+    pixels = None if memory is None else memory.pixels
     loader = torch.utils.data.DataLoader(
-        _Assembler(dataset, image_share if with_pixels else None, memory),
+        _Assembler(dataset, image_share if with_pixels else None, pixels),
         sampler=jobs,
         batch_size=None,
         num_workers=num_workers,
@@ -104,22 +119,13 @@ def _results(loader: torch.utils.data.DataLoader, jobs: "_Jobs") -> Iterator[Res
         yield result
 
 
-def _shared_memory(dataset: PackDataset, workers: int, packs: int) -> torch.Tensor:
-    """uint8 [workers, SLOTS, images, 3, I, I] that workers write and this process reads: taken once
-    and whole, where a file for each batch would cost more than a copy."""
-    side = dataset.vision.image_size
-    shape = (workers, SLOTS, dataset.max_images(packs), 3, side, side)
-    return torch.empty(shape, dtype=torch.uint8).share_memory_()
-
-
-def _taken_over(result: Result, memory: torch.Tensor | None) -> MicroBatch:
-    """The batch in memory of its own: page-locked where there is a device to copy it to."""
-    batch, device = result.batch, torch.cuda.is_available()
+def _taken_over(result: Result, memory: PixelMemory | None) -> MicroBatch:
+    """The batch with its pixels, page-locked where there is a device to copy it to."""
+    batch = result.batch
     assert batch is not None  # a result without a batch has an error
-    if memory is not None and result.place is not None:
-        pixels = memory[result.place][: result.images]
-        batch = replace(batch, pixel_values=pixels if device else pixels.clone())
-    return batch.pin_memory() if device else batch
+    if memory is not None and result.slot is not None:
+        batch = replace(batch, pixel_values=memory.hand_out(result.slot, result.images))
+    return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def _worker_context() -> BaseContext:
@@ -141,25 +147,18 @@ class _Assembler(torch.utils.data.Dataset):
         self, dataset: PackDataset, image_share: Share, memory: torch.Tensor | None
     ) -> None:
         self.dataset, self.image_share, self.memory = dataset, image_share, memory
-        self.jobs = 0
 
     def __getitem__(self, job: Job) -> Result:
         try:
-            if self.memory is None:
-                return Result(*self.dataset.assemble(job, self.image_share))
-            return self._into(self.memory, job)
+            if self.memory is None or job.slot is None:
+                return Result(*self.dataset.assemble(job.packs, self.image_share))
+            memory = self.memory[job.slot].numpy()
+            batch, rejections = self.dataset.assemble(job.packs, self.image_share, memory)
         except ValueError as error:
             return Result(None, [], str(error))
-
-    def _into(self, memory: torch.Tensor, job: Job) -> Result:
-        worker = torch.utils.data.get_worker_info()
-        assert worker is not None  # there is shared memory only where there are workers
-        place = (worker.id, self.jobs % SLOTS)
-        self.jobs += 1
-        batch, rejections = self.dataset.assemble(job, self.image_share, memory[place].numpy())
         images = len(batch.pixel_values)
         batch = replace(batch, pixel_values=batch.pixel_values[:0])
-        return Result(batch, rejections, None, place, images)
+        return Result(batch, rejections, None, job.slot, images)
 
 
 class _Jobs(torch.utils.data.Sampler[Job]):
@@ -174,21 +173,23 @@ class _Jobs(torch.utils.data.Sampler[Job]):
         global_batch_size: int,
         start_pack: int,
         total_packs: int | None,
+        memory: PixelMemory | None,
     ) -> None:
         self.dataset, self.dp_rank, self.dp_size = dataset, dp_rank, dp_size
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.start_pack, self.total_packs = start_pack, total_packs
+        self.start_pack, self.total_packs, self.memory = start_pack, total_packs, memory
         self.waiting: list[Job] = []
 
     def __iter__(self) -> Iterator[Job]:
         start = self.start_pack
         while self.total_packs is None or start < self.total_packs:
-            for job in self._step(start):
+            for packs in self._step(start):
+                job = Job(packs, self.memory.take() if self.memory else None)
                 self.waiting.append(job)
                 yield job
             start += self.global_batch_size
 
-    def _step(self, start: int) -> list[Job]:
+    def _step(self, start: int) -> list[list[NumberedPack]]:
         stop = start + self.global_batch_size
         if self.total_packs is not None:
             stop = min(stop, self.total_packs)
@@ -203,6 +204,8 @@ class _Jobs(torch.utils.data.Sampler[Job]):
 
     def in_flight(self) -> str:
         """The samples that workers have been given and not handed back, for a message."""
-        samples = [piece.sample for job in self.waiting for _, pieces in job for piece in pieces]
+        samples = [
+            piece.sample for job in self.waiting for _, pieces in job.packs for piece in pieces
+        ]
         places = ", ".join(self.dataset.shards.place(sample) for sample in samples[:20])
         return f"{len(samples)} samples: {places}" + (", ..." if len(samples) > 20 else "")

@@ -1,224 +1,148 @@
-"""The plan: which samples form which pack, as a pure function of (seed, epoch, index, settings).
+"""The plan: the endless stream of packs, epoch after epoch, addressed by their numbers.
 
-An epoch is cut into windows. Each data set's shards are shuffled, and each window takes the same
-share of every data set from neighbouring shards, so reads stay local while every window has the
-mixture of the whole. Samples are shuffled and packed inside their window. Ranks, workers and
-history appear nowhere.
+A pack's number is all that a run has to remember. Where the pack lies (epoch, window, place in it)
+follows from how many packs the windows before it have, which only planning them tells; what is
+known of that is kept: in memory, in files beside the index, in the bookmarks of checkpoints.
 """
 
 import contextlib
 import io
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_gmai.data.order import permutation
-from megatron_gmai.data.packing import (
-    ImageCap,
-    Packs,
-    join,
-    pack_best_fit,
-    pack_hard,
-    pack_none,
-    pack_soft,
-)
+from megatron_gmai.data.packing import Packs, join
 from megatron_gmai.data.shards import write_atomically
+from megatron_gmai.data.windows import Windows
 
-WINDOW = 32_768  # samples
 CACHED_WINDOWS = 16  # fewer are planned faster than read
-# What a permutation is for: the third number of its place, after seed and epoch.
-SHARD_ORDER, ROW_ORDER, SAMPLE_ORDER, PACK_ORDER = 1, 2, 3, 4
+
+
+class Mark(NamedTuple):
+    """A window of the endless stream, by the number of its first pack."""
+
+    pack: int
+    epoch: int
+    window: int
 
 
 @dataclass(frozen=True)
-class PlanSettings:
-    """All that the order depends on besides the index. `run` is the number of packs that
-    `group_by_length` keeps together: a global batch."""
+class Bookmark:
+    """Where a run stands in its plan, for one that goes on from there without planning what lies
+    behind. It says nothing that the number of consumed packs does not, and holds for one plan."""
 
-    seed: int
-    max_length: int
-    pack_level: str
-    group_by_length: bool = False
-    run: int = 512
-    window: int = WINDOW
-    max_images: int | None = None  # in a pack
+    plan: str  # fingerprint
+    pack: int  # the first of a window
+    epoch: int
+    window: int
+    epoch_starts: Sequence[int]  # first pack of epochs 0, 1, ..., as far as they are counted
 
 
 class Plan:
     """Packs of every epoch, planned a window at a time."""
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        first_rows: np.ndarray,
-        shard_sources: Sequence[int] | np.ndarray,
-        ratios: Sequence[float],
-        settings: PlanSettings,
-        cache: Path | None = None,
-        images: np.ndarray | None = None,
-    ) -> None:
-        """`lengths` is the table of `lengths.py`, `first_rows` [shards + 1] the rows of each shard,
-        `shard_sources` the data set of each shard, `ratios` [data sets] the samples an epoch takes
-        for each one that there is. `cache` is the beginning of the names of files that keep what
-        `counts` found; it has to be a name that changes with everything else. `images` [samples]
-        is needed where packs have a limit of them."""
-        self.lengths, self.first_rows, self.settings = lengths, first_rows, settings
-        self.ratios, self._cache, self._images = list(ratios), cache, images
-        sources = np.asarray(shard_sources)
-        self._shards = [np.flatnonzero(sources == s) for s in range(len(self.ratios))]
-        self._streams = lru_cache(maxsize=2)(self._make_streams)
-        samples = sum(stream.total for stream in self._streams(0))
-        self.windows = max(1, round(samples / settings.window))
-        self._window = lru_cache(maxsize=2)(self._plan_window)
-        self._epoch_counts: dict[int, np.ndarray] = {}
+    def __init__(self, windows: Windows, cache: Path | None = None) -> None:
+        """`cache` is the beginning of the names of files that keep what `counts` found; it has to
+        be a name that changes with everything that the windows depend on."""
+        self.windows, self._cache = windows, cache
+        self._window = lru_cache(maxsize=2)(windows.plan)
+        self._counts: dict[int, np.ndarray | None] = {}  # None: no file has them
+        self._marks = [Mark(0, 0, 0)]  # sorted: where windows were found to begin
+        self.epoch_starts = [0]  # first packs, as far as epochs are counted
+
+    def bookmark(self, pack: int, fingerprint: str) -> Bookmark:
+        """For a run that goes on at `pack`; `fingerprint` names this plan."""
+        mark = self._find(pack) or self._marks[-1]
+        return Bookmark(fingerprint, *mark, tuple(self.epoch_starts))
+
+    def open_at(self, bookmark: Bookmark) -> None:
+        """Takes over what another process has found out about this plan."""
+        mark = Mark(bookmark.pack, bookmark.epoch, bookmark.window)
+        self._marks = [self._marks[0], mark]
+        self.epoch_starts = list(bookmark.epoch_starts)
 
     def counts(self, epoch: int) -> np.ndarray:
-        """int64 [windows]: packs in each window of an epoch."""
-        if epoch not in self._epoch_counts:
-            self._epoch_counts[epoch] = self._cached_counts(epoch)
-        return self._epoch_counts[epoch]
+        """int64 [windows]: packs in each window of an epoch. It has to be planned whole for that,
+        unless somebody has done so and left a file."""
+        counts = self._kept_counts(epoch)
+        if counts is None:
+            sizes = [len(self.windows.plan(epoch, w)) for w in range(self.windows.per_epoch)]
+            counts = self._counts[epoch] = np.array(sizes, dtype=np.int64)
+            self._keep(epoch, counts)
+        return counts
 
-    def _cached_counts(self, epoch: int) -> np.ndarray:
-        """An epoch has to be planned whole to know its packs: once, and not at every resume."""
-        if self._cache is None or self.windows < CACHED_WINDOWS:
-            return self._count(epoch)
-        file = self._cache.with_name(f"{self._cache.name}-epoch{epoch}.npy")
-        if file.exists():
-            counts = np.load(file)
-            if counts.shape == (self.windows,):
-                return counts
-        counts = self._count(epoch)
-        buffer = io.BytesIO()
+    def _kept_counts(self, epoch: int) -> np.ndarray | None:
+        if epoch not in self._counts:
+            file = self._file(epoch)
+            counts = np.load(file) if file is not None and file.exists() else np.empty(0)
+            fitting = counts.shape == (self.windows.per_epoch,)
+            self._counts[epoch] = counts if fitting else None
+        return self._counts[epoch]
+
+    def _keep(self, epoch: int, counts: np.ndarray) -> None:
+        file, buffer = self._file(epoch), io.BytesIO()
+        if file is None:
+            return
         np.save(buffer, counts)
         with contextlib.suppress(OSError):  # a folder that cannot be written only costs time
             write_atomically(file, buffer.getvalue())
-        return counts
 
-    def _count(self, epoch: int) -> np.ndarray:
-        counts = [len(self._plan_window(epoch, window)) for window in range(self.windows)]
-        return np.array(counts, dtype=np.int64)
+    def _file(self, epoch: int) -> Path | None:
+        if self._cache is None or self.windows.per_epoch < CACHED_WINDOWS:
+            return None
+        return self._cache.with_name(f"{self._cache.name}-epoch{epoch}.npy")
 
     def total(self, epoch: int) -> int:
-        """Packs of an epoch."""
-        return int(self.counts(epoch).sum())
+        """Packs of an epoch. All epochs up to it are counted, if nobody has."""
+        while len(self.epoch_starts) < epoch + 2:
+            last = len(self.epoch_starts) - 1
+            packs = 0 if self._ended else int(self.counts(last).sum())
+            self.epoch_starts.append(self.epoch_starts[-1] + packs)
+        return self.epoch_starts[epoch + 1] - self.epoch_starts[epoch]
+
+    @property
+    def _ended(self) -> bool:
+        """An epoch without packs ends the stream: there may never be any."""
+        return self.epoch_starts[-1:] == self.epoch_starts[-2:-1]
 
     def packs(self, start: int, stop: int) -> Packs:
         """Packs start up to stop of the endless stream: epoch 0's packs, epoch 1's, ..."""
         parts = []
-        epoch, first = 0, 0  # first: number of the epoch's first pack
-        while start < stop and self.total(epoch):
-            while start - first >= self.total(epoch):
-                first, epoch = first + self.total(epoch), epoch + 1
-            ends = first + np.cumsum(self.counts(epoch))
-            window = int(np.searchsorted(ends, start, side="right"))
-            packs = self._window(epoch, window)
-            inside = start - int(ends[window]) + len(packs)
+        while start < stop and (mark := self._find(start)) is not None:
+            packs = self._window(mark.epoch, mark.window)
+            inside = start - mark.pack
             taken = min(stop - start, len(packs) - inside)
             parts.append(packs.part(inside, inside + taken))
             start += taken
         return join(parts)
 
-    def _plan_window(self, epoch: int, window: int) -> Packs:
-        samples = self._window_samples(epoch, window)
-        order = permutation(len(samples), self.settings.seed, epoch, SAMPLE_ORDER, window)
-        samples = samples[order]
-        table = self.lengths[samples]
-        if self.settings.group_by_length:
-            by_length = np.argsort(-table["length"], kind="stable")
-            samples, table = samples[by_length], table[by_length]
-        packs = self._pack(table, self._cap(samples))
-        packs = packs.reordered(self._pack_order(len(packs), epoch, window))
-        return Packs(samples[packs.samples], packs.starts, packs.stops, packs.bounds)
+    def _find(self, pack: int) -> Mark | None:
+        """The window that holds a pack, looked for from the last one before it that is known; None
+        behind the end."""
+        epoch = bisect_right(self.epoch_starts, pack) - 1
+        known = self._marks[bisect_right(self._marks, (pack + 1,)) - 1]
+        mark = max(known, Mark(self.epoch_starts[epoch], epoch, 0))
+        while not (self._ended and pack >= self.epoch_starts[-1]):
+            after = self._after(mark)
+            if after.pack > pack:
+                return mark
+            if after.epoch == len(self.epoch_starts):
+                self.epoch_starts.append(after.pack)
+            insort(self._marks, after)
+            mark = after
+        return None
 
-    def _cap(self, samples: np.ndarray) -> ImageCap | None:
-        if self.settings.max_images is None:
-            return None
-        if self._images is None:
-            raise ValueError("a limit of images per pack needs the number of images per sample")
-        return ImageCap(self._images[samples].astype(np.int64), self.settings.max_images)
-
-    def _pack(self, table: np.ndarray, cap: ImageCap | None) -> Packs:
-        level, max_length = self.settings.pack_level, self.settings.max_length
-        if level == "soft":
-            return pack_soft(table["length"], max_length, cap)
-        if level == "hard":
-            return pack_hard(table["length"], table["images_end"], max_length, cap)
-        if level == "best-fit":
-            return pack_best_fit(table["length"], max_length, cap)
-        if level == "none":
-            return pack_none(table["length"])
-        raise ValueError(f"--dset-pack-level {level!r} is unknown")
-
-    def _pack_order(self, packs: int, epoch: int, window: int) -> np.ndarray:
-        """Packs leave the packer sorted in some way; a step must be a fair sample of the window.
-        With `group_by_length`, runs of like packs stay together and the runs are shuffled."""
-        run = self.settings.run if self.settings.group_by_length else 1
-        place = (self.settings.seed, epoch, PACK_ORDER, window)
-        runs = permutation(-(-packs // run), *place)
-        order = (runs[:, None] * run + np.arange(run)).ravel()
-        return order[order < packs]
-
-    def _window_samples(self, epoch: int, window: int) -> np.ndarray:
-        """Rows of the usable samples of a window, int64, data set after data set."""
-        parts = [np.empty(0, dtype=np.int64)]
-        for stream in self._streams(epoch):
-            start = window * stream.total // self.windows
-            stop = (window + 1) * stream.total // self.windows
-            parts += [self._rows(epoch, *part) for part in stream.parts(start, stop)]
-        samples = np.concatenate(parts)
-        return samples[self.lengths["length"][samples] > 0]
-
-    def _rows(self, epoch: int, repeat: int, shard: int, start: int, stop: int) -> np.ndarray:
-        first = int(self.first_rows[shard])
-        count = int(self.first_rows[shard + 1]) - first
-        if stop - start == count:  # the window shuffles them anyway
-            return np.arange(first, first + count)
-        order = permutation(count, self.settings.seed, epoch, ROW_ORDER, repeat, shard)
-        return first + order[start:stop]
-
-    def _make_streams(self, epoch: int) -> list["_Stream"]:
-        return [self._stream(epoch, source) for source in range(len(self.ratios))]
-
-    def _stream(self, epoch: int, source: int) -> "_Stream":
-        """A ratio of 2.3 is two passes over all shards, then one that takes 0.3 of each shard."""
-        whole, rest = divmod(self.ratios[source], 1.0)
-        shares = [1.0] * int(whole) + ([rest] if rest > 0 else [])
-        shards = self._shards[source]
-        sizes = np.diff(self.first_rows)[shards]
-        orders, takes = [], []
-        for repeat, share in enumerate(shares):
-            order = permutation(len(shards), self.settings.seed, epoch, SHARD_ORDER, repeat, source)
-            ends = np.floor(np.cumsum(sizes[order]) * share + 0.5).astype(np.int64)
-            orders.append(shards[order])
-            takes.append(np.diff(ends, prepend=0))
-        repeats = np.repeat(np.arange(len(shares)), len(shards))
-        none = [np.empty(0, dtype=np.int64)]
-        return _Stream(repeats, np.concatenate(none + orders), np.concatenate(none + takes))
-
-
-class _Stream:
-    """One data set in one epoch: so many samples of this shard, so many of that one, ..."""
-
-    def __init__(self, repeats: np.ndarray, shards: np.ndarray, takes: np.ndarray) -> None:
-        self.repeats, self.shards = repeats, shards
-        self.bounds = np.concatenate([[0], np.cumsum(takes)]).astype(np.int64)
-        self.total = int(self.bounds[-1])
-
-    def parts(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """Positions start up to stop as (repeat, shard, first, last) pieces of shards."""
-        if start == stop:
-            return []
-        first = int(np.searchsorted(self.bounds, start, side="right")) - 1
-        last = int(np.searchsorted(self.bounds, stop, side="left"))
-        return [
-            (
-                int(self.repeats[i]),
-                int(self.shards[i]),
-                max(0, start - int(self.bounds[i])),
-                min(stop, int(self.bounds[i + 1])) - int(self.bounds[i]),
-            )
-            for i in range(first, last)
-        ]
+    def _after(self, mark: Mark) -> Mark:
+        counts = self._kept_counts(mark.epoch)
+        if counts is None:
+            size = len(self._window(mark.epoch, mark.window))
+        else:
+            size = int(counts[mark.window])
+        last = mark.window + 1 == self.windows.per_epoch
+        place = (mark.epoch + 1, 0) if last else (mark.epoch, mark.window + 1)
+        return Mark(mark.pack + size, *place)

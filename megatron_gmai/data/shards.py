@@ -47,7 +47,7 @@ ROW = np.dtype(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be many, in every process
 class ShardFile:
     """One tar file: its rows are the next `samples` ones of the index."""
 

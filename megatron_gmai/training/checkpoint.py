@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
+from megatron_gmai.data.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
@@ -40,6 +41,7 @@ class Position:
     iteration: int = 0
     consumed_packs: int = 0
     optimizer_steps: int = 0  # fewer than iterations where fp16 overflowed
+    bookmark: Bookmark | None = None  # saves planning what was consumed; nothing depends on it
 
 
 class CheckpointError(ValueError):
@@ -118,7 +120,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-        position = Position(**manifest["position"])
+        position = _position(**manifest["position"])
         config = Config.from_json(json.dumps(manifest["config"]))
         has_optimizer = bool(manifest["has_optimizer"])
     except (ValueError, KeyError, TypeError) as error:
@@ -136,6 +138,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return Checkpoint(path, position, config, has_optimizer, names)
+
+
+def _position(bookmark: dict[str, Any] | None = None, **numbers: int) -> Position:
+    """Checkpoints of earlier versions have no bookmark."""
+    if bookmark is None:
+        return Position(**numbers)
+    starts = tuple(bookmark["epoch_starts"])
+    return Position(**numbers, bookmark=Bookmark(**{**bookmark, "epoch_starts": starts}))
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:

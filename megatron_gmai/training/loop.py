@@ -41,10 +41,12 @@ def save(run: Run, iteration: int) -> None:
     assert config.run.save is not None
     optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
     new_packs = (iteration - run.position.iteration) * config.train.global_batch_size
+    consumed = run.position.consumed_packs + new_packs
     position = Position(
         iteration,
-        run.position.consumed_packs + new_packs,
+        consumed,
         steps_taken(run.optimizer, run.device),
+        run.dataset.bookmark(consumed),
     )
     path = save_checkpoint(
         Path(config.run.save), position, run.model, optimizer, config, run.groups
@@ -84,4 +86,4 @@ def highest_of_all_ranks(value: int, device: Device) -> int:
 def save_config(config: Config) -> None:
     """Keep the effective configuration beside the run."""
     path = Path(config.run.work_dir) / "config.json"
-    path.write_text(config.to_json() + "\n", encoding="utf-8")
+    path.write_text(config.to_json(), encoding="utf-8")

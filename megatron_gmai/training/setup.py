@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -63,6 +64,7 @@ class Run:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     step: TrainStep
+    dataset: PackDataset
     batches: Iterator[MicroBatch]
     position: Position
     total_iterations: int
@@ -137,6 +139,9 @@ def build_run(
     if start.resume is None:
         optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
     position = start.resume.position if start.resume else Position()
+    if position.bookmark is not None:
+        dataset.open_at(position.bookmark)
+    packs = total_packs(config, dataset, device)
     train = config.train
     micro_batches = Layout.of(config.parallel, dist.get_world_size()).micro_batches(train)
     return Run(
@@ -153,9 +158,10 @@ def build_run(
             micro_batches,
             train.micro_batch_size * config.data.max_length,
         ),
-        batches=open_batches(config, dataset, groups, position),
+        dataset=dataset,
+        batches=open_batches(config, dataset, groups, position, packs),
         position=position,
-        total_iterations=total_iterations(config, dataset, position),
+        total_iterations=total_iterations(config, packs, position),
     )
 
 
@@ -170,7 +176,7 @@ def build_model(config: Config, start: Start, device: Device, groups: Groups) ->
 
 
 def open_batches(
-    config: Config, dataset: PackDataset, groups: Groups, position: Position
+    config: Config, dataset: PackDataset, groups: Groups, position: Position, packs: int | None
 ) -> Iterator[MicroBatch]:
     """This data-parallel rank's micro-batches, from the position on; pixels only where needed."""
     train = config.train
@@ -181,17 +187,34 @@ def open_batches(
         train.micro_batch_size,
         train.global_batch_size,
         start_pack=position.consumed_packs,
-        total_packs=None if train.train_iters else dataset.total_packs(train.epochs),
+        total_packs=packs,
         num_workers=config.data.num_workers,
         with_pixels=groups.is_first_stage,
         image_share=(groups.tp.rank(), groups.tp.size()),
     )
 
 
-def total_iterations(config: Config, dataset: PackDataset, position: Position) -> int:
-    """Optimizer steps of the whole run; after a resume the global batch may be another one."""
+def total_packs(config: Config, dataset: PackDataset, device: Device) -> int | None:
+    """Packs of a run of so many epochs, None for a run of so many steps.
+
+    Where neither a file nor the checkpoint tells, every epoch has to be planned for it: about a
+    second for a million samples, so one rank does it for all.
+    """
     train = config.train
     if train.train_iters is not None:
+        return None
+    packs = dataset.total_packs(train.epochs) if dist.get_rank() == 0 else 0
+    tensor = torch.tensor([packs], dtype=torch.int64, device=device.torch_device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor)
+
+
+def total_iterations(config: Config, packs: int | None, position: Position) -> int:
+    """Optimizer steps of the whole run; after a resume the global batch may be another one."""
+    train = config.train
+    if packs is None:
+        assert train.train_iters is not None
         return train.train_iters
-    left = dataset.total_packs(train.epochs) - position.consumed_packs
-    return position.iteration + math.ceil(left / train.global_batch_size)
+    return position.iteration + math.ceil(
+        (packs - position.consumed_packs) / train.global_batch_size
+    )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_gmai.data.lengths import LENGTH_ROW
-from megatron_gmai.data.plan import Plan, PlanSettings
+from megatron_gmai.data.plan import Plan
+from megatron_gmai.data.windows import PlanSettings, Windows
 
 SAMPLES, SHARD, STEP, LIMIT = 60_000, 500, 64, 2048
 IMAGES = np.arange(SAMPLES) < 0.75 * SAMPLES
@@ -29,7 +30,7 @@ def scores(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     bounds = np.arange(0, SAMPLES + 1, SHARD)
     sources = np.where(IMAGES[bounds[:-1]], 0, 1)
     settings = PlanSettings(1, LIMIT, request.param, window=10_000)
-    plan = Plan(table, bounds, sources, [1.0, 1.0], settings)
+    plan = Plan(Windows(table, bounds, sources, [1.0, 1.0], settings))
     scores: dict[str, list[float]] = {"length": [], "images": []}
     for start in range(0, plan.total(0) - STEP, STEP):
         samples = plan.packs(start, start + STEP).samples

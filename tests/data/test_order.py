@@ -3,6 +3,7 @@
 Layouts, worker counts and interruption points are drawn at random from a fixed seed.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_gmai.data.dataset import PackDataset
+from megatron_gmai.config import DataConfig
+from megatron_gmai.data.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loader import iterate
-from tests.data.world import mixed_records, open_list
+from megatron_gmai.data.prepare import prepare_data
+from megatron_gmai.data.tokenizer import load_tokenizer
+from tests.data.world import VISION, mixed_records, open_list
 
 GLOBAL = 48  # a multiple of every layout below
 EPOCHS = 3
@@ -73,6 +77,47 @@ def test_any_interruption_goes_on_in_any_layout(
         dp, micro = LAYOUTS[generator.integers(len(LAYOUTS))]
         done = int(generator.integers(1, len(expected)))
         assert steps(dataset, dp, micro, start=done * GLOBAL) == expected[done:], (dp, micro, done)
+
+
+def with_settings(dataset: PackDataset, **settings: int) -> PackDataset:
+    """The same data, opened anew, in another plan."""
+    changed = dataclasses.replace(dataset.settings, **settings)
+    return PackDataset(
+        dataset.shards, dataset.encoder, dataset.vision, dataset.uses, changed, pad_to_square=True
+    )
+
+
+def test_a_bookmark_leads_any_layout_to_the_same_batches(dataset: PackDataset) -> None:
+    whole = with_settings(dataset, window=25)
+    expected = steps(whole, 1, 1)
+    for done, (dp, micro) in zip(range(1, len(expected)), reversed(LAYOUTS), strict=False):
+        resumed = with_settings(dataset, window=25)
+        resumed.open_at(whole.bookmark(done * GLOBAL))
+        assert resumed.plan.epoch_starts == whole.plan.epoch_starts
+        assert steps(resumed, dp, micro, start=done * GLOBAL) == expected[done:]
+
+
+def test_a_bookmark_of_another_plan_is_left_aside(dataset: PackDataset) -> None:
+    resumed = with_settings(dataset, window=25)
+    resumed.open_at(with_settings(dataset, window=25, seed=2).bookmark(5 * GLOBAL))
+    assert resumed.plan.epoch_starts == [0]
+
+
+def test_a_bookmark_outlives_another_global_batch(
+    tmp_path: Path, write_list: Callable, tokenizer_file: Path
+) -> None:
+    """Only where steps hold like lengths, the plan depends on their size."""
+    list_file = write_list(A=mixed_records(tmp_path, 5))
+    data = DataConfig(datasets=str(list_file), tokenizer=str(tokenizer_file), max_length=128)
+    data = prepare_data(data, VISION, tmp_path / "shards", True, lambda: None)
+
+    def fingerprint(global_batch: int, by_length: bool) -> str:
+        settings = dataclasses.replace(data, group_by_length=by_length)
+        tokenizer = load_tokenizer(tokenizer_file)
+        return open_dataset(settings, tokenizer, VISION, 1, None, global_batch).fingerprint
+
+    assert fingerprint(8, False) == fingerprint(16, False)
+    assert fingerprint(8, True) != fingerprint(16, True)
 
 
 @pytest.mark.parametrize(("dp", "micro", "workers"), [(1, 2, 1), (1, 1, 3), (2, 2, 3)])

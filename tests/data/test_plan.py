@@ -5,19 +5,33 @@ Lengths here encode nothing but themselves: the plan never looks at samples.
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_gmai.data.lengths import LENGTH_ROW
 from megatron_gmai.data.order import permutation, random_words
-from megatron_gmai.data.packing import Piece
-from megatron_gmai.data.plan import Plan, PlanSettings
+from megatron_gmai.data.packing import Packs, Piece
+from megatron_gmai.data.plan import Plan
+from megatron_gmai.data.windows import PlanSettings, Windows
 
 SHARD_SIZES = [40, 40, 13, 40, 40, 40, 7]
 SHARD_SOURCES = [0, 0, 0, 1, 1, 1, 1]
 SAMPLES = sum(SHARD_SIZES)
 LIMIT = 64
+
+
+class RecordedWindows(Windows):
+    """Keeps what was planned, as planning is what takes the time."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.planned: list[tuple[int, int]] = []
+
+    def plan(self, epoch: int, window: int) -> Packs:
+        self.planned.append((epoch, window))
+        return super().plan(epoch, window)
 
 
 def make_plan(
@@ -31,7 +45,14 @@ def make_plan(
     lengths["length"][:unusable] = 0
     settings = {"seed": 1, "max_length": LIMIT, "pack_level": "soft", "window": 60, **settings}
     first_rows = np.concatenate([[0], np.cumsum(SHARD_SIZES)])
-    return Plan(lengths, first_rows, SHARD_SOURCES, ratios, PlanSettings(**settings), cache)
+    windows = RecordedWindows(lengths, first_rows, SHARD_SOURCES, ratios, PlanSettings(**settings))
+    return Plan(windows, cache)
+
+
+def planned(plan: Plan) -> list[tuple[int, int]]:
+    """The windows, (epoch, window), that have been planned so far."""
+    assert isinstance(plan.windows, RecordedWindows)
+    return plan.windows.planned
 
 
 def epoch_samples(plan: Plan, epoch: int) -> list[int]:
@@ -70,16 +91,65 @@ def test_a_pack_does_not_depend_on_what_was_asked_before() -> None:
         assert all_packs(fresh, start, start + 1) == [packs[start]]
 
 
-def test_counts_are_kept_for_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_are_kept_for_the_next_start(tmp_path: Path) -> None:
     plan = make_plan(window=10, cache=tmp_path / "plan")
     expected = plan.counts(2)
     again = make_plan(window=10, cache=tmp_path / "plan")
-    monkeypatch.setattr(again, "_count", lambda epoch: pytest.fail("planned again"))
     assert again.counts(2).tolist() == expected.tolist()
+    assert not planned(again)
     (tmp_path / "plan-epoch2.npy").unlink()
     assert make_plan(window=10, cache=tmp_path / "gone" / "plan").total(2) == plan.total(2)
+
+
+class TestBookmark:
+    """Where nobody has left counts, the windows before the bookmark are not planned."""
+
+    @pytest.mark.parametrize("done", [0, 37, 300, 301, 555])
+    def test_leads_to_the_same_packs_and_plans_only_their_windows(self, done: int) -> None:
+        plan = make_plan(window=10)
+        expected = all_packs(plan, done, done + 9)
+        bookmark = plan.bookmark(done, "plan")
+        resumed = make_plan(window=10)
+        resumed.open_at(bookmark)
+        assert all_packs(resumed, done, done + 9) == expected
+        assert planned(resumed)[0] == (bookmark.epoch, bookmark.window)
+        assert len(planned(resumed)) <= 4
+
+    def test_of_a_run_of_some_epochs_holds_its_length(self) -> None:
+        plan = make_plan(window=10)
+        totals = [plan.total(epoch) for epoch in range(4)]
+        resumed = make_plan(window=10)
+        resumed.open_at(plan.bookmark(400, "plan"))
+        assert [resumed.total(epoch) for epoch in range(4)] == totals
+        assert not planned(resumed)
+
+    def test_of_a_resumed_run_is_that_of_the_whole_run(self) -> None:
+        whole, resumed = make_plan(window=10), make_plan(window=10)
+        resumed.open_at(whole.bookmark(200, "plan"))
+        for plan in (whole, resumed):
+            plan.packs(200, 700)
+        assert resumed.bookmark(650, "plan") == whole.bookmark(650, "plan")
+
+    def test_keeps_what_lies_before_it_within_reach(self) -> None:
+        plan, resumed = make_plan(window=10), make_plan(window=10)
+        resumed.open_at(plan.bookmark(600, "plan"))
+        for start in (600, 10, 590, 300, 0, 900):
+            assert all_packs(resumed, start, start + 30) == all_packs(plan, start, start + 30)
+
+    def test_is_at_hand_for_packs_that_have_just_been_left(self) -> None:
+        plan = make_plan(window=10)
+        plan.packs(0, 500)  # as workers do that are ahead of the training
+        before = len(planned(plan))
+        plan.bookmark(450, "plan")
+        assert len(planned(plan)) <= before + 1
+
+
+def test_a_stream_without_packs_is_empty() -> None:
+    plan = make_plan(unusable=SAMPLES)
+    assert plan.total(0) == plan.total(3) == 0
+    for start in (0, 5):
+        for stream in (plan, make_plan(unusable=SAMPLES)):
+            assert len(stream.packs(start, start + 10)) == 0
 
 
 def test_unusable_samples_are_never_planned() -> None:

@@ -313,6 +313,22 @@ class TestTokenLengths:
         whole = [encoder_length(encoder, shards, row) for row in range(12)]
         assert alone["length"].tolist() == whole and 0 in whole and max(whole) > 0
 
+    @pytest.mark.parametrize(("words", "bytes_a_sample"), [(10, 4), (70_000, 8)])
+    def test_take_half_the_memory_where_they_are_below_65536(
+        self,
+        tmp_path: Path,
+        write_list: Callable,
+        tokenizer: Tokenizer,
+        words: int,
+        bytes_a_sample: int,
+    ) -> None:
+        build_shards(write_list(A=[record("what", "yes " * words)]), tmp_path / "shards")
+        shards = Shards(tmp_path / "shards")
+        encoder = Encoder(tokenizer, get_template("internlm2"), 4, 2048, cut=True)
+        table, _ = lengths.token_lengths(shards, encoder)
+        assert table.itemsize == bytes_a_sample
+        assert table["length"].tolist() == [encoder_length(encoder, shards, 0)]
+
     def test_annotations_longer_than_the_first_read(
         self, tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
     ) -> None:

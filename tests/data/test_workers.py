@@ -14,7 +14,7 @@ import torch
 from megatron_gmai.data.batch import MicroBatch
 from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
 from megatron_gmai.data.ledger import Rejection
-from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.loader import HELD, PREFETCH, iterate
 from tests.data.world import mixed_records, open_list
 
 
@@ -66,6 +66,15 @@ def test_the_number_of_workers_changes_no_batch(dataset: PackDataset, workers: i
     before = loader_processes()
     assert all(same(*pair) for pair in zip(batches(0), batches(workers), strict=True))
     assert loader_processes() == before
+
+
+def test_batches_that_are_kept_are_not_overwritten(dataset: PackDataset) -> None:
+    total = dataset.total_packs(2)
+    kept = list(iterate(dataset, 0, 1, 1, 1, 0, total, num_workers=1))
+    assert len(kept) > PREFETCH + HELD, "more than there are slots"
+    assert all(
+        same(*pair) for pair in zip(iterate(dataset, 0, 1, 1, 1, 0, total), kept, strict=True)
+    )
 
 
 def test_closing_an_endless_loader_ends_its_workers(dataset: PackDataset) -> None:

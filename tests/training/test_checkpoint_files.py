@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_gmai.data.plan import Bookmark
 from megatron_gmai.training.checkpoint import (
     CheckpointError,
+    Position,
     load_checkpoint,
     newest_whole_checkpoint,
     open_checkpoint,
+    save_checkpoint,
 )
 from tests.parallel import batches
 from tests.parallel.cases import Case, Trainer, World
@@ -53,6 +56,22 @@ def test_the_newest_is_found_by_its_folder_or_its_parent(folder: Path) -> None:
     assert found.position.optimizer_steps == 3
     assert found.config.model == batches.MODEL
     assert (folder / "latest").read_text() == "iter_0000003"
+
+
+def test_a_bookmark_comes_back_as_it_was_left(folder: Path, alone: World) -> None:
+    trainer = Trainer(Case("run"), alone)
+    bookmark = Bookmark("plan", pack=40, epoch=2, window=3, epoch_starts=(0, 15, 31))
+    position = Position(4, 44, 0, bookmark)
+    save_checkpoint(folder, position, trainer.wrapped, None, trainer.config, trainer.groups)
+    assert open_checkpoint(folder).position == position
+
+
+def test_a_checkpoint_of_before_there_were_bookmarks_is_read(folder: Path) -> None:
+    path = folder / "iter_0000003"
+    position = json.loads((path / "manifest.json").read_text())["position"]
+    del position["bookmark"]
+    edit_manifest(path, position=position)
+    assert open_checkpoint(path).position == Position(3, 3 * batches.PACKS, 3)
 
 
 def test_nothing_temporary_is_left(folder: Path) -> None:
