@@ -39,6 +39,7 @@ from gmai_kernels.vocabulary import (
 Collective = Callable[[Tensor], Tensor]
 CPU_CHUNK = 384  # tokens; more raises the memory, fewer slows the products
 GPU_CHUNK = 2048  # tokens; every chunk re-reads the weight and re-writes dweight, so large ones pay
+MIN_CPU_ROWS = 4  # of a matrix product on a CPU that sums over the vocabulary
 ROW_ALIGNMENT = 64  # elements: rows of a chunk start on 128 bytes also for an odd vocabulary
 
 
@@ -202,7 +203,7 @@ def _run_chunks(
             continue
         ops.gradient_(logits, target[part], lse, scale[part], plan.columns)
         if dhidden is not None:
-            torch.mm(logits, weight, out=dhidden[part])
+            _hidden_product(logits, weight, dhidden[part])
         if need[1]:
             dweight = _add_product(dweight, logits, hidden[part])
     if not need[1]:
@@ -214,6 +215,20 @@ def _logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return an empty [rows, columns] matrix, its row stride a multiple of ROW_ALIGNMENT."""
     stride = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.empty(rows, stride, dtype=like.dtype, device=like.device)[:, :columns]
+
+
+def _hidden_product(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Set out [C, H] to dlogits weight.
+
+    For fewer rows than MIN_CPU_ROWS, CPU libraries add the V terms of an element one after the
+    other, which loses two of fp32's seven digits; rows of zeros make them take their exact way.
+    """
+    rows = dlogits.shape[0]
+    if dlogits.is_cuda or rows >= MIN_CPU_ROWS:
+        torch.mm(dlogits, weight, out=out)
+        return
+    padded = torch.nn.functional.pad(dlogits, (0, 0, 0, MIN_CPU_ROWS - rows))
+    out.copy_((padded @ weight)[:rows])
 
 
 def _add_product(total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
