@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.compiler.code_generator  # noqa: F401: see below
+import triton.compiler.code_generator  # noqa: F401 (see below)
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.language.semantic import TritonSemantic
