@@ -92,6 +92,11 @@ class DataConfig:
     )
     group_by_length: bool = option(False, "samples of like length share a step")
     num_workers: int = option(0, "loader processes per data-parallel rank")
+    tiff_pages: str = option(
+        "first",
+        "of a TIFF of several pages in --datasets: the first is its image, or all are images",
+        choices=("first", "all"),
+    )
     pad_to_square: bool = option(True, "pad images with the mean colour before resizing")
     max_rejected: float = option(0.01, "share of unusable samples past which the run stops")
 

@@ -30,15 +30,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes; 0: only this one"
     )
+    parser.add_argument(
+        "--tiff-pages",
+        choices=("first", "all"),
+        default="first",
+        help="of a TIFF of several pages: the first is its image (default), or all are images, and "
+        "the tag of the file stands for each of them",
+    )
     flags = parser.parse_args(argv)
     if bool(flags.index) == bool(flags.datasets) or bool(flags.datasets) != bool(flags.output):
         parser.error("give --datasets with --output, or --index alone")
+    if flags.index and flags.tiff_pages != "first":
+        parser.error("--index takes files as they are, so it has no --tiff-pages all")
     folder = Path(flags.index or flags.output)
     try:
         if flags.index:
             manifest = index_shards(folder)
         else:
-            manifest = build_shards(flags.datasets, folder, _Progress(), flags.workers)
+            manifest = build_shards(
+                flags.datasets, folder, _Progress(), flags.workers, flags.tiff_pages
+            )
         if flags.tokenizer:
             copy_tokenizer(flags.tokenizer, folder)
     except (ValueError, OSError) as error:

@@ -21,12 +21,13 @@ import numpy as np
 
 from megatron_gmai.data import image as images
 from megatron_gmai.data import parquet, remote
-from megatron_gmai.data.conversation import IMAGE_TAG, image_names, parse_conversation
+from megatron_gmai.data.conversation import image_names, parse_conversation
 from megatron_gmai.data.dicom import decode_dicom, is_dicom
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
 from megatron_gmai.data.mixture import Source, read_list
 from megatron_gmai.data.order import permutation
-from megatron_gmai.data.privacy import encode_png, strip_metadata, tiff_pages
+from megatron_gmai.data.pages import take_pages
+from megatron_gmai.data.privacy import encode_png, strip_metadata
 from megatron_gmai.data.records import Records, read_record
 from megatron_gmai.data.shards import (
     MANIFEST_FILE,
@@ -64,14 +65,15 @@ def build_shards(
     output: str | os.PathLike[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = 0,
+    tiff_pages: str = "first",
 ) -> Manifest:
     """Makes shards in `output`, or returns at once if the same inputs already made them.
 
     `progress(done, total)` counts records; `workers` processes share the work (0: this one does
-    it). Raises ValueError for a list that cannot be used, and for a folder that holds shards of
-    other inputs.
+    it); `take_pages` explains `tiff_pages`. Raises ValueError for a list that cannot be used, and
+    for a folder that holds shards of other inputs.
     """
-    sources = read_list(list_file)
+    sources = [dataclasses.replace(s, tiff_pages=tiff_pages) for s in read_list(list_file)]
     output = Path(output)
     inputs = fingerprint(sources)
     if (output / MANIFEST_FILE).exists():
@@ -107,7 +109,7 @@ def _write_units(output: Path, units: Sequence[Unit], workers: int) -> Iterator[
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
-    """Of what decides the contents of the shards: names, annotations, image folders.
+    """Of what decides the contents of the shards: names, annotations, image folders, pages.
 
     Ratios are not part of it: they are applied when the data are read.
     """
@@ -117,6 +119,7 @@ def fingerprint(sources: Sequence[Source]) -> str:
             [_file_fingerprint(file) for file in source.annotation_files],
             [str(root.resolve()) if root != Path() else "." for root in source.image_roots],
             *([remote.version(url) for url in source.annotation_urls], source.image_url),
+            *([source.tiff_pages] if source.tiff_pages != "first" else []),
         ]
         for source in sources
     ]
@@ -135,8 +138,8 @@ def _check_existing(output: Path, inputs: str) -> Manifest:
     manifest = read_manifest(output)
     if manifest.inputs != inputs:
         raise ValueError(
-            f"the shards in {output} were made from other data sets, or these have changed since; "
-            "delete the folder or choose another"
+            f"the shards in {output} were made from other data sets, or these have changed since, "
+            "or with another --tiff-pages; delete the folder or choose another"
         )
     return manifest
 
@@ -234,8 +237,8 @@ def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tupl
     """The record and its image files (suffix, bytes), all found usable. Raises BadSample."""
     names = image_names(record) if isinstance(record, dict) else []
     files = [_read_image(name, source) for name in names]
-    if len(files) == 1:
-        files = _as_pages(files[0], record)
+    if files:
+        record, files = take_pages(record, files, source.tiff_pages)
     parse_conversation(record, len(files))
     return record, [_checked_image(data, names) for data in files]
 
@@ -254,17 +257,6 @@ def _read_image(name: str, source: Source) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadSample(f"image {name}: {error.strerror}") from error
-
-
-def _as_pages(data: bytes, record: dict[str, Any]) -> list[bytes]:
-    """A file of several pages stands for as many images where the text has as many tags."""
-    tags = str(record.get("conversations")).count(IMAGE_TAG)
-    if tags < 2:
-        return [data]
-    try:
-        return tiff_pages(data, tags)
-    except Exception as error:  # Pillow's plugins raise anything on damaged files
-        raise BadSample(f"cannot decode: {error}") from error
 
 
 def _checked_image(data: bytes, names: Sequence[str]) -> tuple[str, bytes]:

@@ -123,7 +123,7 @@ def _measure_part(
 
 
 def _shortened(rows: np.ndarray) -> np.ndarray:
-    most = max((int(rows[name].max(initial=0)) for name in LENGTH_ROW.names or ()))
+    most = max(int(rows[name].max(initial=0)) for name in ("length", "images_end"))
     return rows.astype(SHORT_ROW) if most < 2**16 else rows
 
 

@@ -35,6 +35,7 @@ class Source:
     annotation_urls: tuple[str, ...] = ()
     image_url: str | None = None
     embedded_images: Path | None = None
+    tiff_pages: str = "first"  # not of the list: see `pages.take_pages`
 
 
 def read_list(path: str | os.PathLike[str]) -> list[Source]:

@@ -54,7 +54,7 @@ def _locate(data: DataConfig, default_cache_dir: str | os.PathLike[str], build: 
     cache = Path(data.dset_cache_dir or default_cache_dir)
     taken_as_is = data.dset_from_cache and (cache / MANIFEST_FILE).is_file()
     if build and not taken_as_is:
-        build_shards(data.datasets, cache, workers=data.num_workers)
+        build_shards(data.datasets, cache, workers=data.num_workers, tiff_pages=data.tiff_pages)
     return dataclasses.replace(data, shards=str(cache))
 
 

@@ -12,7 +12,6 @@ import struct
 import numpy as np
 from PIL import Image
 
-from megatron_gmai.data.image import check_size
 from megatron_gmai.data.ledger import BadSample
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -26,6 +25,7 @@ TIFF_TAGS = {
     283, 284, 290, 291, 292, 293, 296, 301, 317, 318, 319, 320, 321, 322, 323, 324, 325, 332, 338,
     339, 340, 341, 342, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532,
 }  # fmt: skip
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for files above 4 GB
 WEBP_TEXTS = {b"EXIF", b"XMP ", b"ICCP"}
 WEBP_TEXT_FLAGS = 0x20 | 0x08 | 0x04  # in VP8X: ICC, EXIF, XMP present
 
@@ -43,7 +43,7 @@ def strip_metadata(data: bytes) -> tuple[str, bytes]:
             return "png", _strip_png(data)
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return "webp", _strip_webp(data)
-        if data[:4] in (b"II*\0", b"MM\0*"):
+        if data[:4] in TIFF_MAGICS:
             return "tif", _strip_tiff(data)
         return "png", encode_png(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
     except (struct.error, IndexError, KeyError, OSError, SyntaxError) as error:
@@ -104,32 +104,20 @@ def _strip_webp(data: bytes) -> bytes:
 
 
 def _strip_tiff(data: bytes) -> bytes:
-    """The file itself if it has one page and only tags that pixels need, else its pages anew."""
+    """The file itself if it has one page and only tags that pixels need, else its first page."""
     with Image.open(io.BytesIO(data)) as image:
         pages = getattr(image, "n_frames", 1)
         if pages == 1 and set(image.tag_v2) <= TIFF_TAGS:  # type: ignore[attr-defined]
             return data
-        buffer = io.BytesIO()
-        image.load()
-        bare = Image.frombytes(image.mode, image.size, image.tobytes())
-        if image.palette is not None:
-            bare.putpalette(image.palette)
-        bare.save(buffer, "TIFF", compression="tiff_deflate")
+        return bare_tiff(image)
+
+
+def bare_tiff(image: Image.Image) -> bytes:
+    """The page at which `image` stands as a TIFF of nothing but its pixels, in their own depth."""
+    buffer = io.BytesIO()
+    image.load()  # may turn the image, so its size is not asked for before
+    bare = Image.frombytes(image.mode, image.size, image.tobytes())
+    if image.palette is not None:
+        bare.putpalette(image.palette)
+    bare.save(buffer, "TIFF", compression="tiff_deflate")
     return buffer.getvalue()
-
-
-def tiff_pages(data: bytes, wanted: int) -> list[bytes]:
-    """The pages of a TIFF as files of their own if it has `wanted` of them, else the file."""
-    if data[:4] not in (b"II*\0", b"MM\0*"):
-        return [data]
-    files = []
-    with Image.open(io.BytesIO(data)) as image:
-        if getattr(image, "n_frames", 1) != wanted:
-            return [data]
-        for page in range(wanted):
-            image.seek(page)
-            check_size(*image.size)
-            buffer = io.BytesIO()
-            Image.frombytes(image.mode, image.size, image.tobytes()).save(buffer, "TIFF")
-            files.append(buffer.getvalue())
-    return files

@@ -54,10 +54,10 @@ class Windows:
         settings: PlanSettings,
         images: np.ndarray | None = None,
     ) -> None:
-        """`lengths` [samples] is the table of `lengths.py`, `first_rows` [shards + 1] the rows of each shard,
-        `shard_sources` the data set of each shard, `ratios` [data sets] the samples an epoch takes
-        for each one that there is. `images` [samples] is needed where packs have a limit of
-        them."""
+        """`lengths` [samples] is the table of `lengths.py`, `first_rows` [shards + 1] the rows of
+        each shard, `shard_sources` the data set of each shard, `ratios` [data sets] the samples an
+        epoch takes for each one that there is. `images` [samples] is needed where packs have a
+        limit of them."""
         self.lengths, self.first_rows, self.settings = lengths, first_rows, settings
         self.ratios, self._images = list(ratios), images
         sources = np.asarray(shard_sources)

@@ -140,7 +140,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, position, config, has_optimizer, names)
 
 
-def _position(bookmark: dict[str, Any] | None = None, **numbers: int) -> Position:
+def _position(bookmark: dict[str, Any] | None = None, **numbers: Any) -> Position:
     """Checkpoints of earlier versions have no bookmark."""
     if bookmark is None:
         return Position(**numbers)

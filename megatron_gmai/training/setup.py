@@ -197,8 +197,8 @@ def open_batches(
 def total_packs(config: Config, dataset: PackDataset, device: Device) -> int | None:
     """Packs of a run of so many epochs, None for a run of so many steps.
 
-    Where neither a file nor the checkpoint tells, every epoch has to be planned for it: about a
-    second for a million samples, so one rank does it for all.
+    Where neither a file nor the checkpoint tells, every epoch has to be planned for it, a second
+    for some million samples, so one rank does it for all.
     """
     train = config.train
     if train.train_iters is not None:

@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_any_interruption_goes_on_in_any_layout(
         assert steps(dataset, dp, micro, start=done * GLOBAL) == expected[done:], (dp, micro, done)
 
 
-def with_settings(dataset: PackDataset, **settings: int) -> PackDataset:
+def with_settings(dataset: PackDataset, **settings: Any) -> PackDataset:
     """The same data, opened anew, in another plan."""
     changed = dataclasses.replace(dataset.settings, **settings)
     return PackDataset(

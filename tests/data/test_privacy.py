@@ -79,26 +79,6 @@ def test_a_file_without_metadata_is_kept_as_it_is(kind: str) -> None:
     assert strip_metadata(data)[1] == data
 
 
-class TestPages:
-    def stored(self, folder: Path, text: str) -> list[bytes]:
-        (folder / "pages.tif").write_bytes(two_pages())
-        source = Source("A", (), (folder,))
-        return [data for _, data in check_record(record(text, "yes", "pages.tif"), source)[1]]
-
-    def test_one_tag_takes_the_first_page(self, tmp_path: Path) -> None:
-        (page,) = self.stored(tmp_path, "<image> what")
-        assert np.array_equal(decode(page), np.array(picture(seed=1)))
-
-    def test_as_many_tags_as_pages_take_them_all(self, tmp_path: Path) -> None:
-        pages = self.stored(tmp_path, "<image><image> what")
-        expected = [np.array(picture(seed=seed)) for seed in (1, 2)]
-        assert all(map(np.array_equal, map(decode, pages), expected))
-
-    def test_any_other_number_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(BadSample, match="3 <image> in the text, but 1 image"):
-            self.stored(tmp_path, "<image><image><image> what")
-
-
 def dicom(pixels: np.ndarray, **elements: Any) -> bytes:
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
