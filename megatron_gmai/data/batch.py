@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_gmai.data.augment import Tone
+from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.template import IGNORE, Rendered
 
 
@@ -29,6 +30,7 @@ class MicroBatch:
     num_samples: int
     num_tokens: int  # without padding
     keys: tuple[str, ...]
+    rejections: tuple[Rejection, ...] = ()  # samples that could not be read: their place is padding
 
     def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
         """Pickles its tensors as bytes, since torch would open a shared file for each of them, and
@@ -93,6 +95,7 @@ class BatchBuilder:
         self.image_starts: list[int] = []
         self.images: list[SampleImage] = []
         self.keys: list[str] = []
+        self.rejections: list[Rejection] = []
         self.samples = self.filled = 0
 
     def add_pack(self, segments: Sequence[Segment]) -> None:
@@ -137,4 +140,5 @@ class BatchBuilder:
             num_samples=self.samples,
             num_tokens=self.filled,
             keys=tuple(self.keys),
+            rejections=tuple(self.rejections),
         )

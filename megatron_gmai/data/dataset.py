@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,8 +44,7 @@ class PackDataset:
         self.shards, self.encoder, self.vision = shards, encoder, vision
         self.uses, self.settings, self.pad_to_square = tuple(uses), settings, pad_to_square
         self.ledger = Ledger(None)
-        self.rejected: set[str] = set()  # keys of the samples that every rank knows are unusable
-        self.found: set[str] = set()  # and of those that this process found so while reading
+        self.rejected: set[str] = set()  # keys of the samples that cannot be used, on every rank
         self.max_rejected = 1.0
 
     def __reduce__(self) -> tuple[type["PackDataset"], tuple[Any, ...]]:
@@ -89,11 +88,6 @@ class PackDataset:
         """Samples in the shards, before ratios."""
         return len(self.shards)
 
-    @property
-    def packs_per_epoch(self) -> int:
-        """Packs of epoch 0; other epochs differ a little where ratios or packing do."""
-        return self.plan.total(0)
-
     def total_packs(self, epochs: float) -> int:
         """Packs of a run of `epochs` passes; a part of an epoch is rounded up to whole packs."""
         whole = int(epochs)
@@ -112,20 +106,16 @@ class PackDataset:
         if bookmark.plan == self.fingerprint:
             self.plan.open_at(bookmark)
 
-    def reject(self, rejections: Sequence[Rejection], share: float | None = None) -> None:
+    def reject(self, rejections: Iterable[Rejection]) -> None:
         """Writes rejections to the ledger. Raises ValueError if the share of the samples that
         cannot be used has come to exceed `max_rejected`, or if none is left.
 
-        What a rank finds while reading is only its part: with `share`, the part of the data that it
-        has read by the plan, each of them counts 1 / share times, as other ranks find as many.
+        All ranks call it with what all of them have found, so that they come to the same decision.
         """
+        rejections = list(rejections)
         self.ledger.add(rejections)
-        keys = {rejection.key for rejection in rejections}
-        if share is None:
-            self.rejected |= keys
-        else:
-            self.found |= keys
-        bad = len(self.rejected) + round(len(self.found) / (share or 1.0))
+        self.rejected |= {rejection.key for rejection in rejections}
+        bad = len(self.rejected)
         samples = self.shards.manifest.samples + self.shards.manifest.rejected
         if bad > self.max_rejected * samples or bad >= samples:
             raise ValueError(
@@ -138,19 +128,18 @@ class PackDataset:
         packs: Sequence[NumberedPack],
         image_share: Share = ALL_IMAGES,
         memory: np.ndarray | None = None,
-    ) -> tuple[MicroBatch, list[Rejection]]:
-        """One micro-batch of these packs (one without pieces is all padding), and the samples
-        that could not be read and became padding. Pixels are put into `memory`, uint8
+    ) -> MicroBatch:
+        """One micro-batch of these packs (one without pieces is all padding). Samples that cannot
+        be read become padding, and its `rejections` name them. Pixels are put into `memory`, uint8
         [max_images(packs), I, I, 3], where it is given.
 
         Raises ValueError if a sample's tokens or images are not what the plan was made for.
         """
         builder = BatchBuilder(len(packs), self.settings.max_length, self.encoder.tokenizer.pad_id)
-        rejections: list[Rejection] = []
         for number, pieces in packs:
-            builder.add_pack([self._segment(piece, number, rejections) for piece in pieces])
-        pixels = self._pixels(builder.images, image_share, memory)
-        return builder.build(pixels), rejections
+            segments = [self._segment(piece, number, builder.rejections) for piece in pieces]
+            builder.add_pack(segments)
+        return builder.build(self._pixels(builder.images, image_share, memory))
 
     def max_images(self, packs: int) -> int:
         """So many images can be in `packs` packs."""

@@ -5,6 +5,8 @@ no state, so their number changes nothing but the speed.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import BaseContext
@@ -15,7 +17,6 @@ import torch
 from megatron_gmai.data.balance import assign, pack_costs
 from megatron_gmai.data.batch import MicroBatch
 from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
-from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.pixel_memory import PixelMemory
 
 PREFETCH = 2  # micro-batches per worker: bounds the memory that waits
@@ -35,7 +36,6 @@ class Result(NamedTuple):
     of `images` images are in the shared memory where there is a `slot`, else in the batch."""
 
     batch: MicroBatch | None
-    rejections: list[Rejection]
     error: str | None = None
     slot: int | None = None
     images: int = 0
@@ -59,8 +59,9 @@ def iterate(
     step before `total_packs` is filled up with empty packs; with None the stream is endless.
     `image_share` (r, n) decodes only the r-th of n equal runs of each micro-batch's images and
     leaves the others black, for ranks that encode no others; without `with_pixels` there are none.
-    Closing the iterator ends the workers. Raises ValueError if the sizes do not divide, and
-    RuntimeError that names the samples at hand if a worker dies.
+    Batches name the samples that could not be read; whether the run goes on is for all ranks to
+    decide together. Closing the iterator ends the workers. Raises ValueError if the sizes do not
+    divide, and RuntimeError that names the samples at hand if a worker dies.
     """
     if global_batch_size % (micro_batch_size * dp_size):
         raise ValueError(
@@ -89,12 +90,10 @@ def iterate(
         num_workers=num_workers,
         collate_fn=_unchanged,
         multiprocessing_context=_worker_context() if num_workers else None,
+        worker_init_fn=_end_with_the_run,
         prefetch_factor=PREFETCH if num_workers else None,
     )
-    for number, result in enumerate(_results(loader, jobs), start=1):
-        if result.rejections:
-            epochs = number * micro_batch_size * dp_size / dataset.packs_per_epoch
-            dataset.reject(result.rejections, min(1.0, max(1.0, epochs) / dp_size))
+    for result in _results(loader, jobs):
         yield _taken_over(result, memory)
 
 
@@ -136,6 +135,19 @@ def _worker_context() -> BaseContext:
     return context
 
 
+def _end_with_the_run(worker: int) -> None:
+    """Runs in a worker: it ends when the process that takes its batches is gone, however that came.
+    By itself it would wait for ever, as its parent is the helper process, which waits for it."""
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def wait() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _unchanged(result: Any) -> Any:
     return result
 
@@ -151,14 +163,14 @@ class _Assembler(torch.utils.data.Dataset):
     def __getitem__(self, job: Job) -> Result:
         try:
             if self.memory is None or job.slot is None:
-                return Result(*self.dataset.assemble(job.packs, self.image_share))
+                return Result(self.dataset.assemble(job.packs, self.image_share))
             memory = self.memory[job.slot].numpy()
-            batch, rejections = self.dataset.assemble(job.packs, self.image_share, memory)
+            batch = self.dataset.assemble(job.packs, self.image_share, memory)
         except ValueError as error:
-            return Result(None, [], str(error))
+            return Result(None, str(error))
         images = len(batch.pixel_values)
         batch = replace(batch, pixel_values=batch.pixel_values[:0])
-        return Result(batch, rejections, None, job.slot, images)
+        return Result(batch, None, job.slot, images)
 
 
 class _Jobs(torch.utils.data.Sampler[Job]):

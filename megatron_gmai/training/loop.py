@@ -24,6 +24,8 @@ def train(run: Run) -> None:
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
         result = run.step(run.batches, lr)
+        if result.rejections:
+            run.dataset.reject(result.rejections)
         seconds = time.monotonic() - began
         if iteration % config.run.log_interval == 0 or iteration == total:
             memory = highest_of_all_ranks(peak_memory_bytes(run.device), run.device)

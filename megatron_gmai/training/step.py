@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device
@@ -33,6 +34,8 @@ class StepResult:
     images: int
     samples: int
     updated: bool  # False if fp16 overflowed and the step was skipped
+    rejected: int = 0  # places of samples that could not be read
+    rejections: tuple[Rejection, ...] = ()  # and why
 
 
 @dataclass
@@ -45,6 +48,7 @@ class _Counts:
     positions: int = 0
     images: int = 0
     samples: int = 0
+    rejected: int = 0
 
     def add(self, batch: MicroBatch) -> None:
         self.supervised_tokens += int((batch.labels != IGNORED).sum())
@@ -52,6 +56,7 @@ class _Counts:
         self.positions += batch.tokens.numel()
         self.images += batch.image_starts.numel()
         self.samples += batch.num_samples
+        self.rejected += len(batch.rejections)
 
 
 class TrainStep:
@@ -85,9 +90,9 @@ class TrainStep:
             group["lr"] = lr
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        counts = _Counts()
+        counts, found = _Counts(), list[Rejection]()
         losses = self.forward_backward(
-            forward_step_func=partial(forward_step, device=self.device, counts=counts),
+            forward_step_func=partial(forward_step, device=self.device, counts=counts, found=found),
             data_iterator=batches,
             model=self.model,
             num_microbatches=self.num_microbatches,
@@ -102,6 +107,7 @@ class TrainStep:
             loss=total["loss"] / max(1, total["supervised_tokens"]),
             grad_norm=float(grad_norm or 0.0),
             updated=bool(updated),
+            rejections=gather(found, self.groups) if total["rejected"] else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
 
@@ -111,10 +117,12 @@ def forward_step(
     model: torch.nn.Module,
     device: Device,
     counts: _Counts,
+    found: list[Rejection],
 ) -> tuple[Tensor, Any]:
     """Megatron's forward step: the stage's output and the function that sums its losses."""
     batch = next(batches)
     counts.add(batch)
+    found += batch.rejections
     to_device = partial(torch.Tensor.to, device=device.torch_device, non_blocking=True)
     labels = to_device(batch.labels)
     output = model(
@@ -174,3 +182,10 @@ def reduce_counts(counts: _Counts, groups: Groups, device: Device) -> dict[str, 
         last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
         dist.broadcast(values, src=last, group=groups.pp)
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def gather(found: list[Rejection], groups: Groups) -> tuple[Rejection, ...]:
+    """What all data-parallel ranks have found. It costs a step some time, in the rare case only."""
+    lists: list[Any] = [None] * groups.dp_cp.size()
+    dist.all_gather_object(lists, found, group=groups.dp_cp)
+    return tuple(rejection for part in lists for rejection in part)

@@ -126,7 +126,7 @@ def test_the_last_step_is_filled_up_with_empty_packs(dataset: PackDataset) -> No
 
 def test_a_part_of_an_epoch_is_a_part_of_its_packs(dataset: PackDataset) -> None:
     whole = dataset.total_packs(1)
-    assert whole == dataset.packs_per_epoch
+    assert whole == dataset.plan.total(0)
     assert dataset.total_packs(0.5) == -(-whole // 2)
     assert dataset.total_packs(1.5) > whole
 
@@ -230,37 +230,27 @@ class TestDamagedShard:
         batches = list(iterate(dataset, 0, 1, 1, 1, total_packs=total))
         keys = [k for batch in batches for k in batch.keys]
         assert len(keys) == 9 and key not in keys
-        ledger = (dataset.ledger.path or Path()).read_text()
-        assert "checksum" in ledger and len(dataset.ledger) == 1
+        (rejection,) = (found for batch in batches for found in batch.rejections)
+        assert "checksum" in rejection.reason
 
-    def test_past_the_allowed_share_the_run_stops(self, damaged: tuple[PackDataset, str]) -> None:
+    def test_it_is_told_by_the_rank_that_comes_to_it_and_counted_once_by_all(
+        self, damaged: tuple[PackDataset, str]
+    ) -> None:
         dataset, _ = damaged
+        total = dataset.total_packs(2)
+        found = [
+            rejection
+            for rank in range(4)
+            for batch in iterate(dataset, rank, 4, 1, 4, total_packs=total)
+            for rejection in batch.rejections
+        ]
+        assert len(found) == 2  # once an epoch
+        dataset.max_rejected = 0.1
+        dataset.reject(found)
+        assert len(dataset.ledger) == 1
         dataset.max_rejected = 0.05
         with pytest.raises(ValueError, match="1 of 10 samples cannot be used"):
-            list(iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1)))
-
-    def test_what_one_of_several_ranks_finds_stands_for_what_the_others_find(
-        self, damaged: tuple[PackDataset, str]
-    ) -> None:
-        dataset, key = damaged
-        dataset.max_rejected = 0.35
-        total, found = dataset.total_packs(1), []
-        for rank in range(4):
-            dataset.found.clear()
-            try:
-                list(iterate(dataset, rank, 4, 1, 4, total_packs=total))
-            except ValueError as error:
-                found.append(str(error))
-        (message,) = found
-        assert message.startswith("4 of 10 samples cannot be used")
-
-    def test_over_several_epochs_a_rank_sees_it_all_and_counts_it_once(
-        self, damaged: tuple[PackDataset, str]
-    ) -> None:
-        dataset, key = damaged
-        dataset.max_rejected = 0.45
-        list(iterate(dataset, 0, 2, 1, 2, total_packs=dataset.total_packs(12)))
-        assert len(dataset.found) == 1
+            dataset.reject(found)
 
     def test_ranks_without_pixels_see_the_same_tokens(
         self, damaged: tuple[PackDataset, str]

@@ -13,7 +13,6 @@ import torch
 
 from megatron_gmai.data.batch import MicroBatch
 from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
-from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.loader import HELD, PREFETCH, iterate
 from tests.data.world import mixed_records, open_list
 
@@ -31,7 +30,7 @@ class Fatal(PackDataset):
         packs: Sequence[NumberedPack],
         image_share: Share = ALL_IMAGES,
         memory: np.ndarray | None = None,
-    ) -> tuple[MicroBatch, list[Rejection]]:
+    ) -> MicroBatch:
         if any(piece.sample == self.poison for _, pieces in packs for piece in pieces):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().assemble(packs, image_share, memory)

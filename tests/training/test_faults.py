@@ -116,6 +116,16 @@ def test_an_error_on_one_rank_is_shown_once_and_ends_all(failing: int, tmp_path:
     assert "not reached" not in output
 
 
+def test_a_killed_run_leaves_no_loader_process(shards: Path, tmp_path: Path) -> None:
+    process = start(shards, tmp_path / "work", 1, "--num-workers", "1")
+    wait_for_step(process, tmp_path / "work", 1)
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(others, timeout=ENDS_WITHIN)
+    assert others and not alive
+    process.wait()
+
+
 def test_an_interrupted_process_leaves_quietly(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
