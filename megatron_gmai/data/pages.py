@@ -14,10 +14,8 @@ from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.privacy import TIFF_MAGICS, bare_tiff
 
 MAX_PAGES = 256
-KIND_TAG = (
-    254  # NewSubfileType of TIFF 6.0; bits 0 and 2: a smaller copy or the mask of another page
-)
-NO_PICTURE = 1 | 4
+KIND_TAG = 254  # NewSubfileType of TIFF 6.0
+NO_PICTURE = 1 | 4  # its bits for a smaller copy and for the mask of another page
 
 
 def take_pages(
