@@ -8,14 +8,18 @@ chunk's logits are made, turned into their gradient in place (for an incoming gr
 used for both products at once, in the forward pass; the backward pass only scales. Scaling is exact
 for dhidden, one factor a row, and for dweight when all supervised tokens share one factor, which
 every mean or sum of the loss gives. For any other incoming gradient the backward pass repeats the
-chunks with the true factors.
+chunks with the true factors for dweight.
+
+On a GPU the logits and their gradient have the input's dtype, which its tensor cores want; dhidden
+and dweight are fp32 until they are scaled, so that each is rounded once. On a CPU everything but
+the results is fp32, and the weight is converted in blocks of rows.
 Legend: T tokens, S supervised tokens, H hidden size, V vocabulary rows held by this rank, C tokens
 of one chunk, W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -39,7 +43,8 @@ from gmai_kernels.vocabulary import (
 Collective = Callable[[Tensor], Tensor]
 CPU_CHUNK = 384  # tokens; more raises the memory, fewer slows the products
 GPU_CHUNK = 2048  # tokens; every chunk re-reads the weight and re-writes dweight, so large ones pay
-MIN_CPU_ROWS = 4  # of a matrix product on a CPU that sums over the vocabulary
+CPU_FEW_TOKENS = 256  # fewer may leave a thread with fewer than four: see _hidden_product
+CPU_WEIGHT_ROWS = 512  # of a block of the weight on a CPU; 16 for each token if those are more
 ROW_ALIGNMENT = 64  # elements: rows of a chunk start on 128 bytes also for an odd vocabulary
 
 
@@ -158,13 +163,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = dloss.float()[rows]
         grads, ctx.grads = ctx.grads, None  # handed over: they are changed below
         factor = _common_factor(scale) if need[1] else 1.0
+        dhidden, dweight = grads or (None, None)
+        if dhidden is not None:
+            dhidden = _scaled(dhidden, scale[:, None], hidden)
         if grads is None or factor is None:  # a second backward pass, or factors differ by token
-            _, dhidden, dweight = _run_chunks(hidden, weight, rows, scale, ctx.plan, ctx.ops, need)
+            dweight = grads = None
+            missing = need[0] and dhidden is None, need[1]
+            _, scaled, dweight = _run_chunks(
+                hidden, weight, rows, scale, ctx.plan, ctx.ops, missing
+            )
+            dhidden = dhidden if scaled is None else scaled.to(hidden.dtype)
             factor = 1.0
-        else:
-            dhidden, dweight = grads
-            if dhidden is not None:
-                dhidden.mul_(scale[:, None])
         if dweight is not None:
             dweight = _scaled(dweight, factor, weight)
         if dhidden is not None and len(rows) < len(hidden):
@@ -181,7 +190,7 @@ def _run_chunks(
     ops: ModuleType,
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (loss [S], dhidden [S, H] or None, dweight fp32 [V, H] or None).
+    """Return (loss [S], dhidden [S, H] or None, dweight [V, H] or None), all in fp32.
 
     `scale` [S] is the incoming gradient of the loss.
     """
@@ -189,12 +198,14 @@ def _run_chunks(
     if len(rows) < len(hidden):
         hidden, target = hidden[rows], target[rows]
     loss = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
+    dhidden = torch.empty(hidden.shape, device=hidden.device) if need[0] else None
     dweight: Tensor | None = None
-    buffer = _logits_buffer(min(plan.chunk, len(rows)), weight.shape[0], hidden)
+    dtype = hidden.dtype if hidden.is_cuda else torch.float32
+    buffer = _logits_buffer(min(plan.chunk, len(rows)), weight.shape[0], dtype, hidden.device)
     for start in range(0, len(rows), plan.chunk):
         part = slice(start, min(start + plan.chunk, len(rows)))
-        logits = torch.mm(hidden[part], weight.T, out=buffer[: part.stop - start])  # [C, V]
+        states = hidden[part].to(dtype)  # [C, H]
+        logits = _logits(states, weight, buffer[: part.stop - start])  # [C, V]
         lse, label_logit = combine(
             ops.statistics(logits, target[part], plan.columns), plan.all_gather
         )
@@ -205,49 +216,70 @@ def _run_chunks(
         if dhidden is not None:
             _hidden_product(logits, weight, dhidden[part])
         if need[1]:
-            dweight = _add_product(dweight, logits, hidden[part])
+            dweight = _add_product(dweight, logits, states)
     if not need[1]:
         return loss, dhidden, None
     return loss, dhidden, torch.zeros_like(weight).float() if dweight is None else dweight
 
 
-def _logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
+def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an empty [rows, columns] matrix, its row stride a multiple of ROW_ALIGNMENT."""
     stride = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return torch.empty(rows, stride, dtype=like.dtype, device=like.device)[:, :columns]
+    return torch.empty(rows, stride, dtype=dtype, device=device)[:, :columns]
+
+
+def _logits(states: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Set out [C, V] to states weight^T, and return it."""
+    if states.dtype == weight.dtype:
+        return torch.mm(states, weight.T, out=out)
+    for part, rows in _blocks_in_fp32(weight, len(states)):
+        torch.mm(states, rows.T, out=out[:, part])
+    return out
 
 
 def _hidden_product(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Set out [C, H] to dlogits weight.
+    """Set out [C, H], fp32, to dlogits weight.
 
-    For fewer rows than MIN_CPU_ROWS, CPU libraries add the V terms of an element one after the
-    other, which loses two of fp32's seven digits; rows of zeros make them take their exact way.
+    Where a CPU's thread has fewer than four tokens, its library adds the V terms of an element one
+    after the other, which loses two of fp32's seven digits; sums over short blocks lose none.
     """
-    rows = dlogits.shape[0]
-    if dlogits.is_cuda or rows >= MIN_CPU_ROWS:
+    if dlogits.dtype != torch.float32:
+        torch.mm(dlogits, weight, out_dtype=torch.float32, out=out)
+    elif dlogits.is_cuda or (weight.dtype == torch.float32 and len(dlogits) >= CPU_FEW_TOKENS):
         torch.mm(dlogits, weight, out=out)
-        return
-    padded = torch.nn.functional.pad(dlogits, (0, 0, 0, MIN_CPU_ROWS - rows))
-    out.copy_((padded @ weight)[:rows])
+    else:
+        out.zero_()
+        for part, rows in _blocks_in_fp32(weight, len(dlogits)):
+            out += dlogits[:, part] @ rows
 
 
-def _add_product(total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
-    """Return total + dlogits^T hidden in fp32 [V, H], added inside the product."""
+def _blocks_in_fp32(weight: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of the weight's rows, converted: the CPU has no products of mixed dtypes.
+
+    They are short for few tokens, where precision needs it, and long where time is at stake.
+    """
+    step = max(CPU_WEIGHT_ROWS, 16 * tokens)
+    for start in range(0, len(weight), step):
+        part = slice(start, min(start + step, len(weight)))
+        yield part, weight[part].float()
+
+
+def _add_product(total: Tensor | None, dlogits: Tensor, states: Tensor) -> Tensor:
+    """Return total + dlogits^T states in fp32 [V, H], added inside the product."""
     left = dlogits.T
     if dlogits.dtype == torch.float32:
-        return left @ hidden if total is None else total.addmm_(left, hidden)
-    if not dlogits.is_cuda:  # the CPU has no product of low-precision matrices into fp32
-        return _add_product(total, dlogits.float(), hidden.float())
+        return left @ states if total is None else total.addmm_(left, states)
     if total is None:
-        return torch.mm(left, hidden, out_dtype=torch.float32)
-    return torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
+        return torch.mm(left, states, out_dtype=torch.float32)
+    return torch.addmm(total, left, states, out_dtype=torch.float32, out=total)
 
 
-def _scaled(dweight: Tensor, factor: float, weight: Tensor) -> Tensor:
-    """Return factor * dweight in the weight's dtype: in place if it can be, else in one pass."""
-    if dweight.dtype == weight.dtype:
-        return dweight if factor == 1.0 else dweight.mul_(factor)
-    return torch.mul(dweight, factor, out=torch.empty_like(weight))
+def _scaled(gradient: Tensor, factor: float | Tensor, like: Tensor) -> Tensor:
+    """Return factor * gradient in the dtype of `like`: in place if it can be, else in one pass."""
+    if gradient.dtype == like.dtype:
+        return gradient if isinstance(factor, float) and factor == 1.0 else gradient.mul_(factor)
+    out = torch.empty(gradient.shape, dtype=like.dtype, device=like.device)
+    return torch.mul(gradient, factor, out=out)
 
 
 def _common_factor(scale: Tensor) -> float | None:

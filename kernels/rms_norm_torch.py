@@ -1,7 +1,9 @@
-"""RMSNorm on the CPU: the formulas of rms_norm.py over blocks of rows that stay in the cache.
+"""RMSNorm on the CPU: the formulas of rms_norm.py in few passes over blocks of rows.
 
-The backward pass forms p = x * dy once; both sums are then matrix-vector products:
-mean(x * w * dy) is p w / H, and dw is p^T r.
+Every pass is one operation that all threads share and wait for, so that few large passes count as
+much as the cache does. LayerNorm's backward pass, one operation, gives the gradients of RMSNorm
+where it is told that the mean is 0 and the standard deviation 1 / r. Only r * mean(w * dy), which
+it takes from dx on account of the mean, has to be added again.
 Legend: R rows, H hidden size, B rows of one block.
 """
 
@@ -10,53 +12,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 19  # fp32 values of a block; with its scratch they fit a core's own cache
+ELEMENTS = 1 << 20  # of a block, for each thread; half in low precision, for its copies in fp32
+ROWS = 1024  # of a block, for each thread: the weight gradient sums them one by one
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return (y, x + residual), or (y, x) without a residual, for `x` [R, H]."""
-    total = x if residual is None else x + residual
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, x + residual, r [R, 1]) for `x` [R, H]; without a residual the sum is x."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = weight.float()
-    for rows, out in zip(_blocks(total), _blocks(y), strict=True):
-        r = _reciprocal_rms(rows, eps)  # [B, 1]
-        if x.dtype == torch.float32:
-            torch.mul(rows, r, out=out).mul_(scale)
+    total = x if residual is None else torch.empty_like(y)
+    r = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    scale, floor = weight.float(), torch.tensor(eps, device=x.device)
+    blocks = _blocks(x)
+    (scratch,) = _scratch(x, blocks, 1)
+    for block in blocks:
+        rows = total[block]
+        if residual is not None:
+            torch.add(x[block], residual[block], out=rows)
+        wide = _in_fp32(rows, scratch)  # [B, H]
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=r[block])
+        torch.addcmul(floor, norm, norm, value=1 / x.shape[1], out=norm).rsqrt_()
+        if wide is rows:
+            torch.mul(wide, norm, out=y[block]).mul_(scale)
         else:
-            out.copy_(rows.float().mul_(r).mul_(scale))
-    return y, total
+            y[block] = wide.mul_(norm).mul_(scale)
+    return y, total, r
 
 
 def backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grad: bool
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, r: Tensor, weight: Tensor, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (dx [R, H], dweight [H] or None); `dtotal` is added to dx."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = weight.float()
+    """Return (dx [R, H], dweight [H] or None) with the forward pass's r; dx includes `dtotal`."""
+    scale, low = weight.float(), x.dtype != torch.float32
+    mean_scale, zeros = scale / x.shape[1], torch.zeros_like(r)
+    blocks = _blocks(x)
+    scratch = _scratch(x, blocks, 2)
+    whole = len(blocks) == 1 and not low  # then LayerNorm's result becomes dx
+    dx = torch.empty(x.shape if not whole else 0, dtype=x.dtype, device=x.device)
     dweight = torch.zeros_like(scale) if weight_grad else None
-    extras = [None] * len(_blocks(x)) if dtotal is None else _blocks(dtotal)
-    for rows, grad, out, extra in zip(_blocks(x), _blocks(dy), _blocks(dx), extras, strict=True):
-        r = _reciprocal_rms(rows, eps)
-        wide, g = rows.float(), grad.float()  # [B, H]
-        product = wide * g
+    for block in blocks:
+        g, wide = (_in_fp32(t[block], s) for t, s in zip((dy, x), scratch, strict=True))  # [B, H]
+        correction = torch.mv(g, mean_scale)[:, None].mul_(r[block])
+        result, share, _ = torch.ops.aten.native_layer_norm_backward(
+            g, wide, scale.shape, zeros[block], r[block], scale, None, (True, weight_grad, False)
+        )
+        result = torch.add(result, correction, out=result if whole or low else dx[block])
+        if dtotal is not None:
+            result.add_(dtotal[block])
         if dweight is not None:
-            dweight.addmv_(product.T, r[:, 0])
-        slope = (product @ scale)[:, None].mul_(r.pow(3)).div_(-x.shape[1])
-        result = torch.mul(g, scale, out=out if out.dtype == torch.float32 else product)
-        result.mul_(r).addcmul_(wide, slope)
-        if extra is not None:
-            result.add_(extra)
-        if result is not out:
-            out.copy_(result)
-    return dx, None if dweight is None else dweight.to(weight.dtype)
+            dweight += share
+        if low:
+            dx[block] = result
+    return result if whole else dx, None if dweight is None else dweight.to(weight.dtype)
 
 
-def _blocks(x: Tensor) -> tuple[Tensor, ...]:
-    return x.split(max(1, BLOCK_ELEMENTS // x.shape[1]))
+def _blocks(x: Tensor) -> list[slice]:
+    """Slice the rows into blocks."""
+    elements = ELEMENTS if x.dtype == torch.float32 else ELEMENTS // 2
+    step = torch.get_num_threads() * max(1, min(ROWS, elements // x.shape[1]))
+    return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
-def _reciprocal_rms(rows: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+def _scratch(x: Tensor, blocks: list[slice], count: int) -> Tensor:
+    """Return `count` fp32 buffers [B, H], the same for all blocks; empty ones for fp32 input."""
+    rows = 0 if x.dtype == torch.float32 else blocks[0].stop
+    return torch.empty(count, rows, x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _in_fp32(rows: Tensor, scratch: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float32 else scratch[: len(rows)].copy_(rows)

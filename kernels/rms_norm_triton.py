@@ -2,9 +2,10 @@
 
 Forward: one program a row, which stays in registers between the sum of squares and the scaling.
 Backward: a fixed set of programs, each walking over every P-th row with its share of dweight in
-registers; the [P, H] shares are added afterwards, in one order, so two runs agree bitwise. The
-hidden size is a run-time argument: a mask that the compiler cannot fold keeps it from hoisting
-loads across rows, which costs 20 registers a thread at 4096.
+registers; the [P, H] shares are added afterwards, in one order, so two runs agree bitwise.
+Registers decide how much of a row a thread can hold, and three things keep them few: nothing moves
+out of the loop over rows; a wide row keeps x as it was loaded and reads the weight again; and where
+it matters the gradient of the sum is loaded late, behind a mask that the row's sum decides.
 Legend: R rows, H hidden size, P programs.
 """
 
@@ -25,6 +26,7 @@ def _forward_kernel(
     weight_ptr,
     y_ptr,
     total_ptr,
+    r_ptr,
     x_stride,
     residual_stride,
     hidden,
@@ -42,6 +44,7 @@ def _forward_kernel(
         tl.store(total_ptr + row * hidden + cols, x, mask=mask)
     x = x.to(tl.float32)
     r = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
+    tl.store(r_ptr + row, r)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     y = x * r * weight
     tl.store(y_ptr + row * hidden + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -52,6 +55,7 @@ def _backward_kernel(
     dy_ptr,
     dtotal_ptr,
     x_ptr,
+    r_ptr,
     weight_ptr,
     dx_ptr,
     share_ptr,
@@ -60,53 +64,58 @@ def _backward_kernel(
     x_stride,
     rows,
     hidden,
-    eps,
+    inverse_hidden,
     BLOCK: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
-    INPUT_GRAD: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
-    RELOAD: tl.constexpr,
+    SHORT_OF_REGISTERS: tl.constexpr,
 ):
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < hidden
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
     share = tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    step = tl.num_programs(0)
+    for row in tl.range(program, rows, step, disable_licm=not SHORT_OF_REGISTERS):
         start = tl.cast(row, tl.int64)
-        x = tl.load(x_ptr + start * x_stride + cols, mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + start * dy_stride + cols, mask=mask, other=0.0)
-        x = x.to(tl.float32)
-        r = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
-        x *= r
-        g = dy.to(tl.float32)
+        r = tl.load(r_ptr + row)
+        x = tl.load(x_ptr + start * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + start * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        normed = x * r
         if WEIGHT_GRAD:
-            share += g * x
-        if INPUT_GRAD:
-            if RELOAD:
-                weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-            g *= weight.to(tl.float32)
-            dx = (g - x * (tl.sum(x * g, axis=0) / hidden)) * r
-            if HAS_TOTAL:
-                total = tl.load(dtotal_ptr + start * dtotal_stride + cols, mask=mask, other=0.0)
-                dx += total.to(tl.float32)
-            tl.store(dx_ptr + start * hidden + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            share += normed * g
+        if SHORT_OF_REGISTERS:
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+        g *= weight.to(tl.float32)
+        slope = tl.sum(normed * g, axis=0) * inverse_hidden * r
+        if SHORT_OF_REGISTERS:
+            slope *= r
+            normed = x  # kept as it was loaded, in half the registers
+        dx = g * r - normed * slope
+        if HAS_TOTAL:
+            readable = mask
+            if SHORT_OF_REGISTERS or not WEIGHT_GRAD:
+                readable &= slope == slope  # holds the load, and its registers, until the sum
+            total = tl.load(dtotal_ptr + start * dtotal_stride + cols, mask=readable, other=0.0)
+            dx += total.to(tl.float32)
+        tl.store(dx_ptr + start * hidden + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if WEIGHT_GRAD:
         tl.store(share_ptr + program * hidden + cols, share, mask=mask)
 
 
-WIDE = 8192  # columns; above it registers are short: the weight is read again for each row
+WIDE = 8192  # columns; above it a thread holds 32 elements, and registers are short
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one waits at its sums while the other loads
 PROGRAMS_ON_CPU = 8  # under the interpreter
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return (y, x + residual), or (y, x) without a residual, for `x` [R, H]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, x + residual, r [R, 1]) for `x` [R, H]; without a residual the sum is x."""
     rows, hidden = x.shape
     y = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(y)
+    r = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(hidden)
     with on_device_of(x):
         _forward_kernel[(rows,)](
@@ -115,6 +124,7 @@ def forward(
             weight,
             y,
             total,
+            r,
             x.stride(0),
             0 if residual is None else residual.stride(0),
             hidden,
@@ -123,13 +133,13 @@ def forward(
             HAS_RESIDUAL=residual is not None,
             num_warps=_warps(block),
         )
-    return y, total
+    return y, total, r
 
 
 def backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grad: bool
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, r: Tensor, weight: Tensor, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (dx [R, H], dweight [H] or None); `dtotal` is added to dx."""
+    """Return (dx [R, H], dweight [H] or None) with the forward pass's r; dx includes `dtotal`."""
     rows, hidden = x.shape
     programs = min(rows, _programs(x))
     dx = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
@@ -137,31 +147,27 @@ def backward(
         programs if weight_grad else 0, hidden, dtype=torch.float32, device=x.device
     )
     block = triton.next_power_of_2(hidden)
-    # A wide row leaves no registers for dtotal beside the share: each gets its own launch.
-    split = block > WIDE and weight_grad and dtotal is not None
-    launches = ((True, False), (False, True)) if split else ((True, weight_grad),)
-    for input_part, weight_part in launches:
-        with on_device_of(x):
-            _backward_kernel[(programs,)](
-                dy,
-                dy if dtotal is None else dtotal,
-                x,
-                weight,
-                dx,
-                shares,
-                dy.stride(0),
-                0 if dtotal is None else dtotal.stride(0),
-                x.stride(0),
-                rows,
-                hidden,
-                eps,
-                BLOCK=block,
-                HAS_TOTAL=dtotal is not None,
-                INPUT_GRAD=input_part,
-                WEIGHT_GRAD=weight_part,
-                RELOAD=block > WIDE,
-                num_warps=_warps(block),
-            )
+    with on_device_of(x):
+        _backward_kernel[(programs,)](
+            dy,
+            dy if dtotal is None else dtotal,
+            x,
+            r,
+            weight,
+            dx,
+            shares,
+            dy.stride(0),
+            0 if dtotal is None else dtotal.stride(0),
+            x.stride(0),
+            rows,
+            hidden,
+            1 / hidden,
+            BLOCK=block,
+            HAS_TOTAL=dtotal is not None,
+            WEIGHT_GRAD=weight_grad,
+            SHORT_OF_REGISTERS=block > WIDE,
+            num_warps=_warps(block),
+        )
     return dx, shares.sum(0).to(weight.dtype) if weight_grad else None
 
 

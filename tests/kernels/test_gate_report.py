@@ -16,7 +16,8 @@ def test_a_norm_and_a_loss():
         own("cross-entropy forward + backward, vocabulary 92553"),
     ]
     norm, loss = report(cases, targets=[SM_90])
-    assert (norm.library, norm.unit, norm.traffic) == ("gmai_kernels", "B/element", 6.0)
+    assert (norm.library, norm.unit) == ("gmai_kernels", "B/element")
+    assert norm.traffic == pytest.approx(6.0, abs=0.01)
     assert (norm.spills, norm.width, norm.failures) == ({"sm_90": 0}, {"sm_90": 128}, {})
     assert 16 <= norm.registers["sm_90"] <= 32
     assert loss.traffic == pytest.approx(6.0, abs=0.01)

@@ -61,6 +61,20 @@ def test_residual_value_and_gradients(implementation, dtype, rows, hidden):
     assert_close(grad(weight), dweight64, TOLERANCE[dtype], "dweight")
 
 
+@every_dtype
+def test_many_rows_cost_no_digits_on_a_cpu(dtype):
+    x, residual, weight, dy, dsum = inputs(20000, 64, dtype)
+    rounded = (x.float() + residual.float()).to(dtype)
+    y64, dx64, dweight64 = in_float64(rounded, weight, dy)
+    x, residual, weight = leaf(x), leaf(residual), leaf(weight)
+    y, total = rms_norm_residual(x, residual, weight, EPS)
+    torch.autograd.backward((y, total), (dy, dsum))
+    assert torch.equal(total, rounded)
+    assert_close(y, y64, TOLERANCE[dtype], "y")
+    assert_close(grad(x), dx64 + dsum.double(), TOLERANCE[dtype], "dx")
+    assert_close(grad(weight), dweight64, TOLERANCE[dtype], "dweight")
+
+
 @every_implementation
 def test_residual_equals_the_two_steps(implementation):
     x, residual, weight, *_ = inputs(7, 320, torch.bfloat16)

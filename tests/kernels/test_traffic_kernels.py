@@ -23,65 +23,64 @@ BF16 = torch.bfloat16
 EPS = 1e-6
 
 
-def norm_inputs(rows: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(rows, hidden, dtype=BF16), torch.randn(hidden, dtype=BF16)
+def norm_inputs(rows: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, r, weight."""
+    weight = torch.randn(hidden, dtype=BF16)
+    return torch.randn(rows, hidden, dtype=BF16), torch.rand(rows, 1), weight
 
 
 @pytest.mark.parametrize("hidden", [64, 1000, 16384])
 def test_rms_norm_forward(hidden):
     """Reads x, writes y; the weight, 2 bytes, comes from the cache."""
-    x, weight = norm_inputs(8, hidden)
+    x, _, weight = norm_inputs(8, hidden)
     with counted() as traffic:
         rms_norm_triton.forward(x, None, weight, EPS)
-    assert traffic.total / x.numel() == 6.0
+    assert traffic.total == x.numel() * 6 + 8 * 4  # r is stored for the backward pass
 
 
 def test_rms_norm_forward_with_residual():
     """Reads x and the residual, writes their sum and y; the weight comes from the cache."""
-    x, weight = norm_inputs(8, 1000)
+    x, _, weight = norm_inputs(8, 1000)
     with counted() as traffic:
         rms_norm_triton.forward(x, x.clone(), weight, EPS)
     (kernel,) = [e for e in traffic.entries if e.is_kernel]
-    assert (kernel.loaded / x.numel(), kernel.stored / x.numel()) == (6.0, 4.0)
+    assert (kernel.loaded, kernel.stored) == (x.numel() * 6, x.numel() * 4 + 8 * 4)
 
 
 def test_rms_norm_backward():
     """Reads x and dy, writes dx; the weight and its gradient's shares are once per program."""
-    x, weight = norm_inputs(1024, 128)
+    x, r, weight = norm_inputs(1024, 128)
     with counted() as traffic:
-        rms_norm_triton.backward(x, None, x, weight, EPS, True)
+        rms_norm_triton.backward(x, None, x, r, weight, True)
     assert round(traffic.total / x.numel(), 1) <= 6.1
 
 
 def test_rms_norm_backward_with_residual():
     """The gradient of the sum is read on top of that."""
-    x, weight = norm_inputs(1024, 128)
+    x, r, weight = norm_inputs(1024, 128)
     with counted() as traffic:
-        rms_norm_triton.backward(x, x, x, weight, EPS, True)
+        rms_norm_triton.backward(x, x, x, r, weight, True)
     assert round(traffic.total / x.numel(), 1) <= 8.1
 
 
-@pytest.mark.parametrize(("residual", "bar"), [(False, 8.0), (True, 14.0)])
+@pytest.mark.parametrize(("residual", "bar"), [(False, 8.0), (True, 10.0)])
 def test_each_further_row_of_a_wide_backward(residual, bar):
-    """As for narrow rows, and the weight comes from the cache again: registers are short.
-
-    With a residual, dx and the weight gradient are two launches, 4 bytes above the minimum of 10:
-    one launch fits the registers only if dx is rounded before the addition, which is too coarse.
-    """
+    """As for narrow rows, and the weight comes from the cache again: registers are short."""
     moved = []
     for rows in (16, 32):
-        x, weight = norm_inputs(rows, 8200)
+        x, r, weight = norm_inputs(rows, 8200)
         with counted() as traffic:
-            rms_norm_triton.backward(x, x if residual else None, x, weight, EPS, True)
+            rms_norm_triton.backward(x, x if residual else None, x, r, weight, True)
         moved.append(traffic.total)
-    assert (moved[1] - moved[0]) / (16 * 8200) <= bar
+    assert (moved[1] - moved[0]) / (16 * 8200) <= bar + 4 / 8200  # r
 
 
 def test_rms_norm_backward_of_a_frozen_weight_moves_no_shares():
-    x, weight = norm_inputs(800, 128)
+    x, r, weight = norm_inputs(800, 128)
     with counted() as traffic:
-        rms_norm_triton.backward(x, None, x, weight, EPS, False)
-    assert traffic.total == x.numel() * 6 + 8 * 128 * 2  # 8 programs load the weight once
+        rms_norm_triton.backward(x, None, x, r, weight, False)
+    # r once a row, and 8 programs load the weight once
+    assert traffic.total == x.numel() * 6 + 800 * 4 + 8 * 128 * 2
 
 
 @pytest.mark.parametrize("columns", [32000, 92553 // 2])
@@ -130,16 +129,16 @@ def formula(shape: Shape, frozen: bool) -> int:
     """The same, by reasoning; numbers per token and single numbers left out.
 
     Each chunk reads the weight and writes its logits, reads them for the statistics, reads and
-    overwrites them for the gradient, and reads both to give the hidden gradient, which the backward
-    pass scales. A trained weight adds one read of the logits and of the hidden states, and its
-    gradient in float32: written by the first chunk, read and written by each later one, and at the
-    end read once more to be scaled and converted.
+    overwrites them for the gradient, and reads both to give the hidden gradient in float32, which
+    the backward pass scales and converts. A trained weight adds one read of the logits and of the
+    hidden states, and its gradient in float32: written by the first chunk, read and written by each
+    later one, and at the end read once more to be scaled and converted.
     """
     chunks = shape.tokens // shape.chunk
     logits = 2 * shape.tokens * shape.vocabulary
     hidden = 2 * shape.tokens * shape.hidden
     weight = 2 * shape.vocabulary * shape.hidden
-    moved = chunks * 2 * weight + 5 * logits + 2 * hidden + 2 * hidden
+    moved = chunks * 2 * weight + 5 * logits + hidden + 2 * 2 * hidden + hidden
     if not frozen:
         accumulated = 2 * weight
         moved += logits + hidden + (2 * chunks - 1) * accumulated + accumulated + weight
