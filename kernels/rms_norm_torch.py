@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ELEMENTS = 1 << 20  # of a block, for each thread; half in low precision, for its copies in fp32
+ELEMENTS = 1 << 20  # of a block, for each thread; shared among its fp32 copies in low precision
 ROWS = 1024  # of a block, for each thread: the weight gradient sums them one by one
 
 
@@ -24,7 +24,7 @@ def forward(
     total = x if residual is None else torch.empty_like(y)
     r = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     scale, floor = weight.float(), torch.tensor(eps, device=x.device)
-    blocks = _blocks(x)
+    blocks = _blocks(x, copies=1)
     (scratch,) = _scratch(x, blocks, 1)
     for block in blocks:
         rows = total[block]
@@ -46,7 +46,7 @@ def backward(
     """Return (dx [R, H], dweight [H] or None) with the forward pass's r; dx includes `dtotal`."""
     scale, low = weight.float(), x.dtype != torch.float32
     mean_scale, zeros = scale / x.shape[1], torch.zeros_like(r)
-    blocks = _blocks(x)
+    blocks = _blocks(x, copies=2)
     scratch = _scratch(x, blocks, 2)
     whole = len(blocks) == 1 and not low  # then LayerNorm's result becomes dx
     dx = torch.empty(x.shape if not whole else 0, dtype=x.dtype, device=x.device)
@@ -67,9 +67,9 @@ def backward(
     return result if whole else dx, None if dweight is None else dweight.to(weight.dtype)
 
 
-def _blocks(x: Tensor) -> list[slice]:
-    """Slice the rows into blocks."""
-    elements = ELEMENTS if x.dtype == torch.float32 else ELEMENTS // 2
+def _blocks(x: Tensor, copies: int) -> list[slice]:
+    """Slice the rows into blocks, of which low precision makes `copies` in fp32."""
+    elements = ELEMENTS if x.dtype == torch.float32 else ELEMENTS // copies
     step = torch.get_num_threads() * max(1, min(ROWS, elements // x.shape[1]))
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
