@@ -2,7 +2,7 @@
 
 Writes runs/bench/data.json. Every comparison is a ratio of two things measured in this run on this
 machine: throughput to packed batches against the plain ways to load the same images, the fill of
-packs, the evenness of the work of data-parallel ranks; then memory, and a large index
+packs, the evenness of the work of data-parallel ranks; memory, and a large index
 (`data_scale.py`). Exits with 1 if a bar is missed.
 """
 
@@ -62,14 +62,15 @@ def main() -> int:
 
 def parts(images: int, samples: int, batches: int) -> Iterator[list[Figure]]:
     """All figures, in the order in which they are measured."""
-    yield fill()
-    yield evenness()
-    with tempfile.TemporaryDirectory() as folder:
-        yield throughput(Path(folder), images)
     with tempfile.TemporaryDirectory() as folder:
         small = make_data(Path(folder), 1000, (28, 28), VISION).shards.folder
         shutil.copyfile(Path(folder) / "tokenizer.model", small / "tokenizer.model")
+        # First: memory that other parts have given back would hide what grows.
         yield memory_figures(open_shards(small), batches)
+        yield fill()
+        yield evenness()
+        with tempfile.TemporaryDirectory() as pictures:
+            yield throughput(Path(pictures), images)
         for file in small.glob("lengths-*"):
             file.unlink()
         yield scale_figures(small, length_mix(samples)[0])

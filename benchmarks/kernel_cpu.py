@@ -41,7 +41,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def figures() -> list[Figure]:
-    """Run all CPU measurements; about five minutes on two idle cores."""
+    """Run all CPU measurements; under two minutes on two idle cores."""
     found = []
     for frozen in (False, True):
         state = "frozen" if frozen else "trained"
