@@ -27,12 +27,12 @@ from kernel_figures import Figure, at_least, at_most, show, write
 from PIL import Image
 
 from megatron_gmai.config import DataConfig, VisionConfig
-from megatron_gmai.data.balance import assign, pack_costs
-from megatron_gmai.data.dataset import PackDataset, open_dataset
-from megatron_gmai.data.loader import iterate
-from megatron_gmai.data.packing import pack_best_fit, pack_none, pack_soft
+from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
+from megatron_gmai.data.loading.loader import iterate
+from megatron_gmai.data.plan.balance import assign, pack_costs
+from megatron_gmai.data.plan.packing import pack_best_fit, pack_none, pack_soft
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 SIDE = 336
 # Passes over the images in one measurement: more for what is quicker.

@@ -19,13 +19,13 @@ import numpy as np
 from kernel_figures import Figure, at_least, at_most
 
 from megatron_gmai.config import DataConfig, VisionConfig
-from megatron_gmai.data.dataset import PackDataset, open_dataset
-from megatron_gmai.data.lengths import LENGTH_ROW
-from megatron_gmai.data.loader import iterate
-from megatron_gmai.data.plan import Bookmark, Plan
-from megatron_gmai.data.shards import ShardFile, Shards, save_index, write_manifest
-from megatron_gmai.data.tokenizer import load_tokenizer
-from megatron_gmai.data.windows import PlanSettings, Windows
+from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
+from megatron_gmai.data.loading.loader import iterate
+from megatron_gmai.data.plan.plan import Bookmark, Plan
+from megatron_gmai.data.plan.windows import PlanSettings, Windows
+from megatron_gmai.data.shards.format import ShardFile, Shards, save_index, write_manifest
+from megatron_gmai.data.shards.lengths import LENGTH_ROW
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 STEP = 512  # packs
 EPOCHS = 4

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gmai.cli import parse
 from megatron_gmai.config import Config
-from megatron_gmai.data.mixture import read_ratios
+from megatron_gmai.data.sources.mixture import read_ratios
 from megatron_gmai.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,11 +22,21 @@ ALLOWED = {
     "training": {"model", "data", "convert", "runtime"},
     "evaluate": {"model", "data", "runtime"},
 }
+# The rooms of data/, each with the rooms it may import besides itself and the files on top.
+DATA_ROOMS = {
+    "plan": set[str](),
+    "text": set[str](),
+    "sources": {"text"},
+    "images": {"text"},
+    "shards": {"plan", "text", "sources", "images"},
+    "loading": {"plan", "text", "images", "sources", "shards"},
+}
+DATA_TOP = {"files", "ledger"}
 MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate"}
 
 
 def layer_of(module: str) -> str | None:
-    """`megatron_gmai.data.image` -> `data`; None for modules that are not ours."""
+    """`megatron_gmai.data.images.decode` -> `data`; None for modules that are not ours."""
     parts = module.split(".")
     if parts[0] == "gmai_kernels":
         return "gmai_kernels"
@@ -76,6 +86,15 @@ def test_a_module_imports_only_from_layers_above_it(layer: str, path: Path) -> N
     used = {name: layer_of(name) for name in imports_of(path)}
     wrong = [name for name, target in used.items() if target is not None and target not in may]
     assert not wrong, f"{layer} may import {sorted(may)}"
+
+
+@pytest.mark.parametrize("room", DATA_ROOMS)
+def test_a_room_of_data_imports_only_from_the_rooms_before_it(room: str) -> None:
+    may = DATA_ROOMS[room] | {room} | DATA_TOP
+    for path in sorted((PACKAGE / "data" / room).rglob("*.py")):
+        names = [name.split(".") for name in imports_of(path)]
+        wrong = [n for n in names if n[:2] == ["megatron_gmai", "data"] and n[2] not in may]
+        assert not wrong, f"{path.name}: data/{room} may import {sorted(may)}"
 
 
 @pytest.mark.parametrize(("layer", "path"), SOURCES, ids=IDS)
@@ -139,7 +158,7 @@ class TestTheReader:
         }
 
     def test_layers_are_told_apart(self) -> None:
-        assert layer_of("megatron_gmai.data.image") == "data"
+        assert layer_of("megatron_gmai.data.images.decode") == "data"
         assert layer_of("megatron_gmai.validation.validate") == "config"
         assert layer_of("gmai_kernels.rmsnorm") == "gmai_kernels"
         assert layer_of("torch.nn") is None

@@ -18,7 +18,7 @@ from examples.quickstart.crops import HELD_OUT, KINDS, SINGLE_IMAGES, TRAIN, cro
 from examples.quickstart.questions import YES_NO
 from examples.quickstart.steps import StepFailed, Steps, command
 from examples.quickstart.tokenizer import SPECIAL_TOKENS
-from megatron_gmai.data.mixture import read_list
+from megatron_gmai.data.sources.mixture import read_list
 
 SMALL = Sizes(train=16, held_out=48, text=32, train_pairs=6, held_out_pairs=4)
 

@@ -18,7 +18,7 @@ import torch
 from megatron_gmai.config import Config, DataConfig, TrainConfig
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import open_pretrained, write_pretrained
-from megatron_gmai.data.tokenizer import MODEL_FILE, load_tokenizer
+from megatron_gmai.data.text.tokenizer import MODEL_FILE, load_tokenizer
 from megatron_gmai.runtime.quiet import quiet_libraries
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_gmai.config import Config, ParallelConfig, TrainConfig
-from megatron_gmai.data.shards import write_atomically
-from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout

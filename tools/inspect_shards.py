@@ -19,15 +19,15 @@ import numpy as np
 from PIL import Image
 
 from megatron_gmai.config import DataConfig, VisionConfig
-from megatron_gmai.data.dataset import make_encoder
-from megatron_gmai.data.image import decode
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection, read_ledger
-from megatron_gmai.data.lengths import Encoder, token_lengths
-from megatron_gmai.data.order import permutation
+from megatron_gmai.data.loading.dataset import make_encoder
+from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.prepare import resolve_tokenizer
-from megatron_gmai.data.shards import REJECTED_FILE, Shards
-from megatron_gmai.data.template import IGNORE, Rendered
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.text.template import IGNORE, Rendered
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 THUMBNAIL = 160
 BARS = 40

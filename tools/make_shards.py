@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_gmai.data.build import build_shards
-from megatron_gmai.data.foreign import index_shards
 from megatron_gmai.data.prepare import copy_tokenizer
-from megatron_gmai.data.shards import REJECTED_FILE, Manifest
+from megatron_gmai.data.shards.build import build_shards
+from megatron_gmai.data.shards.foreign import index_shards
+from megatron_gmai.data.shards.format import REJECTED_FILE, Manifest
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.generate import generate
 from megatron_gmai.evaluate.questions import Asked, HeldOut, Skipped, batches
 from megatron_gmai.evaluate.scoring import Answer, Score, score_by, table

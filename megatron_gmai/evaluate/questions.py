@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from megatron_gmai.config import DataConfig, ModelConfig
-from megatron_gmai.data.build import check_record
-from megatron_gmai.data.conversation import IMAGE_TAG, Conversation, parse_conversation
-from megatron_gmai.data.image import load_image
+from megatron_gmai.data.images.decode import load_image
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.mixture import Source
-from megatron_gmai.data.records import Records, read_record
-from megatron_gmai.data.template import get_template, render
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.shards.build import check_record
+from megatron_gmai.data.sources.mixture import Source
+from megatron_gmai.data.sources.records import Records, read_record
+from megatron_gmai.data.text.conversation import IMAGE_TAG, Conversation, parse_conversation
+from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.generate import Prompt
 
 

@@ -22,7 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
-from megatron_gmai.data.plan import Bookmark
+from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state

@@ -13,11 +13,11 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.huggingface import open_pretrained
-from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import PackDataset, open_dataset
-from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.loading.batch import MicroBatch
+from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
+from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.layout import Layout
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device

@@ -12,8 +12,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_gmai.data.batch import MicroBatch
 from megatron_gmai.data.ledger import Rejection
+from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device

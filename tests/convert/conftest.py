@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.huggingface import write_pretrained
 from megatron_gmai.convert.mapping import canonical_shapes
-from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.llava import random_llava
 
 # Every size differs, so that no exchange of two dimensions goes unnoticed.

@@ -23,10 +23,10 @@ from transformers import (
 
 from megatron_gmai.convert.huggingface import open_pretrained, write_pretrained
 from megatron_gmai.convert.write import plan_shards
-from megatron_gmai.data.conversation import parse_conversation
-from megatron_gmai.data.image import load_image
-from megatron_gmai.data.template import get_template, render
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.images.decode import load_image
+from megatron_gmai.data.text.conversation import parse_conversation
+from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.convert.conftest import Export, special_tokens
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))

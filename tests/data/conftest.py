@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.data.world import WORDS
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_gmai.data.augment import Tone, choose_tone
-from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.loading.augment import Tone, choose_tone
+from megatron_gmai.data.loading.loader import iterate
 from tests.data.world import mixed_records, open_list
 
 LEVELS = np.arange(256, dtype=np.uint8)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_gmai.data.balance import assign, pack_costs
-from megatron_gmai.data.packing import Packs, pack_best_fit
+from megatron_gmai.data.plan.balance import assign, pack_costs
+from megatron_gmai.data.plan.packing import Packs, pack_best_fit
 
 STEP, LIMIT = 512, 2048
 

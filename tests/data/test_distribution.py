@@ -7,9 +7,9 @@ which is the hardest case for an order that reads few shards at a time.
 import numpy as np
 import pytest
 
-from megatron_gmai.data.lengths import LENGTH_ROW
-from megatron_gmai.data.plan import Plan
-from megatron_gmai.data.windows import PlanSettings, Windows
+from megatron_gmai.data.plan.plan import Plan
+from megatron_gmai.data.plan.windows import PlanSettings, Windows
+from megatron_gmai.data.shards.lengths import LENGTH_ROW
 
 SAMPLES, SHARD, STEP, LIMIT = 60_000, 500, 64, 2048
 IMAGES = np.arange(SAMPLES) < 0.75 * SAMPLES

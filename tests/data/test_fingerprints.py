@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_gmai.data.lengths import Encoder, token_lengths
-from megatron_gmai.data.shards import Shards
-from megatron_gmai.data.template import get_template
-from megatron_gmai.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.text.template import get_template
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.data.world import mixed_records, open_list
 
 

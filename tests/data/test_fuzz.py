@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_gmai.data.build import build_shards, check_record
-from megatron_gmai.data.dicom import decode_dicom
-from megatron_gmai.data.image import decode
+from megatron_gmai.data.images.decode import decode
+from megatron_gmai.data.images.dicom import decode_dicom
+from megatron_gmai.data.images.privacy import strip_metadata
 from megatron_gmai.data.ledger import BadSample, read_ledger
-from megatron_gmai.data.mixture import Source, read_list
-from megatron_gmai.data.privacy import strip_metadata
-from megatron_gmai.data.records import Records, read_record
-from megatron_gmai.data.shards import INDEX_FILE, MANIFEST_FILE, Shards, parse_sample
+from megatron_gmai.data.shards.build import build_shards, check_record
+from megatron_gmai.data.shards.format import INDEX_FILE, MANIFEST_FILE, Shards, parse_sample
+from megatron_gmai.data.sources.mixture import Source, read_list
+from megatron_gmai.data.sources.records import Records, read_record
 from tests.data.test_privacy import dicom
 from tests.data.world import encoded, mixed_records, picture
 

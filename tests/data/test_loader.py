@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import PackDataset
-from megatron_gmai.data.image import load_image
-from megatron_gmai.data.loader import iterate
-from megatron_gmai.data.template import IGNORE
+from megatron_gmai.data.images.decode import load_image
+from megatron_gmai.data.loading.batch import MicroBatch
+from megatron_gmai.data.loading.dataset import PackDataset
+from megatron_gmai.data.loading.loader import iterate
+from megatron_gmai.data.text.template import IGNORE
 from tests.data.world import VISION, mixed_records, open_list, record
 
 GLOBAL = 12

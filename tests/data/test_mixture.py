@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gmai.data.mixture import Use, read_list, read_uses
+from megatron_gmai.data.sources.mixture import Use, read_list, read_uses
 
 
 def write(folder: Path, text: str) -> Path:

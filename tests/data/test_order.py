@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from megatron_gmai.config import DataConfig
-from megatron_gmai.data.dataset import PackDataset, open_dataset
-from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
+from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, mixed_records, open_list
 
 GLOBAL = 48  # a multiple of every layout below

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from megatron_gmai.data.packing import (
+from megatron_gmai.data.plan.packing import (
     ImageCap,
     Packs,
     pack_best_fit,

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from megatron_gmai.config import DataConfig
-from megatron_gmai.data import pages as pages_module
-from megatron_gmai.data.build import check_record
-from megatron_gmai.data.image import decode
+from megatron_gmai.data.images import tiff as pages_module
+from megatron_gmai.data.images.decode import decode
+from megatron_gmai.data.images.tiff import split_pages
 from megatron_gmai.data.ledger import BadSample, read_ledger
-from megatron_gmai.data.mixture import Source
-from megatron_gmai.data.pages import split_pages
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.shards import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.build import check_record
+from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.sources.mixture import Source
 from tests.data.world import VISION, encoded, picture, record
 from tools.make_shards import main
 

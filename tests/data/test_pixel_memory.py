@@ -1,6 +1,6 @@
 """A slot of the shared memory is used again only when nobody can see its pixels any more."""
 
-from megatron_gmai.data.pixel_memory import PixelMemory
+from megatron_gmai.data.loading.pixel_memory import PixelMemory
 
 
 def test_a_slot_is_free_again_when_the_last_view_of_its_pixels_is_gone() -> None:

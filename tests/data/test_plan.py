@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_gmai.data.lengths import LENGTH_ROW
-from megatron_gmai.data.order import permutation, random_words
-from megatron_gmai.data.packing import Packs, Piece
-from megatron_gmai.data.plan import Plan
-from megatron_gmai.data.windows import PlanSettings, Windows
+from megatron_gmai.data.plan.order import permutation, random_words
+from megatron_gmai.data.plan.packing import Packs, Piece
+from megatron_gmai.data.plan.plan import Plan
+from megatron_gmai.data.plan.windows import PlanSettings, Windows
+from megatron_gmai.data.shards.lengths import LENGTH_ROW
 
 SHARD_SIZES = [40, 40, 13, 40, 40, 40, 7]
 SHARD_SOURCES = [0, 0, 0, 1, 1, 1, 1]

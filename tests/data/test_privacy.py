@@ -12,12 +12,12 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from megatron_gmai.data.build import check_record
-from megatron_gmai.data.dicom import decode_dicom
-from megatron_gmai.data.image import decode
+from megatron_gmai.data.images.decode import decode
+from megatron_gmai.data.images.dicom import decode_dicom
+from megatron_gmai.data.images.privacy import strip_metadata
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.mixture import Source
-from megatron_gmai.data.privacy import strip_metadata
+from megatron_gmai.data.shards.build import check_record
+from megatron_gmai.data.sources.mixture import Source
 from tests.data.world import encoded, picture, record
 
 NAME = b"DOE^JANE"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_gmai.data import records
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.records import Records, read_record
+from megatron_gmai.data.sources import records
+from megatron_gmai.data.sources.records import Records, read_record
 
 VALUES: list[Any] = [
     {"a": 'µ " ] } \\ 漢'},

@@ -13,13 +13,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megatron_gmai.data import build, lengths
-from megatron_gmai.data.build import build_shards
 from megatron_gmai.data.ledger import BadSample, read_ledger
-from megatron_gmai.data.lengths import Encoder
-from megatron_gmai.data.shards import MANIFEST_FILE, Shards
-from megatron_gmai.data.template import get_template
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.shards import build, lengths
+from megatron_gmai.data.shards.build import build_shards
+from megatron_gmai.data.shards.format import MANIFEST_FILE, Shards
+from megatron_gmai.data.shards.lengths import Encoder
+from megatron_gmai.data.text.template import get_template
+from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import encoded, mixed_records, open_list, picture, record
 from tools.make_shards import main
 
@@ -336,7 +336,7 @@ class TestTokenLengths:
         shards = Shards(tmp_path / "shards")
         expected = [(s.key, s.record) for s in map(shards.read, range(6))]
         for head in (10, 512, 600, 16_384):
-            monkeypatch.setattr("megatron_gmai.data.shards.HEAD", head)
+            monkeypatch.setattr("megatron_gmai.data.shards.format.HEAD", head)
             assert list(map(shards.read_record, range(6))) == expected
 
 

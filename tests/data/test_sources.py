@@ -13,14 +13,14 @@ import pyarrow.parquet
 import pytest
 
 from megatron_gmai.config import DataConfig
-from megatron_gmai.data.build import build_shards
-from megatron_gmai.data.dataset import open_dataset
 from megatron_gmai.data.ledger import BadSample, read_ledger
-from megatron_gmai.data.loader import iterate
+from megatron_gmai.data.loading.dataset import open_dataset
+from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.remote import read_below
-from megatron_gmai.data.shards import Shards
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.shards.build import build_shards
+from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.sources.remote import read_below
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, encoded, mixed_records, picture, record
 
 PICTURES = [encoded(picture(seed=seed)) for seed in range(4)]

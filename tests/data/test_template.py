@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from megatron_gmai.data.conversation import Conversation, parse_conversation
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.template import IGNORE, Rendered, fit, get_template, render
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.text.conversation import Conversation, parse_conversation
+from megatron_gmai.data.text.template import IGNORE, Rendered, fit, get_template, render
+from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import record
 
 IMAGE_TOKENS = 4

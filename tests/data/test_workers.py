@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
-from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
-from megatron_gmai.data.loader import HELD, PREFETCH, iterate
+from megatron_gmai.data.loading.batch import MicroBatch
+from megatron_gmai.data.loading.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
+from megatron_gmai.data.loading.loader import HELD, PREFETCH, iterate
 from tests.data.world import mixed_records, open_list
 
 

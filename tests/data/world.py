@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from megatron_gmai.config import DataConfig, VisionConfig
-from megatron_gmai.data.dataset import PackDataset, open_dataset
+from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 TEXT = "what is shown here the image shows a brain scan of yes no left right lung liver"
 WORDS = TEXT.split()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_gmai.config import Config, DataConfig
-from megatron_gmai.data.tokenizer import load_tokenizer
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.optimizer import wrap_for_training
 from tests.evaluate.models import build, config_for

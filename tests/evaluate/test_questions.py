@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_gmai.config import DataConfig
-from megatron_gmai.data.conversation import parse_conversation
-from megatron_gmai.data.image import load_image
-from megatron_gmai.data.template import get_template, render
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.images.decode import load_image
+from megatron_gmai.data.text.conversation import parse_conversation
+from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.questions import Asked, HeldOut, Skipped, batches
 from tests.evaluate.models import config_for
 from tests.parallel.batches import MODEL

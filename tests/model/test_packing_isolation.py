@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.config import ParallelConfig
-from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training.weights import SeededWeights, fill
 from tests.parallel.batches import BOUNDS, CONFIG, LENGTH, MODEL, join, losses_of, make_pack

@@ -16,7 +16,7 @@ from megatron_gmai.config import (
     TrainConfig,
     VisionConfig,
 )
-from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 
 # The vocabulary is padded to 128 rows on one rank and to 256 on two.

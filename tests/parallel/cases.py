@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_gmai.config import Config, ParallelConfig
 from megatron_gmai.convert.sharding import cut_of, unshard
-from megatron_gmai.data.batch import MicroBatch
+from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.model.names import canonical_name
 from megatron_gmai.runtime import cpu

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_gmai.data.build import build_shards
 from megatron_gmai.data.prepare import copy_tokenizer
+from megatron_gmai.data.shards.build import build_shards
 from tests.data.world import WORDS, mixed_records
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_gmai.data.plan import Bookmark
+from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.training.checkpoint import (
     CheckpointError,
     Position,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_gmai.data.remote import is_url, list_files
+from megatron_gmai.data.sources.remote import is_url, list_files
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".parquet")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')

@@ -19,17 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_gmai.data import image as images
-from megatron_gmai.data import parquet, remote
-from megatron_gmai.data.conversation import image_names, parse_conversation
-from megatron_gmai.data.dicom import decode_dicom, is_dicom
+from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.images import decode as images
+from megatron_gmai.data.images.dicom import decode_dicom, is_dicom
+from megatron_gmai.data.images.privacy import encode_png, strip_metadata
+from megatron_gmai.data.images.tiff import take_pages
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
-from megatron_gmai.data.mixture import Source, read_list
-from megatron_gmai.data.order import permutation
-from megatron_gmai.data.pages import take_pages
-from megatron_gmai.data.privacy import encode_png, strip_metadata
-from megatron_gmai.data.records import Records, read_record
-from megatron_gmai.data.shards import (
+from megatron_gmai.data.plan.order import permutation
+from megatron_gmai.data.shards.format import (
     MANIFEST_FILE,
     REJECTED_FILE,
     ROW,
@@ -39,9 +36,12 @@ from megatron_gmai.data.shards import (
     SourceInfo,
     read_manifest,
     save_index,
-    write_atomically,
     write_manifest,
 )
+from megatron_gmai.data.sources import parquet, remote
+from megatron_gmai.data.sources.mixture import Source, read_list
+from megatron_gmai.data.sources.records import Records, read_record
+from megatron_gmai.data.text.conversation import image_names, parse_conversation
 
 RECORDS_PER_SHARD = 1000
 PARTS = ".parts"

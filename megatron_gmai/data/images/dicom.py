@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_gmai.data.image import check_size, window_to_8_bits
+from megatron_gmai.data.images.decode import check_size, window_to_8_bits
 from megatron_gmai.data.ledger import BadSample
 
 

@@ -7,7 +7,7 @@ grows with the square of each segment, and the vision tower runs per image.
 
 import numpy as np
 
-from megatron_gmai.data.packing import Packs
+from megatron_gmai.data.plan.packing import Packs
 
 SWAPS = 128
 SHIFTS = (0, 1, -1, 2, -2)  # micro-steps between the packs of a swap

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_gmai.data.balance import assign, pack_costs
-from megatron_gmai.data.batch import MicroBatch
-from megatron_gmai.data.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
-from megatron_gmai.data.pixel_memory import PixelMemory
+from megatron_gmai.data.loading.batch import MicroBatch
+from megatron_gmai.data.loading.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
+from megatron_gmai.data.loading.pixel_memory import PixelMemory
+from megatron_gmai.data.plan.balance import assign, pack_costs
 
 PREFETCH = 2  # micro-batches per worker: bounds the memory that waits
 # Micro-batches that the training step can hold before one has to be sent through a pipe.

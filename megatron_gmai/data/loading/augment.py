@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_gmai.data.order import random_words
+from megatron_gmai.data.plan.order import random_words
 
 STRENGTH = 0.1
 TONE = 5  # what these random words are for; the plan's permutations use the numbers below

@@ -16,9 +16,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_gmai.data.image import decode
+from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line
-from megatron_gmai.data.shards import (
+from megatron_gmai.data.shards.format import (
     BLOCK,
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -30,7 +31,6 @@ from megatron_gmai.data.shards import (
     read_manifest,
     save_index,
     split_name,
-    write_atomically,
     write_manifest,
 )
 

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_gmai.data.conversation import parse_conversation
+from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
-from megatron_gmai.data.shards import Shards, write_atomically
-from megatron_gmai.data.template import Rendered, Template, fit, render
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.plan.windows import LENGTH_ROW
+from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.text.conversation import parse_conversation
+from megatron_gmai.data.text.template import Rendered, Template, fit, render
+from megatron_gmai.data.text.tokenizer import Tokenizer
 
 SAMPLES_PER_JOB = 4096
-# A length of 0 marks a sample that cannot be used; a cut may fall at images_end or behind it.
-LENGTH_ROW = np.dtype([("length", "<i4"), ("images_end", "<i4")])
-# Half the memory, for tables whose numbers all fit.
+# Half of LENGTH_ROW's memory, for tables whose numbers all fit.
 SHORT_ROW = np.dtype([("length", "<u2"), ("images_end", "<u2")])
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_gmai.data.conversation import IMAGE_TAG, Conversation, Turn
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.tokenizer import Tokenizer
+from megatron_gmai.data.text.conversation import IMAGE_TAG, Conversation, Turn
+from megatron_gmai.data.text.tokenizer import Tokenizer
 
 IGNORE = -100  # label of a position that is not supervised
 

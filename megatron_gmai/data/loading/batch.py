@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megatron_gmai.data.augment import Tone
 from megatron_gmai.data.ledger import Rejection
-from megatron_gmai.data.template import IGNORE, Rendered
+from megatron_gmai.data.loading.augment import Tone
+from megatron_gmai.data.text.template import IGNORE, Rendered
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_gmai.data.packing import Packs, join
-from megatron_gmai.data.shards import write_atomically
-from megatron_gmai.data.windows import Windows
+from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.plan.packing import Packs, join
+from megatron_gmai.data.plan.windows import Windows
 
 CACHED_WINDOWS = 16  # fewer are planned faster than read
 

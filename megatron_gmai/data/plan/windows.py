@@ -12,9 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_gmai.data.lengths import LENGTH_ROW
-from megatron_gmai.data.order import permutation
-from megatron_gmai.data.packing import (
+from megatron_gmai.data.plan.order import permutation
+from megatron_gmai.data.plan.packing import (
     ImageCap,
     Packs,
     pack_best_fit,
@@ -23,6 +22,8 @@ from megatron_gmai.data.packing import (
     pack_soft,
 )
 
+# A length of 0 marks a sample that cannot be used; a cut may fall at images_end or behind it.
+LENGTH_ROW = np.dtype([("length", "<i4"), ("images_end", "<i4")])
 WINDOW = 32_768  # samples
 # What a permutation is for: the third number of its place, after seed and epoch.
 SHARD_ORDER, ROW_ORDER, SAMPLE_ORDER, PACK_ORDER = 1, 2, 3, 4

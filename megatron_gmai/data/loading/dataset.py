@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.config import DataConfig, VisionConfig
-from megatron_gmai.data.augment import Tone, choose_tone
-from megatron_gmai.data.batch import BatchBuilder, MicroBatch, SampleImage, Segment
-from megatron_gmai.data.image import load_image
+from megatron_gmai.data.images.decode import load_image
 from megatron_gmai.data.ledger import BadSample, Ledger, Rejection, read_ledger
-from megatron_gmai.data.lengths import Encoder, token_lengths
-from megatron_gmai.data.mixture import Use, read_uses
-from megatron_gmai.data.packing import Piece
-from megatron_gmai.data.plan import Bookmark, Plan
-from megatron_gmai.data.shards import REJECTED_FILE, Shards
-from megatron_gmai.data.template import get_template
-from megatron_gmai.data.tokenizer import Tokenizer
-from megatron_gmai.data.windows import PlanSettings, Windows
+from megatron_gmai.data.loading.augment import Tone, choose_tone
+from megatron_gmai.data.loading.batch import BatchBuilder, MicroBatch, SampleImage, Segment
+from megatron_gmai.data.plan.packing import Piece
+from megatron_gmai.data.plan.plan import Bookmark, Plan
+from megatron_gmai.data.plan.windows import PlanSettings, Windows
+from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.sources.mixture import Use, read_uses
+from megatron_gmai.data.text.template import get_template
+from megatron_gmai.data.text.tokenizer import Tokenizer
 
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
 Share = tuple[int, int] | None

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.remote import copy, filesystem, is_url
+from megatron_gmai.data.sources.remote import copy, filesystem, is_url
 
 INDEX_FILE = "index.npy"
 MANIFEST_FILE = "index.json"
@@ -372,13 +373,3 @@ def save_index(folder: Path, rows: np.ndarray) -> None:
     partial = folder / "index.partial.npy"
     np.save(partial, rows)
     partial.replace(folder / INDEX_FILE)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes under a name of this process alone, then renames: readers see all or nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -7,11 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_gmai.data.conversation import IMAGE_TAG, parse_conversation
-from megatron_gmai.data.dicom import is_dicom
-from megatron_gmai.data.image import check_size
+from megatron_gmai.data.images.decode import check_size
+from megatron_gmai.data.images.dicom import is_dicom
+from megatron_gmai.data.images.privacy import TIFF_MAGICS, bare_tiff
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.privacy import TIFF_MAGICS, bare_tiff
+from megatron_gmai.data.text.conversation import IMAGE_TAG, parse_conversation
 
 MAX_PAGES = 256
 KIND_TAG = 254  # NewSubfileType of TIFF 6.0
