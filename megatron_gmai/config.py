@@ -105,6 +105,16 @@ class DataConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", "--tp")
     pipeline_model_parallel_size: int = option(1, "pipeline stages", "--pp")
+    context_parallel_size: int = option(1, "ranks that share the tokens of a micro-batch", "--cp")
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, "chunks of layers per pipeline rank, run interleaved", "--vpp"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "the same, said by the decoder layers of a chunk"
+    )
+    pipeline_layout: str | None = option(
+        None, "decoder layers of each chunk in model order, as 6,9,9,8 (default: even)"
+    )
     sequence_parallel: bool = option(False, "split activations over the TP ranks between layers")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP ranks (ZeRO-1)")
     shard_strategy: str | None = option(
@@ -114,6 +124,9 @@ class ParallelConfig:
     )
     overlap_grad_reduce: bool = option(False, "reduce gradients during the backward pass")
     overlap_param_gather: bool = option(False, "gather parameters during the forward pass")
+    ddp_bucket_size: int | None = option(
+        None, "parameters per bucket of an overlapped reduction (default: Megatron's, 40 million)"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.configs import hf_config
-from megatron_gmai.convert.mapping import VISION, Shape, leftover_shapes, rows
+from megatron_gmai.convert.mapping import VISION, leftover_shapes, rows
 from megatron_gmai.convert.processor import processor_files
+from megatron_gmai.weights import Shape
 
 
 def write_pretrained(

@@ -9,19 +9,20 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_gmai.config import Config
+from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
@@ -29,6 +30,7 @@ from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
 from megatron_gmai.training.rng import restore_rng, sharded_rng
 from megatron_gmai.training.safe_metadata import check_metadata
+from megatron_gmai.training.weights import named_weights, sharded_weights
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -62,12 +64,14 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     position: Position,
-    model: DistributedDataParallel,
+    chunks: Sequence[GMAIVL],
     optimizer: MegatronOptimizer | None,
     config: Config,
     groups: Groups,
 ) -> Path:
     """Write `folder/iter_N` from all ranks; earlier checkpoints stay as they are.
+
+    The weights must be whole (`finish_param_gather`).
 
     Raises:
         CheckpointError: writing failed (a full disk, say). What was written is removed.
@@ -89,7 +93,8 @@ def save_checkpoint(
 
     try:
         on_first_rank(begin)
-        write_sharded(_sharded_state(model.module, optimizer, groups, loading=False), temporary)
+        state = _sharded_state(chunks, config.model, optimizer, groups, loading=False)
+        write_sharded(state, temporary)
         on_first_rank(finish)
     except OSError as error:
         if dist.get_rank() == 0:
@@ -161,11 +166,12 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]
 
 def load_checkpoint(
     checkpoint: Checkpoint,
-    model: DistributedDataParallel,
+    chunks: Sequence[GMAIVL],
+    model: ModelConfig,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
 ) -> None:
-    """Fill the model, and the optimizer if given, from a checkpoint of any layout.
+    """Fill the chunks, and the optimizer if given, from a checkpoint of any layout.
 
     Raises:
         CheckpointError: the checkpoint is of another model, or holds no optimizer state.
@@ -177,27 +183,20 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    state = _sharded_state(model.module, optimizer, groups, loading=True)
+    state = _sharded_state(chunks, model, optimizer, groups, loading=True)
+    parts = dict(state["model"])
     if not checkpoint.names.issuperset(state.get("rng", ())):
         del state["rng"]  # of another layout
     loaded = _load(checkpoint, state)
-    _set_weights(model.module, loaded["model"])
+    with torch.no_grad():
+        for weight, parameter in named_weights(chunks, model):
+            parameter.copy_(loaded["model"][weight.name])
     for saved in loaded.get("rng", {}).values():
         restore_rng(saved)
     if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
         optimizer_state.restore(
-            optimizer, model.module, loaded["optimizer"], checkpoint.position.optimizer_steps
+            optimizer, parts, loaded["optimizer"], checkpoint.position.optimizer_steps
         )
-
-
-def load_weights(checkpoint: Checkpoint, model: GMAIVL, groups: Groups) -> None:
-    """Fill a model without gradient buffers, for inference, from a checkpoint of any layout.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model.
-    """
-    loaded = _load(checkpoint, _sharded_state(model, None, groups, loading=True))
-    _set_weights(model, loaded["model"])
 
 
 def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
@@ -214,23 +213,14 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _set_weights(model: GMAIVL, weights: dict[str, Any]) -> None:
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all(name.endswith("_extra_state") for name in missing)  # Megatron's linears: empty
-
-
 def _sharded_state(
-    model: GMAIVL,
+    chunks: Sequence[GMAIVL],
+    model: ModelConfig,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
     loading: bool,
 ) -> dict[str, Any]:
-    metadata = {
-        "dp_cp_group": groups.dp_cp,
-        "non_homogeneous_layers": True,  # a key per layer: the canonical names
-    }
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {"model": sharded_weights(chunks, model, groups)}
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
         state["rng"] = sharded_rng(groups)

@@ -35,7 +35,7 @@ def sharded(
                     for kind, tensor in _tensors(inner, entry.data).items()
                 }
                 for key, entry in model_state.items()
-                if hasattr(entry, "data") and _trains(entry.data)
+                if _is_updated_by(inner, entry.data)
             }
         state[str(index)] = tensors
         if _scaler(inner) is not None:
@@ -44,16 +44,19 @@ def sharded(
 
 
 def restore(
-    optimizer: MegatronOptimizer, model: torch.nn.Module, loaded: dict[str, Any], steps: int
+    optimizer: MegatronOptimizer,
+    model_state: dict[str, Any],
+    loaded: dict[str, Any],
+    steps: int,
 ) -> None:
     """Put loaded tensors and the number of steps into an optimizer that `allocate` prepared."""
     for index, inner in enumerate(_inner(optimizer)):
         if isinstance(inner, DistributedOptimizer):
             inner.load_parameter_state_from_fully_reshardable(loaded[str(index)])
         else:
-            for name, parameter in model.named_parameters():
-                if _trains(parameter):
-                    for kind, tensor in _tensors(inner, parameter).items():
+            for name, entry in model_state.items():
+                if _is_updated_by(inner, entry.data):
+                    for kind, tensor in _tensors(inner, entry.data).items():
                         tensor.copy_(loaded[str(index)][name][kind])
         _set_steps(inner.optimizer, steps)
         if _scaler(inner) is not None:
@@ -90,8 +93,10 @@ def _scaler(inner: Any) -> Any:
     return getattr(inner, "grad_scaler", None)
 
 
-def _trains(parameter: Any) -> bool:
-    return isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad
+def _is_updated_by(inner: Any, parameter: Tensor) -> bool:
+    """Whether this optimizer, of those that share the model, has the parameter or its master."""
+    master = getattr(parameter, "main_param", parameter)
+    return any(master is own for group in inner.param_groups for own in group["params"])
 
 
 def _tensors(inner: Any, parameter: Tensor) -> dict[str, Tensor]:

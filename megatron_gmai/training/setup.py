@@ -18,10 +18,8 @@ from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_gmai.layout import Layout
-from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.runtime.device import Device
-from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.model.gmai_vl import build_chunks
+from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
     Position,
@@ -59,9 +57,8 @@ class Run:
     """A run that is ready to take its first step."""
 
     config: Config
-    device: Device
-    groups: Groups
-    model: DistributedDataParallel
+    world: World
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     step: TrainStep
     dataset: PackDataset
@@ -118,68 +115,67 @@ def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Toke
     return dataclasses.replace(config, data=data, model=model), tokenizer
 
 
-def build_run(
-    config: Config, tokenizer: Tokenizer, start: Start, device: Device, groups: Groups
-) -> Run:
+def build_run(config: Config, tokenizer: Tokenizer, start: Start, world: World) -> Run:
     """Model, optimizer, data stream and position of a run, from a complete configuration."""
-    first = dist.get_rank() == 0
     dataset = open_dataset(
         config.data,
         tokenizer,
         config.model.vision,
         config.train.seed,
-        Path(config.run.work_dir) / "rejected.jsonl" if first else None,
+        Path(config.run.work_dir) / "rejected.jsonl" if world.is_first_rank else None,
         run=config.train.global_batch_size,
     )
-    model = wrap_for_training(build_model(config, start, device, groups), config, groups)
-    optimizer = build_optimizer(model, config, device, groups)
-    checkpoint = start.resume or start.load
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, model, optimizer if start.resume else None, groups)
-    if start.resume is None:
-        optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
+    chunks, optimizer = build_model(config, start, world)
     position = start.resume.position if start.resume else Position()
     if position.bookmark is not None:
         dataset.open_at(position.bookmark)
-    packs = total_packs(config, dataset, device)
+    packs = total_packs(config, dataset, world)
     train = config.train
-    micro_batches = Layout.of(config.parallel, dist.get_world_size()).micro_batches(train)
+    step = TrainStep(
+        chunks,
+        optimizer,
+        world,
+        world.layout.micro_batches(train),
+        train.micro_batch_size * config.data.max_length,
+    )
     return Run(
         config=config,
-        device=device,
-        groups=groups,
-        model=model,
+        world=world,
+        chunks=chunks,
         optimizer=optimizer,
-        step=TrainStep(
-            model,
-            optimizer,
-            device,
-            groups,
-            micro_batches,
-            train.micro_batch_size * config.data.max_length,
-        ),
+        step=step,
         dataset=dataset,
-        batches=open_batches(config, dataset, groups, position, packs),
+        batches=open_batches(config, dataset, world, position, packs),
         position=position,
         total_iterations=total_iterations(config, packs, position),
     )
 
 
-def build_model(config: Config, start: Start, device: Device, groups: Groups) -> GMAIVL:
-    """The stage of this rank with its start weights; a checkpoint's are loaded later."""
-    model = GMAIVL(config, device, groups)
-    if start.llava is not None:
-        fill(model, open_pretrained(start.llava).weights)
+def build_model(
+    config: Config, start: Start, world: World
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """This rank's chunks and their optimizer, with the weights that the run starts from."""
+    chunks = build_chunks(config, world)
+    wrapped = wrap_for_training(chunks, config, world.groups)
+    optimizer = build_optimizer(wrapped, config, world.device, world.groups)
+    checkpoint = start.resume or start.load
+    if checkpoint is not None:
+        state = optimizer if start.resume else None
+        load_checkpoint(checkpoint, chunks, config.model, state, world.groups)
+    elif start.llava is not None:
+        fill(chunks, config.model, open_pretrained(start.llava).weights)
     else:
-        fill(model, SeededWeights(config.model, config.train.seed))
-    return model
+        fill(chunks, config.model, SeededWeights(config.model, config.train.seed))
+    if start.resume is None:
+        optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
+    return wrapped, optimizer
 
 
 def open_batches(
-    config: Config, dataset: PackDataset, groups: Groups, position: Position, packs: int | None
+    config: Config, dataset: PackDataset, world: World, position: Position, packs: int | None
 ) -> Iterator[MicroBatch]:
     """This data-parallel rank's micro-batches, from the position on; pixels only where needed."""
-    train = config.train
+    train, groups = config.train, world.groups
     return iterate(
         dataset,
         groups.dp.rank(),
@@ -189,12 +185,11 @@ def open_batches(
         start_pack=position.consumed_packs,
         total_packs=packs,
         num_workers=config.data.num_workers,
-        with_pixels=groups.is_first_stage,
-        image_share=(groups.tp.rank(), groups.tp.size()),
+        image_share=groups.image_share if world.holds_first_chunk else None,
     )
 
 
-def total_packs(config: Config, dataset: PackDataset, device: Device) -> int | None:
+def total_packs(config: Config, dataset: PackDataset, world: World) -> int | None:
     """Packs of a run of so many epochs, None for a run of so many steps.
 
     Where neither a file nor the checkpoint tells, every epoch has to be planned for it, a second
@@ -203,8 +198,8 @@ def total_packs(config: Config, dataset: PackDataset, device: Device) -> int | N
     train = config.train
     if train.train_iters is not None:
         return None
-    packs = dataset.total_packs(train.epochs) if dist.get_rank() == 0 else 0
-    tensor = torch.tensor([packs], dtype=torch.int64, device=device.torch_device)
+    packs = dataset.total_packs(train.epochs) if world.is_first_rank else 0
+    tensor = torch.tensor([packs], dtype=torch.int64, device=world.device.torch_device)
     dist.broadcast(tensor, src=0)
     return int(tensor)
 

@@ -1,5 +1,6 @@
 """The layout does not change the mathematics: every layout gives what one process gives."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 
@@ -10,7 +11,7 @@ from torch.multiprocessing import ProcessRaisedException
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.training.weights import SeededWeights
 from tests.parallel.batches import MODEL, global_batch
-from tests.parallel.cases import STEPS, Case, Outcome, World, identify, run_case, run_cases
+from tests.parallel.cases import STEPS, Case, Outcome, Processes, identify, run_case, run_cases
 from tests.parallel.world import run_world
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -27,6 +28,31 @@ ALL = ParallelConfig(
     pipeline_model_parallel_size=2,
     sequence_parallel=True,
     use_distributed_optimizer=True,
+)
+# Many small buckets: a cluster's model has many of any size.
+SMALL_BUCKETS = dataclasses.replace(OVERLAP_ZERO, ddp_bucket_size=4000)
+TP2_SMALL_BUCKETS = dataclasses.replace(SMALL_BUCKETS, tensor_model_parallel_size=2)
+CP2 = ParallelConfig(context_parallel_size=2)
+CP2_ALL = dataclasses.replace(SMALL_BUCKETS, context_parallel_size=2)
+TP2_CP2 = ParallelConfig(
+    tensor_model_parallel_size=2,
+    context_parallel_size=2,
+    sequence_parallel=True,
+    use_distributed_optimizer=True,
+)
+PP2_UNEVEN = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layout="1,3")
+PP2_VIT_ALONE = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layout="0,4")
+VPP2 = ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
+VPP2_UNEVEN = dataclasses.replace(VPP2, pipeline_layout="0,2,1,1")
+VPP2_ALL = dataclasses.replace(
+    SMALL_BUCKETS,
+    pipeline_model_parallel_size=2,
+    num_virtual_stages_per_pipeline_rank=2,
+    tensor_model_parallel_size=2,
+    sequence_parallel=True,
+)
+PP2_CP2 = dataclasses.replace(
+    SMALL_BUCKETS, pipeline_model_parallel_size=2, context_parallel_size=2
 )
 PP2_ZERO = ParallelConfig(
     pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True
@@ -53,11 +79,25 @@ CASES = {
         *(Case(f"dp2-overlap-stage{stage}", OVERLAP, stage) for stage in STAGES),
         *(Case(f"dp2-overlap-zero-stage{stage}", OVERLAP_ZERO, stage) for stage in STAGES),
         Case("dp2-two-packs-a-micro-batch", DP2, micro_batch_size=2),
+        *(Case(f"dp2-small-buckets-stage{stage}", SMALL_BUCKETS, stage) for stage in STAGES),
+        *(Case(f"cp2-stage{stage}", CP2, stage) for stage in STAGES),
+        Case("cp2-two-packs-a-micro-batch", CP2, micro_batch_size=2),
+        Case("pp2-uneven", PP2_UNEVEN),
+        Case("pp2-vit-alone", PP2_VIT_ALONE),
+        *(Case(f"vpp2-stage{stage}", VPP2, stage) for stage in STAGES),
+        Case("vpp2-uneven", VPP2_UNEVEN),
+        Case("vpp2-recompute", VPP2, selective_recompute=0.5),
     ],
     4: [
         *(Case(f"tp2-pp2-sp-zero-stage{stage}", ALL, stage) for stage in STAGES),
         *(Case(f"tp2-dp2-sp-stage{stage}", TP2_SP, stage) for stage in STAGES),
         Case("pp2-dp2-zero-overlap", PP2_ZERO),
+        *(Case(f"tp2-dp2-small-buckets-stage{stage}", TP2_SMALL_BUCKETS, stage) for stage in STAGES),
+        *(Case(f"tp2-cp2-sp-zero-stage{stage}", TP2_CP2, stage) for stage in STAGES),
+        Case("cp2-dp2-small-buckets", CP2_ALL),
+        Case("pp2-cp2", PP2_CP2),
+        *(Case(f"vpp2-tp2-all-stage{stage}", VPP2_ALL, stage) for stage in STAGES),
+        Case("cp4", dataclasses.replace(CP2, context_parallel_size=4)),
     ],
 }
 FAULTS = [
@@ -69,9 +109,9 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def references() -> dict[int, Outcome]:
     """What one process gives in each stage."""
-    world = World()
-    found = {stage: run_case(Case("reference", stage=stage), world) for stage in STAGES}
-    world.close()
+    processes = Processes()
+    found = {stage: run_case(Case("reference", stage=stage), processes) for stage in STAGES}
+    processes.close()
     return found
 
 
