@@ -63,8 +63,9 @@ def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> tuple[int, ..
     chunks = parallel.pipeline_model_parallel_size * virtual
     if parallel.pipeline_layout is None:
         return (_quotient(num_layers, chunks, "layers", "PP x virtual stages"),) * chunks
-    counts = tuple(int(word) for word in parallel.pipeline_layout.split(","))
-    if len(counts) != chunks or sum(counts) != num_layers or min(counts) < 0:
+    words = parallel.pipeline_layout.split(",")
+    counts = tuple(int(word) for word in words if word.strip().isdecimal())
+    if len(words) != chunks or len(counts) != chunks or sum(counts) != num_layers:
         raise ValueError(
             f"--pipeline-layout {parallel.pipeline_layout}: {chunks} numbers (PP x virtual stages) "
             f"that sum to {num_layers} layers are needed"

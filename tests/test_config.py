@@ -2,13 +2,22 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_gmai.config import Config, TrainConfig
-from megatron_gmai.layout import Layout, Recompute
+from megatron_gmai.config import Config, ParallelConfig, TrainConfig
+from megatron_gmai.layout import (
+    Chunk,
+    ImageShare,
+    Layout,
+    Recompute,
+    chunks_of_rank,
+    layers_of_chunks,
+    virtual_stages,
+)
 from megatron_gmai.presets import preset
 from megatron_gmai.validation import tokenizer_path, validate
 
@@ -95,9 +104,6 @@ class TestLayout:
         train = TrainConfig(micro_batch_size=8, global_batch_size=512)
         assert Layout(world_size=32, tensor=1, pipeline=1).micro_batches(train) == 2
 
-    def test_layers_spread_over_the_stages(self) -> None:
-        assert Layout(world_size=4, tensor=1, pipeline=4).layers_per_stage(32) == 8
-
     def test_remainders_are_errors(self) -> None:
         with pytest.raises(ValueError, match="6 processes do not divide by 4"):
             _ = Layout(world_size=6, tensor=2, pipeline=2).data
@@ -106,24 +112,71 @@ class TestLayout:
                 TrainConfig(global_batch_size=9)
             )
         with pytest.raises(ValueError, match="32 layers"):
-            Layout(world_size=3, tensor=1, pipeline=3).layers_per_stage(32)
+            layers_of_chunks(ParallelConfig(pipeline_model_parallel_size=3), 32)
+
+
+class TestChunks:
+    def test_layers_spread_evenly_over_the_stages(self) -> None:
+        parallel = ParallelConfig(pipeline_model_parallel_size=4)
+        assert layers_of_chunks(parallel, 32) == (8, 8, 8, 8)
+        (chunk,) = chunks_of_rank(parallel, 32, rank=1)
+        assert chunk == Chunk(range(8, 16), is_first=False, is_last=False)
+
+    def test_virtual_stages_take_turns_over_the_ranks(self) -> None:
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2
+        )
+        assert chunks_of_rank(parallel, 8, rank=0) == (
+            Chunk(range(0, 2), is_first=True, is_last=False, virtual=0),
+            Chunk(range(4, 6), is_first=False, is_last=False, virtual=1),
+        )
+        assert chunks_of_rank(parallel, 8, rank=1)[-1].is_last
+
+    def test_megatrons_other_flag_says_the_same(self) -> None:
+        by_layers = ParallelConfig(
+            pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2
+        )
+        assert virtual_stages(by_layers, 8) == 2
+
+    def test_a_list_gives_every_chunk_its_layers(self) -> None:
+        parallel = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layout="0,5")
+        assert [chunks_of_rank(parallel, 5, rank)[0].layers for rank in (0, 1)] == [
+            range(0, 0),
+            range(0, 5),
+        ]
+
+    @pytest.mark.parametrize("listed", ["1,2,2", "2,2", "-1,6"])
+    def test_a_list_that_does_not_add_up_is_refused(self, listed: str) -> None:
+        parallel = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layout=listed)
+        with pytest.raises(ValueError, match="2 numbers .* that sum to 5 layers"):
+            layers_of_chunks(parallel, 5)
+
+
+class TestImageShare:
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+    @pytest.mark.parametrize("images", [0, 1, 2, 7, 16])
+    def test_every_image_has_one_rank_and_every_rank_the_same_number(
+        self, images: int, ranks: int
+    ) -> None:
+        runs = [ImageShare(index, ranks).own(images) for index in range(ranks)]
+        numbers = [number for run in runs for number in run if number < images]
+        assert numbers == list(range(images))
+        assert {len(run) for run in runs} == {max(1, math.ceil(images / ranks))}
 
 
 class TestRecompute:
-    def test_nothing_is_recomputed_unless_asked(self) -> None:
-        assert Recompute.of(Config()) == Recompute(None, None, None)
+    CHUNK = Chunk(range(8))
 
-    def test_a_share_becomes_a_number_of_layers_of_each_stage(self) -> None:
-        config = change(
-            Config(),
-            train={"selective_recompute": 0.5},
-            parallel={"pipeline_model_parallel_size": 4},
-        )
-        assert Recompute.of(config) == Recompute("full", "block", 4)
+    def test_nothing_is_recomputed_unless_asked(self) -> None:
+        assert Recompute.of(Config(), self.CHUNK) == Recompute(None, None, None)
+
+    def test_a_share_becomes_a_number_of_layers_of_each_chunk(self) -> None:
+        config = change(Config(), train={"selective_recompute": 0.5})
+        assert Recompute.of(config, self.CHUNK) == Recompute("full", "block", 4)
 
     def test_megatrons_own_settings_pass_through(self) -> None:
         config = change(Config(), train={"recompute_granularity": "selective"})
-        assert Recompute.of(config) == Recompute("selective", None, None)
+        assert Recompute.of(config, self.CHUNK) == Recompute("selective", None, None)
 
 
 class TestTokenizerPath:
@@ -171,7 +224,7 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
             "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
             "data": {"max_length": 511},
         },
-        "2: does not divide the tokens per pack .*511",
+        "--max-length 511: 511 tokens of a micro-batch do not divide by TP = 2",
     ),
     (2, {"train": {"global_batch_size": 9}}, "9: is no multiple of micro-batch 1 x DP 2 = 2"),
     (1, {"data": {"shards": None}}, "no data: nothing to train on"),
@@ -221,6 +274,72 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         },
         "--recompute-num-layers 3: a pipeline stage has 2 layers",
     ),
+    (
+        4,
+        {"parallel": {"context_parallel_size": 4, "tensor_model_parallel_size": 2}},
+        "TP 2 x CP 4 x PP 1 = 8 ranks per model: does not divide the 4 processes",
+    ),
+    (
+        3,
+        {"parallel": {"context_parallel_size": 3}},
+        "--context-parallel-size 3: does not divide the 4 attention heads and 2 query groups",
+    ),
+    (
+        4,
+        {
+            "parallel": {
+                "context_parallel_size": 2,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+            "data": {"max_length": 510},
+        },
+        "--max-length 510: 510 tokens of a micro-batch do not divide by TP x CP = 4",
+    ),
+    (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 3,
+            }
+        },
+        "PP x 3 virtual stages = 6 does not divide the 4 decoder layers",
+    ),
+    (
+        1,
+        {"parallel": {"num_virtual_stages_per_pipeline_rank": 2}},
+        "2 virtual stages: there is one pipeline rank",
+    ),
+    (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+            },
+            "train": {"global_batch_size": 3},
+        },
+        "2 virtual stages with 3 micro-batches a step: .* multiples of PP 2; choose "
+        "--global-batch-size as a multiple of 2",
+    ),
+    (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "num_layers_per_virtual_pipeline_stage": 1,
+            }
+        },
+        "two ways to say one thing",
+    ),
+    (
+        2,
+        {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layout": "3,x"}},
+        "--pipeline-layout 3,x: 2 numbers .* that sum to 4 layers are needed",
+    ),
+    (1, {"parallel": {"ddp_bucket_size": 0}}, "--ddp-bucket-size 0: out of range"),
 ]
 
 # (tower, its fields, part of the message): sizes come from files of start weights, not from flags

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gmai.config import Config, DataConfig, TrainConfig
+from megatron_gmai.config import Config, DataConfig
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import open_pretrained, write_pretrained
 from megatron_gmai.data.text.tokenizer import MODEL_FILE, load_tokenizer
@@ -80,11 +80,10 @@ def to_hf(flags: argparse.Namespace) -> None:
 
 def from_hf(flags: argparse.Namespace) -> None:
     """Hugging Face folder -> training checkpoint. Raises ValueError for the user's mistakes."""
-    from megatron_gmai.runtime.device import choose_device
-    from megatron_gmai.runtime.groups import build_groups, initialize_distributed, seed_everything
+    from megatron_gmai.model.gmai_vl import build_chunks
+    from megatron_gmai.runtime.world import open_world
     from megatron_gmai.training.checkpoint import Position, save_checkpoint
-    from megatron_gmai.training.optimizer import wrap_for_training
-    from megatron_gmai.training.setup import Start, build_model
+    from megatron_gmai.training.weights import fill
 
     source = Path(flags.model)
     pretrained = open_pretrained(source)
@@ -92,20 +91,14 @@ def from_hf(flags: argparse.Namespace) -> None:
     config = Config(
         model=pretrained.model,
         data=DataConfig(tokenizer=str(file)),
-        # Nothing trains, so no gradient buffers are made.
-        train=TrainConfig(freeze_vit=True, freeze_llm=True, freeze_projector=True),
     )
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, llava=str(source.absolute()))
+    run = dataclasses.replace(
+        config.run, llava=str(source.absolute()), device="cpu", dtype=flags.dtype
     )
-    device = choose_device("cpu", flags.dtype)
-    minutes = config.run.distributed_timeout_minutes
-    initialize_distributed(device, minutes)
-    groups = build_groups(config.parallel, minutes)
-    seed_everything(config.train.seed)
-    model = build_model(config, Start(llava=source), device, groups)
-    wrapped = wrap_for_training(model, config, groups)
-    save_checkpoint(Path(flags.output), Position(), wrapped, None, config, groups)
+    config = dataclasses.replace(config, run=run)
+    chunks = build_chunks(config, open_world(config))
+    fill(chunks, pretrained.weights)
+    save_checkpoint(Path(flags.output), Position(), chunks, None, config)
 
 
 def tokenizer_file(path: str | None) -> Path:

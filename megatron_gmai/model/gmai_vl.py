@@ -33,7 +33,7 @@ class GMAIVL(MegatronModule):
 
     def __init__(self, config: Config, chunk: Chunk, world: World) -> None:
         super().__init__(language_transformer_config(config, chunk, world.device))
-        self.chunk, self.groups = chunk, world.groups
+        self.chunk, self.groups, self.model_config = chunk, world.groups, config.model
         # Names that Megatron's schedule and gradient finalisation look for.
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.vp_stage = chunk.virtual

@@ -104,7 +104,7 @@ def build_groups(parallel: ParallelConfig, num_layers: int, timeout_minutes: flo
         use_local_synchronization=True,
     )
     mcore = ProcessGroupCollection.use_mpu_process_groups()
-    # Megatron reduces parameters marked `allreduce = False` (the "expert" ones of mixture-of-experts
+    # Megatron reduces parameters marked `allreduce = False` (the experts of mixture-of-experts
     # models) over a group of their own, in buckets of their own, with their optimizer state sharded
     # over that group. The vision tower needs just that: it has copies on the TP ranks too.
     mcore.expt_dp = mcore.tp_dp_cp

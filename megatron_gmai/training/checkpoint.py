@@ -22,10 +22,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_gmai.config import Config, ModelConfig
+from megatron_gmai.config import Config
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
 from megatron_gmai.training.rng import restore_rng, sharded_rng
@@ -67,7 +66,6 @@ def save_checkpoint(
     chunks: Sequence[GMAIVL],
     optimizer: MegatronOptimizer | None,
     config: Config,
-    groups: Groups,
 ) -> Path:
     """Write `folder/iter_N` from all ranks; earlier checkpoints stay as they are.
 
@@ -93,7 +91,7 @@ def save_checkpoint(
 
     try:
         on_first_rank(begin)
-        state = _sharded_state(chunks, config.model, optimizer, groups, loading=False)
+        state = _sharded_state(chunks, optimizer, loading=False)
         write_sharded(state, temporary)
         on_first_rank(finish)
     except OSError as error:
@@ -165,11 +163,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint,
-    chunks: Sequence[GMAIVL],
-    model: ModelConfig,
-    optimizer: MegatronOptimizer | None,
-    groups: Groups,
+    checkpoint: Checkpoint, chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None
 ) -> None:
     """Fill the chunks, and the optimizer if given, from a checkpoint of any layout.
 
@@ -183,13 +177,13 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    state = _sharded_state(chunks, model, optimizer, groups, loading=True)
+    state = _sharded_state(chunks, optimizer, loading=True)
     parts = dict(state["model"])
     if not checkpoint.names.issuperset(state.get("rng", ())):
         del state["rng"]  # of another layout
     loaded = _load(checkpoint, state)
     with torch.no_grad():
-        for weight, parameter in named_weights(chunks, model):
+        for weight, parameter in named_weights(chunks):
             parameter.copy_(loaded["model"][weight.name])
     for saved in loaded.get("rng", {}).values():
         restore_rng(saved)
@@ -214,16 +208,12 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharded_state(
-    chunks: Sequence[GMAIVL],
-    model: ModelConfig,
-    optimizer: MegatronOptimizer | None,
-    groups: Groups,
-    loading: bool,
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, loading: bool
 ) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": sharded_weights(chunks, model, groups)}
+    state: dict[str, Any] = {"model": sharded_weights(chunks)}
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
-        state["rng"] = sharded_rng(groups)
+        state["rng"] = sharded_rng(chunks[0].groups)
     return state
 
 

@@ -160,12 +160,11 @@ def build_model(
     optimizer = build_optimizer(wrapped, config, world.device, world.groups)
     checkpoint = start.resume or start.load
     if checkpoint is not None:
-        state = optimizer if start.resume else None
-        load_checkpoint(checkpoint, chunks, config.model, state, world.groups)
+        load_checkpoint(checkpoint, chunks, optimizer if start.resume else None)
     elif start.llava is not None:
-        fill(chunks, config.model, open_pretrained(start.llava).weights)
+        fill(chunks, open_pretrained(start.llava).weights)
     else:
-        fill(chunks, config.model, SeededWeights(config.model, config.train.seed))
+        fill(chunks, SeededWeights(config.model, config.train.seed))
     if start.resume is None:
         optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
     return wrapped, optimizer

@@ -20,24 +20,22 @@ from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.weights import Weight, local_shape, name_in_model, weights
 
 
-def named_weights(
-    chunks: Sequence[GMAIVL], model: ModelConfig
-) -> Iterator[tuple[Weight, Parameter]]:
+def named_weights(chunks: Sequence[GMAIVL]) -> Iterator[tuple[Weight, Parameter]]:
     """Every parameter on this rank with its row of the table."""
-    table = weights(model)
+    table = weights(chunks[0].model_config)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield table[name_in_model(chunk.chunk, name)], parameter
 
 
-def fill(chunks: Sequence[GMAIVL], model: ModelConfig, source: Mapping[str, Tensor]) -> None:
+def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor]) -> None:
     """Copy this rank's parts of whole tensors into the chunks.
 
     Raises:
         ValueError: a tensor that the model needs is missing, or has another shape.
     """
     with torch.no_grad():
-        for weight, parameter in named_weights(chunks, model):
+        for weight, parameter in named_weights(chunks):
             if weight.name not in source:
                 raise ValueError(f"the start weights hold no {weight.name!r}")
             tensor, tp = source[weight.name], chunks[0].groups.tp
@@ -50,11 +48,11 @@ def fill(chunks: Sequence[GMAIVL], model: ModelConfig, source: Mapping[str, Tens
 
 
 def sharded_weights(
-    chunks: Sequence[GMAIVL], model: ModelConfig, groups: Groups
+    chunks: Sequence[GMAIVL],
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """This rank's parameters as parts of the whole tensors that a checkpoint stores, by name."""
-    state = {}
-    for weight, parameter in named_weights(chunks, model):
+    state, groups = {}, chunks[0].groups
+    for weight, parameter in named_weights(chunks):
         assert parameter.shape == local_shape(weight, groups.tp.size())
         state[weight.name] = _sharded(weight, parameter, groups)
     return state

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +92,12 @@ class Processes:
         parallel_state.destroy_model_parallel()
         return lay_out(dataclasses.replace(self.device, dtype=DTYPES[dtype]), config)
 
+    def model(self, config: Config, source: Mapping[str, Tensor] | None = None) -> GMAIVL:
+        """The model of a layout that holds it in one chunk a rank, with the weights of `source`."""
+        (chunk,) = build_chunks(config, self.world(config))
+        fill([chunk], source or SeededWeights(config.model, seed=1))
+        return chunk
+
     def close(self) -> None:
         """Leave the world and give torch its own functions back."""
         destroy_groups()
@@ -135,7 +141,7 @@ class Trainer:
         self.case, self.config = case, case.config
         self.world = processes.world(self.config, case.dtype)
         self.chunks = build_chunks(self.config, self.world)
-        fill(self.chunks, MODEL, SeededWeights(MODEL, seed=1))
+        fill(self.chunks, SeededWeights(MODEL, seed=1))
         self.wrapped = wrap_for_training(self.chunks, self.config, self.world.groups)
         self.optimizer = build_optimizer(
             self.wrapped, self.config, self.world.device, self.world.groups
@@ -171,10 +177,7 @@ def share(iteration: int, micro_batch_size: int, groups: Groups) -> Iterator[Mic
 
 def whole_weights(chunks: list[GMAIVL], groups: Groups) -> tuple[dict[str, Tensor], list[str]]:
     """Every weight put together from the ranks, and the names whose copies are not identical."""
-    local = {
-        weight.name: parameter.detach().clone()
-        for weight, parameter in named_weights(chunks, MODEL)
-    }
+    local = {weight.name: parameter.detach().clone() for weight, parameter in named_weights(chunks)}
     ranks: list[tuple[int, dict[str, Tensor]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
     dist.all_gather_object(ranks, (groups.tp.rank(), local))
     whole, drifted = {}, []

@@ -92,7 +92,10 @@ CASES = {
         *(Case(f"tp2-pp2-sp-zero-stage{stage}", ALL, stage) for stage in STAGES),
         *(Case(f"tp2-dp2-sp-stage{stage}", TP2_SP, stage) for stage in STAGES),
         Case("pp2-dp2-zero-overlap", PP2_ZERO),
-        *(Case(f"tp2-dp2-small-buckets-stage{stage}", TP2_SMALL_BUCKETS, stage) for stage in STAGES),
+        *(
+            Case(f"tp2-dp2-small-buckets-stage{stage}", TP2_SMALL_BUCKETS, stage)
+            for stage in STAGES
+        ),
         *(Case(f"tp2-cp2-sp-zero-stage{stage}", TP2_CP2, stage) for stage in STAGES),
         Case("cp2-dp2-small-buckets", CP2_ALL),
         Case("pp2-cp2", PP2_CP2),

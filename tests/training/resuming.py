@@ -18,7 +18,7 @@ from megatron_gmai.training.checkpoint import (
 )
 from megatron_gmai.training.optimizer import finish_param_gather
 from megatron_gmai.training.optimizer_state import steps_taken
-from tests.parallel.batches import MODEL, PACKS
+from tests.parallel.batches import PACKS
 from tests.parallel.cases import STEPS, Case, Processes, Trainer
 
 SAVED_AFTER = 2  # steps of STEPS
@@ -51,13 +51,7 @@ def run_job(job: Job, processes: Processes, folder: Path) -> dict[int, list[floa
     trainer, first, rows = Trainer(job.case, processes), 0, {}
     if job.load_from is not None:
         checkpoint = open_checkpoint(folder / job.load_from)
-        load_checkpoint(
-            checkpoint,
-            trainer.chunks,
-            trainer.config.model,
-            trainer.optimizer,
-            trainer.world.groups,
-        )
+        load_checkpoint(checkpoint, trainer.chunks, trainer.optimizer)
         first = checkpoint.position.iteration
     for iteration in range(first, STEPS):
         result = trainer.step(iteration)
@@ -73,9 +67,7 @@ def save(trainer: Trainer, folder: Path, iteration: int, with_optimizer: bool = 
     )
     optimizer = trainer.optimizer if with_optimizer else None
     finish_param_gather(trainer.wrapped)
-    return save_checkpoint(
-        folder, position, trainer.chunks, optimizer, trainer.config, trainer.world.groups
-    )
+    return save_checkpoint(folder, position, trainer.chunks, optimizer, trainer.config)
 
 
 def a_full_disk_is_told_and_leaves_nothing(processes: Processes, folder: Path) -> None:

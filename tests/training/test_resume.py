@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_gmai.config import ParallelConfig
-from tests.parallel.cases import STEPS, Case, World
+from tests.parallel.cases import STEPS, Case, Processes
 from tests.parallel.world import run_world
 from tests.training.resuming import SAVED_AFTER, Job, run_job, run_jobs
 
@@ -60,7 +60,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rows]:
     # The world of two also tries a full disk, which concerns all ranks together.
     run_world(2, run_jobs, SAVED + SAME + OTHER[2], folder, True)
     run_world(4, run_jobs, OTHER[4], folder)
-    world = World()
+    world = Processes()
     for job in OTHER[1]:
         (folder / f"{job.name}.json").write_text(json.dumps(run_job(job, world, folder)))
     world.close()
