@@ -1,4 +1,4 @@
-"""Checkpoints: Megatron's distributed format in folders that are either whole or refused.
+"""Checkpoints: torch's distributed format in folders that are either whole or refused.
 
     SAVE/iter_0000100/     tensors of all ranks, in any layout's reach
                       manifest.json   written last: the size of every file, the position, the config
@@ -9,16 +9,12 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
@@ -26,10 +22,16 @@ from megatron_gmai.config import Config
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training import optimizer_state
-from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
-from megatron_gmai.training.rng import restore_rng, sharded_rng
+from megatron_gmai.training.checkpoint_files import (
+    first_failure,
+    on_first_rank,
+    read_pieces,
+    write_pieces,
+)
+from megatron_gmai.training.pieces import Piece
+from megatron_gmai.training.rng import restore_rng, rng_piece
 from megatron_gmai.training.safe_metadata import check_metadata
-from megatron_gmai.training.weights import named_weights, sharded_weights
+from megatron_gmai.training.weights import weight_pieces
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -91,8 +93,10 @@ def save_checkpoint(
 
     try:
         on_first_rank(begin)
-        state = _sharded_state(chunks, optimizer, loading=False)
-        write_sharded(state, temporary)
+        if optimizer is not None:
+            optimizer_state.allocate(optimizer)  # a run that is saved before its first step
+        written = [piece for writes, piece in _pieces(chunks, optimizer) if writes]
+        write_pieces(written, temporary)
         on_first_rank(finish)
     except OSError as error:
         if dist.get_rank() == 0:
@@ -177,27 +181,21 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    state = _sharded_state(chunks, optimizer, loading=True)
-    parts = dict(state["model"])
-    if not checkpoint.names.issuperset(state.get("rng", ())):
-        del state["rng"]  # of another layout
-    loaded = _load(checkpoint, state)
-    with torch.no_grad():
-        for weight, parameter in named_weights(chunks):
-            parameter.copy_(loaded["model"][weight.name])
-    for saved in loaded.get("rng", {}).values():
-        restore_rng(saved)
-    if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
-        optimizer_state.restore(
-            optimizer, parts, loaded["optimizer"], checkpoint.position.optimizer_steps
-        )
+    pieces = [piece for _, piece in _pieces(chunks, optimizer)]
+    # States of random numbers of another layout are left alone.
+    pieces = [p for p in pieces if not p.name.startswith("rng.") or p.name in checkpoint.names]
+    _read(checkpoint, pieces)
+    if optimizer is not None:
+        optimizer_state.set_steps(optimizer, checkpoint.position.optimizer_steps)
+    for piece in pieces:
+        if piece.name.startswith("rng."):
+            restore_rng(piece.tensor)
 
 
-def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
     try:
-        return dist_checkpointing.load(state, str(checkpoint.path))
-    except (CheckpointingException, UnpicklingError) as error:
-        problem = str(error)
+        read_pieces(pieces, checkpoint.path)
+        return
     except CheckpointException as error:  # torch's: not an Exception, so nobody else would see it
         problem = first_failure(error)
     raise CheckpointError(
@@ -207,14 +205,14 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _sharded_state(
-    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, loading: bool
-) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": sharded_weights(chunks)}
+def _pieces(
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None
+) -> Iterator[tuple[bool, Piece]]:
+    """All that this rank holds of a checkpoint, and whether this rank writes it."""
+    yield from weight_pieces(chunks)
     if optimizer is not None:
-        state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
-        state["rng"] = sharded_rng(chunks[0].groups)
-    return state
+        yield from optimizer_state.optimizer_pieces(optimizer, chunks)
+        yield rng_piece(chunks[0].groups)
 
 
 def _write_manifest(folder: Path, position: Position, config: Config, has_optimizer: bool) -> None:

@@ -8,16 +8,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.sharding import shard
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
-from megatron_gmai.weights import Weight, local_shape, name_in_model, weights
+from megatron_gmai.training.pieces import Piece, pieces_of_run
+from megatron_gmai.weights import Weight, name_in_model, weights
 
 
 def named_weights(chunks: Sequence[GMAIVL]) -> Iterator[tuple[Weight, Parameter]]:
@@ -47,37 +47,31 @@ def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor]) -> None:
             parameter.copy_(shard(weight, tensor, tp.rank(), tp.size()))
 
 
-def sharded_weights(
-    chunks: Sequence[GMAIVL],
-) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """This rank's parameters as parts of the whole tensors that a checkpoint stores, by name."""
-    state, groups = {}, chunks[0].groups
-    for weight, parameter in named_weights(chunks):
-        assert parameter.shape == local_shape(weight, groups.tp.size())
-        state[weight.name] = _sharded(weight, parameter, groups)
-    return state
+def weight_pieces(chunks: Sequence[GMAIVL]) -> Iterator[tuple[bool, Piece]]:
+    """This rank's parameters as boxes of whole tensors, and whether this rank writes them.
 
-
-def _sharded(
-    weight: Weight, parameter: Parameter, groups: Groups
-) -> ShardedTensor | ShardedTensorFactory:
-    """One part: where it lies along the cut dimension, and which of its copies this is.
-
-    The copy numbered 0 is written. Replicated weights have a copy on every tensor-parallel rank.
+    Every copy is read into, but one of them is written: the copies take turns, so that all
+    data-parallel ranks write at once.
     """
-    tp = groups.tp
-    is_cut = weight.cut != "none"
-    replica = (0, 0 if is_cut else tp.rank(), groups.dp_cp.rank())
-    dim = 1 if weight.cut == "columns" else 0
-    offsets = [(dim, tp.rank(), tp.size())] if is_cut else []
-    part = ShardedTensor.from_rank_offsets(
-        weight.name, parameter, *offsets, replica_id=replica,
-        # The padding of the vocabulary depends on the layout; what is padded is never read.
-        allow_shape_mismatch=weight.cut == "vocabulary",
-    )  # fmt: skip
-    if weight.cut == "gate_up":  # two parts of one tensor: this rank's gate and its up rows
-        return apply_swiglu_sharded_factory(part, ())
-    return part
+    groups = chunks[0].groups
+    for number, (weight, parameter) in enumerate(named_weights(chunks)):
+        writes = takes_turn(number, weight, groups, groups.dp_cp)
+        run = parameter.detach().view(-1)
+        local = tuple(parameter.shape)
+        for piece in pieces_of_run(weight.name, weight, local, groups.tp.rank(), run, 0):
+            yield writes, piece
+
+
+def takes_turn(number: int, weight: Weight, groups: Groups, copies: ProcessGroup) -> bool:
+    """Whether this rank's copy of the `number`-th weight is the one to write.
+
+    `copies` hold the same data; weights that are not cut have copies on the TP ranks as well.
+    """
+    turn, across = divmod(number, copies.size())
+    is_mine = copies.rank() == across
+    if weight.cut == "none":
+        is_mine &= groups.tp.rank() == turn % groups.tp.size()
+    return is_mine
 
 
 class SeededWeights(Mapping[str, Tensor]):

@@ -188,21 +188,6 @@ def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: Processe
         load_checkpoint(open_checkpoint(path), trainer.chunks, None)
 
 
-def test_a_program_in_the_common_file_is_not_run(folder: Path, alone: Processes) -> None:
-    class Program:
-        def __reduce__(self) -> tuple:
-            return os.system, (f"touch {folder / 'hacked'}",)
-
-    path = folder / "iter_0000003"
-    torch.save({"program": Program()}, path / "common.pt")
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    edit_manifest(path, files=files | {"common.pt": (path / "common.pt").stat().st_size})
-    trainer = Trainer(Case("run"), alone)
-    with pytest.raises(CheckpointError, match="iter_0000003 cannot be loaded"):
-        load_checkpoint(open_checkpoint(path), trainer.chunks, None)
-    assert not (folder / "hacked").exists()
-
-
 def test_another_model_is_told(
     folder: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,19 @@ TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
 ONE = ParallelConfig()
 ZERO = ParallelConfig(use_distributed_optimizer=True)
+# The gather of updated parameters is still under way when a step ends: saving has to finish it.
+OVERLAP = ParallelConfig(
+    use_distributed_optimizer=True,
+    overlap_grad_reduce=True,
+    overlap_param_gather=True,
+    ddp_bucket_size=4000,
+)
+VPP2 = ParallelConfig(
+    pipeline_model_parallel_size=2,
+    num_virtual_stages_per_pipeline_rank=2,
+    use_distributed_optimizer=True,
+)
+CP2 = ParallelConfig(context_parallel_size=2, use_distributed_optimizer=True)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -26,6 +39,8 @@ SAVED = [
     Job("tp2-stage3", Case("tp2", TP2, stage=3), save_to="from-tp2-stage3"),
     Job("zero-stage3", Case("zero", ZERO, stage=3), save_to="from-zero-stage3"),
     Job("tp2-bf16", Case("tp2", TP2, dtype="bf16"), save_to="from-tp2-bf16"),
+    Job("overlap-stage3", Case("overlap", OVERLAP, stage=3), save_to="from-overlap-stage3"),
+    Job("vpp2-stage3", Case("vpp2", VPP2, stage=3), save_to="from-vpp2-stage3"),
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
 ]
 SAME = [
@@ -42,6 +57,8 @@ OTHER = {
         Job("zero-from-tp2-stage3", Case("zero", ZERO, stage=3), load_from="from-tp2-stage3"),
         Job("pp2-from-tp2-stage1", Case("pp2", PP2, stage=1), load_from="from-tp2-stage1"),
         Job("pp2-from-zero-stage3", Case("pp2", PP2, stage=3), load_from="from-zero-stage3"),
+        Job("cp2-from-vpp2-stage3", Case("cp2", CP2, stage=3), load_from="from-vpp2-stage3"),
+        Job("vpp2-from-overlap-stage3", Case("v", VPP2, stage=3), load_from="from-overlap-stage3"),
         Job("tp2-from-zero-stage3", Case("tp2", TP2, stage=3), load_from="from-zero-stage3"),
     ],
     4: [
