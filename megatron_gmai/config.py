@@ -153,6 +153,9 @@ class TrainConfig:
     selective_recompute: float = option(
         0.0, "share of the decoder layers, 0 to 1, that are recomputed in the backward pass"
     )
+    vit_micro_batch_size: int = option(
+        32, "images that the vision tower encodes at once; of more, activations are recomputed"
+    )
     recompute_granularity: str | None = option(
         None, "Megatron's activation recomputation", choices=("full", "selective")
     )

@@ -57,6 +57,23 @@ PP2_CP2 = dataclasses.replace(
 PP2_ZERO = ParallelConfig(
     pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True
 )
+EIGHT = ParallelConfig(
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    sequence_parallel=True,
+    use_distributed_optimizer=True,
+    overlap_grad_reduce=True,
+    overlap_param_gather=True,
+    ddp_bucket_size=4000,
+)
+HALF_RECOMPUTED = (("selective_recompute", 0.5),)
+ATTENTION_RECOMPUTED = (("recompute_granularity", "selective"),)
+UNIFORM = (
+    ("recompute_granularity", "full"),
+    ("recompute_method", "uniform"),
+    ("recompute_num_layers", 1),
+)
+ONE_IMAGE = (("vit_micro_batch_size", 1),)
 STAGES = (1, 2, 3)
 ENCODED = sorted(
     number
@@ -74,7 +91,11 @@ CASES = {
         *(Case(f"pp2-stage{stage}", PP2, stage) for stage in STAGES),
         *(Case(f"dp2-stage{stage}", DP2, stage) for stage in STAGES),
         Case("tp2-sp", TP2_SP),
-        Case("tp2-sp-recompute", TP2_SP, selective_recompute=0.5),
+        Case("tp2-sp-recompute", TP2_SP, train=HALF_RECOMPUTED),
+        Case("tp2-sp-recompute-attention", TP2_SP, train=ATTENTION_RECOMPUTED),
+        Case("pp2-recompute-uniform", PP2, train=UNIFORM),
+        *(Case(f"tp2-vit-in-turns-stage{stage}", TP2, stage, train=ONE_IMAGE) for stage in STAGES),
+        Case("dp2-vit-in-turns", SMALL_BUCKETS, micro_batch_size=2, train=ONE_IMAGE),
         Case("dp2-zero", ZERO),
         *(Case(f"dp2-overlap-stage{stage}", OVERLAP, stage) for stage in STAGES),
         *(Case(f"dp2-overlap-zero-stage{stage}", OVERLAP_ZERO, stage) for stage in STAGES),
@@ -86,7 +107,7 @@ CASES = {
         Case("pp2-vit-alone", PP2_VIT_ALONE),
         *(Case(f"vpp2-stage{stage}", VPP2, stage) for stage in STAGES),
         Case("vpp2-uneven", VPP2_UNEVEN),
-        Case("vpp2-recompute", VPP2, selective_recompute=0.5),
+        Case("vpp2-recompute", VPP2, train=HALF_RECOMPUTED),
     ],
     4: [
         *(Case(f"tp2-pp2-sp-zero-stage{stage}", ALL, stage) for stage in STAGES),
@@ -102,10 +123,29 @@ CASES = {
         *(Case(f"vpp2-tp2-all-stage{stage}", VPP2_ALL, stage) for stage in STAGES),
         Case("cp4", dataclasses.replace(CP2, context_parallel_size=4)),
     ],
+    8: [
+        *(Case(f"tp2-pp2-dp2-all-stage{stage}", EIGHT, stage) for stage in STAGES),
+        Case("tp2-pp2-cp2-all", dataclasses.replace(EIGHT, context_parallel_size=2)),
+        Case(
+            "tp2-vpp2-cp2-all",
+            dataclasses.replace(
+                EIGHT, context_parallel_size=2, num_virtual_stages_per_pipeline_rank=2
+            ),
+        ),
+    ],
 }
 FAULTS = [
     Case("fault-not-summed", TP2, fault="vision gradients not summed over TP"),
     Case("fault-counted-twice", TP2_SP, fault="vision gradients counted once per TP rank"),
+    Case("fault-not-summed-over-cp", CP2, fault="vision gradients not summed over CP"),
+    Case("fault-mean-of-means", DP2, fault="mean of the micro-batches' means"),
+]
+# Wrong from the second step on, or in the loss itself.
+LOSS_FAULTS = [
+    Case("fault-boundaries", DP2, fault="segment boundaries off by one"),
+    Case(
+        "fault-stale-weights", SMALL_BUCKETS, fault="the gather of updated weights is not awaited"
+    ),
 ]
 
 
@@ -122,7 +162,7 @@ def references() -> dict[int, Outcome]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """The outcomes of all cases of a world size; the first question starts that world."""
     folder = tmp_path_factory.mktemp("outcomes")
-    cases = {1: CASES[1], 2: CASES[2] + FAULTS, 4: CASES[4]}
+    cases = {1: CASES[1], 2: CASES[2] + FAULTS + LOSS_FAULTS, 4: CASES[4], 8: CASES[8]}
 
     @cache
     def started(size: int) -> Exception | None:
@@ -165,6 +205,14 @@ def test_the_comparison_reveals_a_planted_fault(
     found, expected = outcomes(2)[case.name], references[3]
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-5)  # looks right at first
     assert found.grad_norms[0] != pytest.approx(expected.grad_norms[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", LOSS_FAULTS, ids=lambda case: case.fault)
+def test_the_losses_reveal_a_planted_fault(
+    case: Case, outcomes: Outcomes, references: dict[int, Outcome]
+) -> None:
+    found, expected = outcomes(2)[case.name], references[3]
+    assert found.losses != pytest.approx(expected.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
