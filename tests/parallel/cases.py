@@ -1,4 +1,4 @@
-"""One parity case: a layout, a training stage, and what its steps gave."""
+"""One parity case: a layout, a training phase, and what its steps gave."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ from megatron_gmai.weights import weights
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4
-STAGES: dict[int, dict[str, Any]] = {
+PHASES: dict[int, dict[str, Any]] = {
     1: {"freeze_vit": True, "freeze_llm": True},
     2: {"freeze_llm": True},
     3: {},
@@ -49,11 +49,11 @@ STAGES: dict[int, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layout (of the world it is run in) and a stage; `fault` plants a bug on purpose."""
+    """A layout (of the world it is run in) and a phase; `fault` plants a bug on purpose."""
 
     name: str
     parallel: ParallelConfig = ParallelConfig()
-    stage: int = 3
+    phase: int = 3
     micro_batch_size: int = 1
     train: tuple[tuple[str, Any], ...] = ()  # further settings
     fault: str = "none"
@@ -64,7 +64,7 @@ class Case:
         train = dataclasses.replace(
             CONFIG.train,
             micro_batch_size=self.micro_batch_size,
-            **STAGES[self.stage],
+            **PHASES[self.phase],
             **dict(self.train),
         )
         return dataclasses.replace(CONFIG, parallel=self.parallel, train=train)
