@@ -178,9 +178,7 @@ class RunConfig:
     )
     work_dir: str = option("runs/train", "metrics, checkpoints, logs and the saved config")
     save: str | None = option(None, "checkpoint folder (default: WORK_DIR/checkpoints)")
-    load: str | None = option(
-        None, "start a new phase from the weights of this checkpoint"
-    )
+    load: str | None = option(None, "start a new phase from the weights of this checkpoint")
     llava: str | None = option(None, "start from Hugging Face weights (original or transformers)")
     resume: bool = option(
         False,
@@ -200,8 +198,27 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the language model, whose own weights then stay as they are."""
+
+    llm_use_lora: bool = option(False, "train low-rank adapters in the language model's place")
+    lora_rank: int = option(16, "rank of the adapters", "--lora-r")
+    lora_alpha: float = option(32.0, "the adapters' output is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, "dropout before the adapters")
+    lora_targets: str = option(
+        "qkv,proj,fc1,fc2", "linears with an adapter: qkv, proj (attention), fc1, fc2 (MLP)"
+    )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The linears that have an adapter; none without `--llm-use-lora`."""
+        return tuple(self.lora_targets.split(",")) if self.llm_use_lora else ()
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_gmai.config import Config
 from megatron_gmai.layout import layers_of_chunks
 from megatron_gmai.layout_rules import Problem, batch_problems, layout_problems
+from megatron_gmai.weights import LORA_TARGETS
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -20,7 +21,7 @@ def validate(config: Config, world_size: int) -> None:
     ValueError that lists all problems.
     """
     _judge(
-        (_ranges, _model_sizes, layout_problems, batch_problems, _inputs, _start, _memory),
+        (_ranges, _model_sizes, layout_problems, batch_problems, _inputs, _start, _memory, _lora),
         config,
         world_size,
     )
@@ -239,6 +240,27 @@ def _memory(config: Config, world_size: int) -> Iterator[Problem]:
             "add --recompute-granularity full or leave them out",
         )
     yield from _recompute_layers(config)
+
+
+def _lora(config: Config, world_size: int) -> Iterator[Problem]:
+    lora = config.lora
+    for target in lora.targets:
+        if target not in LORA_TARGETS:
+            yield Problem(
+                f"--lora-targets {lora.lora_targets}",
+                f"{target!r} is no linear of a decoder layer",
+                f"choose from {','.join(LORA_TARGETS)}",
+            )
+    if lora.lora_rank < 1:
+        yield Problem(
+            f"--lora-rank {lora.lora_rank}", "out of range", "give a number of at least 1"
+        )
+    if not 0 <= lora.lora_dropout < 1:
+        yield Problem(
+            f"--lora-dropout {lora.lora_dropout}", "out of range", "give a number from 0 to below 1"
+        )
+    if not lora.lora_alpha > 0:
+        yield Problem(f"--lora-alpha {lora.lora_alpha}", "out of range", "give a number above 0")
 
 
 def _recompute_layers(config: Config) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from megatron_gmai.config import ModelConfig
+from megatron_gmai.config import LoraConfig, ModelConfig
 from megatron_gmai.layout import Chunk
 
 Shape = tuple[int, ...]
@@ -24,6 +24,13 @@ Cut = Literal["none", "vocabulary", "rows", "columns", "gate_up"]
 Tower = Literal["vision_model", "projector", "language_model"]
 Place = Literal["first", "layer", "last"]
 
+# Where adapters can be, by the words of `--lora-targets`: modules of a decoder layer.
+LORA_TARGETS = {
+    "qkv": "self_attention.linear_qkv",
+    "proj": "self_attention.linear_proj",
+    "fc1": "mlp.linear_fc1",
+    "fc2": "mlp.linear_fc2",
+}
 VOCABULARY_MULTIPLE = 128  # rows of the embedding on every tensor-parallel rank
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
@@ -42,6 +49,10 @@ class Weight:
     def tower(self) -> Tower:
         return cast(Tower, self.name.split(".")[0])
 
+    @property
+    def is_adapter(self) -> bool:
+        return ".lora." in self.name
+
     def is_in(self, chunk: Chunk) -> bool:
         """Whether the chunk holds it."""
         if self.place == "layer":
@@ -49,13 +60,18 @@ class Weight:
         return chunk.is_first if self.place == "first" else chunk.is_last
 
 
-def weights(model: ModelConfig) -> dict[str, Weight]:
-    """Every weight that is run, by name, in the order of the model.
+def weights(model: ModelConfig, lora: LoraConfig = LoraConfig()) -> dict[str, Weight]:  # noqa: B008
+    """Every weight that is run, by name, in the order of the model; adapters where there are some.
 
     CLIP's last layer and final norm never run (`VisionConfig.layers_used`), so they are not here.
     """
     rows = (*_vision(model), *_projector(model), *_language(model))
-    return {weight.name: weight for weight in rows}
+    table = {weight.name: weight for weight in rows}
+    for target in lora.targets:
+        for layer in range(model.language.num_layers):
+            base = table[f"{_decoder(layer)}.{LORA_TARGETS[target]}.weight"]
+            table |= {weight.name: weight for weight in _adapter(base, lora.lora_rank)}
+    return table
 
 
 def name_in_model(chunk: Chunk, name: str) -> str:
@@ -134,8 +150,21 @@ def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[Weight]:
         ("pre_mlp_layernorm", (hidden,), "none"),
     )
     for name, shape, cut in table:
-        full = f"language_model.decoder.layers.{layer}.{name}.weight"
-        yield Weight(full, shape, cut, "layer", layer)
+        yield Weight(f"{_decoder(layer)}.{name}.weight", shape, cut, "layer", layer)
+
+
+def _decoder(layer: int) -> str:
+    return f"language_model.decoder.layers.{layer}"
+
+
+def _adapter(base: Weight, rank: int) -> Iterator[Weight]:
+    """A [r, in] and B [out, r] of one linear: the side that the linear divides is divided."""
+    out, inside = base.shape
+    stem = f"{base.name.removesuffix('.weight')}.lora"
+    is_row_parallel = base.cut == "columns"
+    cut_of_a, cut_of_b = ("columns", "none") if is_row_parallel else ("none", base.cut)
+    yield Weight(f"{stem}.a", (rank, inside), cast(Cut, cut_of_a), "layer", base.layer)
+    yield Weight(f"{stem}.b", (out, rank), cast(Cut, cut_of_b), "layer", base.layer)
 
 
 def _affine(name: str, shape: Shape) -> Iterator[Weight]:

@@ -13,11 +13,13 @@ from megatron_gmai.config import Config
 from megatron_gmai.layout import Chunk
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.language import LanguageModel
+from megatron_gmai.model.lora import add_adapters
 from megatron_gmai.model.projector import Projector
 from megatron_gmai.model.transformer import language_transformer_config
 from megatron_gmai.model.vision_parallel import encode_shared
 from megatron_gmai.model.vit import VisionTower
 from megatron_gmai.runtime.world import World
+from megatron_gmai.weights import weights
 
 
 def build_chunks(config: Config, world: World) -> list["GMAIVL"]:
@@ -34,7 +36,8 @@ class GMAIVL(MegatronModule):
 
     def __init__(self, config: Config, chunk: Chunk, world: World) -> None:
         super().__init__(language_transformer_config(config, chunk, world.device))
-        self.chunk, self.groups, self.model_config = chunk, world.groups, config.model
+        self.chunk, self.groups = chunk, world.groups
+        self.table = weights(config.model, config.lora)
         # Names that Megatron's schedule and gradient finalisation look for.
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.vp_stage = chunk.virtual
@@ -49,6 +52,9 @@ class GMAIVL(MegatronModule):
         self.language_model = LanguageModel(
             self.config, config.model.language, config.train.loss_implementation, chunk, world
         )
+        if config.lora.llm_use_lora:
+            layers = self.language_model.decoder.layers
+            add_adapters(layers, config.lora, self.config, world.groups.tp)
         self._freeze(config)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -153,3 +159,6 @@ class GMAIVL(MegatronModule):
         }
         for name, module in self.named_children():
             module.requires_grad_(not frozen[name])
+        if config.lora.llm_use_lora:
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_(".lora." in name)

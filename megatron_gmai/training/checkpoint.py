@@ -95,7 +95,8 @@ def save_checkpoint(
         on_first_rank(begin)
         if optimizer is not None:
             optimizer_state.allocate(optimizer)  # a run that is saved before its first step
-        written = [piece for writes, piece in _pieces(chunks, optimizer) if writes]
+        pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+        written = [piece for writes, piece in pieces if writes]
         write_pieces(written, temporary)
         on_first_rank(finish)
     except OSError as error:
@@ -181,7 +182,15 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    pieces = [piece for _, piece in _pieces(chunks, optimizer)]
+    adapters = checkpoint.config.lora.llm_use_lora
+    if adapters and not any(weight.is_adapter for weight in chunks[0].table.values()):
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters of a language model. Continue with --llm-use-lora, "
+            "or merge them first (tools/convert_checkpoint.py)."
+        )
+    pieces = [piece for _, piece in _pieces(chunks, optimizer, adapters_only=adapters)]
+    # Adapters on top of a checkpoint without any keep the values that they start from.
+    pieces = [piece for piece in pieces if adapters or ".lora." not in piece.name]
     # States of random numbers of another layout are left alone.
     pieces = [p for p in pieces if not p.name.startswith("rng.") or p.name in checkpoint.names]
     _read(checkpoint, pieces)
@@ -206,10 +215,10 @@ def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
 
 
 def _pieces(
-    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, adapters_only: bool
 ) -> Iterator[tuple[bool, Piece]]:
     """All that this rank holds of a checkpoint, and whether this rank writes it."""
-    yield from weight_pieces(chunks)
+    yield from weight_pieces(chunks, adapters_only)
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
         yield rng_piece(chunks[0].groups)

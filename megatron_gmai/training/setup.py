@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_gmai.model.gmai_vl import build_chunks
+from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
@@ -42,6 +42,7 @@ class Start:
     resume: Checkpoint | None = None
     load: Checkpoint | None = None
     llava: Path | None = None
+    base: Checkpoint | None = None  # under a checkpoint that holds adapters only
 
     @property
     def model(self) -> ModelConfig | None:
@@ -80,11 +81,26 @@ def find_start(config: Config, log: Log) -> Start:
             log(f"passed over a checkpoint: {reason}")
         if checkpoint is not None:
             log(f"resuming from {checkpoint.path}")
-            return Start(resume=checkpoint)
+            return with_base(Start(resume=checkpoint), config)
         log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
     if run.load is not None:
-        return Start(load=open_checkpoint(Path(run.load)))
+        return with_base(Start(load=open_checkpoint(Path(run.load))), config)
     return Start(llava=Path(run.llava) if run.llava is not None else None)
+
+
+def with_base(start: Start, config: Config) -> Start:
+    """A checkpoint of adapters lies on top of the weights that its run began with: `--llava` or
+    `--load` of this run, or else of the run that saved it."""
+    checkpoint = start.resume or start.load
+    assert checkpoint is not None
+    if not checkpoint.config.lora.llm_use_lora:
+        return start
+    own, saved = config.run, checkpoint.config.run
+    llava = own.llava or saved.llava
+    if llava is not None:
+        return dataclasses.replace(start, llava=Path(llava))
+    load = (own.load if start.resume else None) or saved.load
+    return dataclasses.replace(start, base=open_checkpoint(Path(load)) if load else None)
 
 
 def with_sizes(config: Config, start: Start) -> Config:
@@ -159,15 +175,26 @@ def build_model(
     wrapped = wrap_for_training(chunks, config, world.groups)
     optimizer = build_optimizer(wrapped, config, world.device, world.groups)
     checkpoint = start.resume or start.load
+    if checkpoint is None or checkpoint.config.lora.llm_use_lora:
+        fill_base(chunks, config, start)
+    if config.lora.llm_use_lora:
+        seeded = SeededWeights(config.model, config.train.seed, config.lora)
+        fill(chunks, seeded, adapters=True)
     if checkpoint is not None:
         load_checkpoint(checkpoint, chunks, optimizer if start.resume else None)
-    elif start.llava is not None:
-        fill(chunks, open_pretrained(start.llava).weights)
-    else:
-        fill(chunks, SeededWeights(config.model, config.train.seed))
     if start.resume is None:
         optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
     return wrapped, optimizer
+
+
+def fill_base(chunks: Sequence[GMAIVL], config: Config, start: Start) -> None:
+    """Fill the model's own weights from where the run, or the adapters that it loads, began."""
+    if start.llava is not None:
+        fill(chunks, open_pretrained(start.llava).weights)
+    elif start.base is not None:
+        load_checkpoint(start.base, chunks, optimizer=None)
+    else:
+        fill(chunks, SeededWeights(config.model, config.train.seed))
 
 
 def open_batches(

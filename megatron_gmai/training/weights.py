@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_gmai.config import ModelConfig
+from megatron_gmai.config import LoraConfig, ModelConfig
 from megatron_gmai.convert.sharding import shard
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
@@ -22,20 +22,22 @@ from megatron_gmai.weights import Weight, name_in_model, weights
 
 def named_weights(chunks: Sequence[GMAIVL]) -> Iterator[tuple[Weight, Parameter]]:
     """Every parameter on this rank with its row of the table."""
-    table = weights(chunks[0].model_config)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            yield table[name_in_model(chunk.chunk, name)], parameter
+            yield chunk.table[name_in_model(chunk.chunk, name)], parameter
 
 
-def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor]) -> None:
-    """Copy this rank's parts of whole tensors into the chunks.
+def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor], adapters: bool = False) -> None:
+    """Copy this rank's parts of whole tensors into the chunks: the model's own weights, or its
+    adapters.
 
     Raises:
         ValueError: a tensor that the model needs is missing, or has another shape.
     """
     with torch.no_grad():
         for weight, parameter in named_weights(chunks):
+            if weight.is_adapter != adapters:
+                continue
             if weight.name not in source:
                 raise ValueError(f"the start weights hold no {weight.name!r}")
             tensor, tp = source[weight.name], chunks[0].groups.tp
@@ -47,14 +49,17 @@ def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor]) -> None:
             parameter.copy_(shard(weight, tensor, tp.rank(), tp.size()))
 
 
-def weight_pieces(chunks: Sequence[GMAIVL]) -> Iterator[tuple[bool, Piece]]:
+def weight_pieces(chunks: Sequence[GMAIVL], adapters_only: bool) -> Iterator[tuple[bool, Piece]]:
     """This rank's parameters as boxes of whole tensors, and whether this rank writes them.
 
+    With `adapters_only` the language model is its adapters: its own weights never change.
     Every copy is read into, but one of them is written: the copies take turns, so that all
     data-parallel ranks write at once.
     """
     groups = chunks[0].groups
     for number, (weight, parameter) in enumerate(named_weights(chunks)):
+        if adapters_only and weight.tower == "language_model" and not weight.is_adapter:
+            continue
         writes = takes_turn(number, weight, groups, groups.dp_cp)
         run = parameter.detach().view(-1)
         local = tuple(parameter.shape)
@@ -82,12 +87,17 @@ class SeededWeights(Mapping[str, Tensor]):
     stream of L layers are divided by sqrt(2 L).
     """
 
-    def __init__(self, model: ModelConfig, seed: int) -> None:
-        self.table, self.seed, self.model = weights(model), seed, model
+    def __init__(
+        self,
+        model: ModelConfig,
+        seed: int,
+        lora: LoraConfig = LoraConfig(),  # noqa: B008
+    ) -> None:
+        self.table, self.seed, self.model = weights(model, lora), seed, model
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.table[name].shape
-        if name.endswith("bias"):
+        if name.endswith(("bias", ".lora.b")):  # an adapter begins without effect
             return torch.zeros(shape)
         if "norm" in name or "ln_pre" in name:
             return torch.ones(shape)

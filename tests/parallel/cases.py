@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_gmai.config import Config, ParallelConfig
+from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
@@ -36,7 +36,6 @@ from megatron_gmai.training.optimizer import (
 )
 from megatron_gmai.training.step import StepResult, TrainStep
 from megatron_gmai.training.weights import SeededWeights, fill, named_weights
-from megatron_gmai.weights import weights
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4
@@ -56,6 +55,7 @@ class Case:
     phase: int = 3
     micro_batch_size: int = 1
     train: tuple[tuple[str, Any], ...] = ()  # further settings
+    lora: LoraConfig = LoraConfig()
     fault: str = "none"
     dtype: str = "fp32"
 
@@ -67,7 +67,7 @@ class Case:
             **PHASES[self.phase],
             **dict(self.train),
         )
-        return dataclasses.replace(CONFIG, parallel=self.parallel, train=train)
+        return dataclasses.replace(CONFIG, parallel=self.parallel, train=train, lora=self.lora)
 
 
 @dataclass
@@ -142,6 +142,8 @@ class Trainer:
         self.world = processes.world(self.config, case.dtype)
         self.chunks = build_chunks(self.config, self.world)
         fill(self.chunks, SeededWeights(MODEL, seed=1))
+        if case.lora.llm_use_lora:
+            fill(self.chunks, started_adapters(case.lora), adapters=True)
         self.wrapped = wrap_for_training(self.chunks, self.config, self.world.groups)
         self.optimizer = build_optimizer(
             self.wrapped, self.config, self.world.device, self.world.groups
@@ -158,6 +160,19 @@ class Trainer:
     def step(self, iteration: int) -> StepResult:
         batches = share(iteration, self.case.micro_batch_size, self.world.groups)
         return self._step(batches, self.config.train.lr)
+
+
+def started_adapters(lora: LoraConfig) -> dict[str, Tensor]:
+    """Adapters in the middle of training: A is not alone in having an effect."""
+    seeded = SeededWeights(MODEL, seed=1, lora=lora)
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: 0.1 * torch.randn(weight.shape, generator=generator)
+        if name.endswith(".b")
+        else seeded[name]
+        for name, weight in seeded.table.items()
+        if weight.is_adapter
+    }
 
 
 def count_images(chunk: GMAIVL, encoded: list[int]) -> None:
@@ -192,7 +207,7 @@ def whole_weights(chunks: list[GMAIVL], groups: Groups) -> tuple[dict[str, Tenso
     ranks: list[tuple[int, dict[str, Tensor]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
     dist.all_gather_object(ranks, (groups.tp.rank(), local))
     whole, drifted = {}, []
-    for name, weight in weights(MODEL).items():
+    for name, weight in chunks[0].table.items():
         pieces: dict[int, Tensor] = {}
         for tp_rank, tensors in ranks:
             if name in tensors:

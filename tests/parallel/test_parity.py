@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from megatron_gmai.config import ParallelConfig
+from megatron_gmai.config import LoraConfig, ParallelConfig
 from megatron_gmai.training.weights import SeededWeights
 from tests.parallel.batches import MODEL, global_batch
 from tests.parallel.cases import STEPS, Case, Outcome, Processes, identify, run_case, run_cases
@@ -74,7 +74,9 @@ UNIFORM = (
     ("recompute_num_layers", 1),
 )
 ONE_IMAGE = (("vit_micro_batch_size", 1),)
+LORA = LoraConfig(llm_use_lora=True, lora_rank=4, lora_alpha=8)
 PHASES = (1, 2, 3)
+WITH_LORA = 4  # trains everything, but of the language model the adapters only
 ENCODED = sorted(
     number
     for step in range(STEPS)
@@ -100,6 +102,11 @@ CASES = {
         *(Case(f"dp2-overlap-phase{phase}", OVERLAP, phase) for phase in PHASES),
         *(Case(f"dp2-overlap-zero-phase{phase}", OVERLAP_ZERO, phase) for phase in PHASES),
         Case("dp2-two-packs-a-micro-batch", DP2, micro_batch_size=2),
+        Case("lora-tp2", TP2, lora=LORA),
+        Case("lora-tp2-sp-recompute", TP2_SP, train=HALF_RECOMPUTED, lora=LORA),
+        Case("lora-vpp2", VPP2, lora=LORA),
+        Case("lora-cp2", CP2, lora=LORA),
+        Case("lora-dp2-small-buckets", SMALL_BUCKETS, lora=LORA),
         *(Case(f"dp2-small-buckets-phase{phase}", SMALL_BUCKETS, phase) for phase in PHASES),
         *(Case(f"cp2-phase{phase}", CP2, phase) for phase in PHASES),
         Case("cp2-two-packs-a-micro-batch", CP2, micro_batch_size=2),
@@ -119,6 +126,7 @@ CASES = {
         ),
         *(Case(f"tp2-cp2-sp-zero-phase{phase}", TP2_CP2, phase) for phase in PHASES),
         Case("cp2-dp2-small-buckets", CP2_ALL),
+        Case("lora-tp2-pp2-sp-zero", ALL, lora=LORA),
         Case("pp2-cp2", PP2_CP2),
         *(Case(f"vpp2-tp2-all-phase{phase}", VPP2_ALL, phase) for phase in PHASES),
         Case("cp4", dataclasses.replace(CP2, context_parallel_size=4)),
@@ -154,8 +162,13 @@ def references() -> dict[int, Outcome]:
     """What one process gives in each phase."""
     processes = Processes()
     found = {phase: run_case(Case("reference", phase=phase), processes) for phase in PHASES}
+    found[WITH_LORA] = run_case(Case("reference", lora=LORA), processes)
     processes.close()
     return found
+
+
+def reference_of(case: Case) -> int:
+    return WITH_LORA if case.lora.llm_use_lora else case.phase
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +202,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def test_a_layout_gives_what_one_process_gives(
     size: int, case: Case, outcomes: Outcomes, references: dict[int, Outcome]
 ) -> None:
-    found, expected = outcomes(size)[case.name], references[case.phase]
+    found, expected = outcomes(size)[case.name], references[reference_of(case)]
     assert found.drifted == []
     assert found.encoded == ENCODED  # each image once, whichever rank did it
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)

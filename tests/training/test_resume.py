@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_gmai.config import ParallelConfig
+from megatron_gmai.config import LoraConfig, ParallelConfig
 from tests.parallel.cases import STEPS, Case, Processes
 from tests.parallel.world import run_world
 from tests.training.resuming import SAVED_AFTER, Job, run_job, run_jobs
@@ -27,6 +27,7 @@ VPP2 = ParallelConfig(
     use_distributed_optimizer=True,
 )
 CP2 = ParallelConfig(context_parallel_size=2, use_distributed_optimizer=True)
+LORA = LoraConfig(llm_use_lora=True, lora_rank=4)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -41,6 +42,7 @@ SAVED = [
     Job("tp2-bf16", Case("tp2", TP2, dtype="bf16"), save_to="from-tp2-bf16"),
     Job("overlap-phase3", Case("overlap", OVERLAP, phase=3), save_to="from-overlap-phase3"),
     Job("vpp2-phase3", Case("vpp2", VPP2, phase=3), save_to="from-vpp2-phase3"),
+    Job("lora-phase3", Case("lora", TP2, lora=LORA), save_to="from-lora-phase3"),
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
 ]
 SAME = [
@@ -57,6 +59,7 @@ OTHER = {
         Job("zero-from-tp2-phase3", Case("zero", ZERO, phase=3), load_from="from-tp2-phase3"),
         Job("pp2-from-tp2-phase1", Case("pp2", PP2, phase=1), load_from="from-tp2-phase1"),
         Job("pp2-from-zero-phase3", Case("pp2", PP2, phase=3), load_from="from-zero-phase3"),
+        Job("vpp2-from-lora", Case("v", VPP2, lora=LORA), load_from="from-lora-phase3"),
         Job("cp2-from-vpp2-phase3", Case("cp2", CP2, phase=3), load_from="from-vpp2-phase3"),
         Job("vpp2-from-overlap-phase3", Case("v", VPP2, phase=3), load_from="from-overlap-phase3"),
         Job("tp2-from-zero-phase3", Case("tp2", TP2, phase=3), load_from="from-zero-phase3"),
