@@ -1,6 +1,6 @@
 """Which implementation of an op runs: Triton on a GPU, torch elsewhere, with one override.
 
-`auto` picks by the device of the input: `triton` for CUDA and ROCm tensors, `torch` for all others.
+`auto` picks by the device of the input: `torch` for CPU tensors, `triton` for all others.
 The override lives in a context variable, so it is local to a thread and restored on leaving the
 block.
 """
@@ -43,7 +43,7 @@ def chosen_implementation(tensor: Tensor) -> Literal["triton", "torch", "referen
     """Return the implementation that runs for an op whose main input is `tensor`."""
     name = _override.get()
     if name == "auto":
-        name = "triton" if tensor.is_cuda else "torch"
+        name = "torch" if tensor.device.type == "cpu" else "triton"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         raise ValueError(
             "implementation 'triton' needs the triton package: install the [gpu] extra, "

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gmai_kernels.ops import IMPLEMENTATIONS
+
 from .interpreter import Launch, Memory, interpret
 
 # In-place operations that overwrite their target without reading it.
@@ -96,6 +98,9 @@ class _OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.name() in IMPLEMENTATIONS:  # counted inside, kernel and torch operations
+            with self:
+                return IMPLEMENTATIONS[func.name()](*args, **kwargs)
         result = func(*args, **kwargs)
         moved = _moved_by(func, args, kwargs, result)
         if moved.total:
