@@ -41,15 +41,26 @@ def use_implementation(name: Implementation) -> Iterator[None]:
 
 def chosen_implementation(tensor: Tensor) -> Literal["triton", "torch", "reference"]:
     """Return the implementation that runs for an op whose main input is `tensor`."""
-    name = _override.get()
+    name = _overriding()
     if name == "auto":
         name = "torch" if tensor.device.type == "cpu" else "triton"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton" and not _has_triton():
         raise ValueError(
             "implementation 'triton' needs the triton package: install the [gpu] extra, "
             "or choose use_implementation('torch')"
         )
     return name
+
+
+# torch.compile can trace neither: it takes their answers when it compiles.
+@torch.compiler.assume_constant_result
+def _overriding() -> Implementation:
+    return _override.get()
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -78,7 +78,9 @@ def readable(tensor: Tensor) -> bool:
 
     Fake tensors (a dry run, torch.compile) have none.
     """
-    return tensor.device.type == "cpu" and detect_fake_mode((tensor,)) is None
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return detect_fake_mode((tensor,)) is None
 
 
 def check_vocabulary(columns: int, vocab_start: int, vocab_size: int | None, gathered: bool) -> int:

@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 from numerics import every_implementation, grad, leaf, running
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from gmai_kernels import linear_cross_entropy, rms_norm, vocab_parallel_cross_entropy
 
@@ -74,3 +72,34 @@ assert products == 2 * (3 + 2) * 2 * T * H * V, flops
 def test_a_7b_head_runs_on_a_device_that_does_not_exist():
     """Without data, memory or a host's look at a value; in a process of its own for the device."""
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)
+
+
+def head(x, scale, weight, labels):
+    """RMSNorm, an output layer and the loss."""
+    return vocab_parallel_cross_entropy(rms_norm(x, scale, 1e-5) @ weight.T, labels).sum()
+
+
+def fused_head(x, scale, weight, labels):
+    return linear_cross_entropy(rms_norm(x, scale, 1e-5), weight, labels).sum()
+
+
+# linear_cross_entropy writes its logits into strided rows, which a whole graph may not.
+@pytest.mark.parametrize(("function", "whole"), [(head, True), (fused_head, False)])
+def test_torch_compile_gives_the_same_gradients(function, whole):
+    torch.manual_seed(0)
+    x, scale, weight = torch.randn(16, 64), torch.ones(64), torch.randn(120, 64)
+    labels = torch.randint(0, 120, (16,))
+    results = []
+    for run in (function, torch.compile(function, backend="aot_eager", fullgraph=whole)):
+        leaves = leaf(x), leaf(scale), leaf(weight)
+        run(*leaves, labels).backward()
+        results.append([grad(tensor) for tensor in leaves])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
+
+
+def test_a_profile_names_the_kernels():
+    x, scale, weight = leaf(torch.randn(4, 64)), leaf(torch.ones(64)), leaf(torch.randn(50, 64))
+    with torch.profiler.profile() as profile:
+        fused_head(x, scale, weight, torch.arange(4)).backward()
+    names = {event.key.partition("::")[2] for event in profile.key_averages()}
+    assert {"rms_norm", "rms_norm_backward", "cross_entropy_statistics"} <= names
