@@ -28,7 +28,7 @@ setup(
         "tensorboard>=2.16.2",
     ],
     extras_require={
-        # Both are compiled against the installed torch: pip needs --no-build-isolation (docs/gpu.md).
+        # Compiled against the installed torch: pip needs --no-build-isolation (docs/gpu.md).
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn>=2.7,<2.9"],
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=15"],

@@ -138,7 +138,10 @@ class LanguageModel(MegatronModule):
         )
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token: [T or T / tp, 1, H], [T] -> fp32 [T], 0 where ignored."""
+        """Cross-entropy of each token: [T or T / tp, 1, H], [T] -> fp32 [T], 0 where ignored.
+
+        Labels may lie in host memory, and should where `hidden` is on a GPU (see `gmai_kernels`).
+        """
         weight = self.output_layer.weight
         collectives = tensor_parallel_collectives(self.groups.tp, self.config.sequence_parallel)
         where = dict(vocab_start=self.groups.tp.rank() * weight.size(0), vocab_size=self.vocab_size)
