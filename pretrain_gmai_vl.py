@@ -11,11 +11,13 @@ from pathlib import Path
 
 from megatron_gmai.cli import parse
 from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.training.preemption import REQUEUE_STATUS, postpone_stop_signals
 from megatron_gmai.training.resilience import run_guarded
 
 
 def main() -> None:
     config, notes = parse(sys.argv[1:])
+    postpone_stop_signals()
     # Imported once the flags are known to be right: `--help` and mistakes answer at once.
     quiet_libraries()
     import torch.distributed as dist
@@ -47,9 +49,12 @@ def main() -> None:
         save_config(config)
     run = build_run(config, tokenizer, start, device, groups)
     log(f"{run.total_iterations} steps, {dist.get_world_size()} processes on {device.kind}")
-    train(run)
+    finished = train(run)
     dist.barrier()
     dist.destroy_process_group()
+    if not finished:
+        log("stopped by a signal; --resume continues")
+        sys.exit(REQUEUE_STATUS)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,19 @@ from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import learning_rate
 from megatron_gmai.training.optimizer_state import steps_taken
+from megatron_gmai.training.preemption import stop_requested
 from megatron_gmai.training.setup import Run
 
 
-def train(run: Run) -> None:
-    """Take every step from the run's position to its end, saving on the way."""
+def train(run: Run) -> bool:
+    """Take every step from the run's position to its end, saving on the way.
+
+    False if a stop signal has come to some rank: the run is saved and can be resumed.
+    """
     config, total = run.config, run.total_iterations
     log = open_log(run)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
+    finished = True
     for iteration in range(run.position.iteration + 1, total + 1):
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
@@ -31,10 +36,16 @@ def train(run: Run) -> None:
             memory = highest_of_all_ranks(peak_memory_bytes(run.device), run.device)
             if log is not None:
                 log.write(make_row(iteration, result, lr, seconds, memory))
-        if iteration % save_every == 0 or iteration == total:
+        # A signal reaches the ranks between different steps: all stop after the same one.
+        stopped = bool(highest_of_all_ranks(int(stop_requested()), run.device))
+        if iteration % save_every == 0 or iteration == total or stopped:
             save(run, iteration)
+        if stopped and iteration < total:
+            finished = False
+            break
     if log is not None:
         log.close()
+    return finished
 
 
 def save(run: Run, iteration: int) -> None:
