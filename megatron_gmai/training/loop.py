@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmai.config import Config
+from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.runtime.device import Device, peak_memory_bytes
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
@@ -97,6 +98,10 @@ def highest_of_all_ranks(value: int, device: Device) -> int:
 
 
 def save_config(config: Config) -> None:
-    """Keep the effective configuration beside the run."""
+    """Keep the effective configuration beside the run, and its tokenizer beside the checkpoints:
+    with them the next phase has all it needs."""
     path = Path(config.run.work_dir) / "config.json"
     path.write_text(config.to_json(), encoding="utf-8")
+    assert config.data.tokenizer is not None and config.run.save is not None
+    Path(config.run.save).mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(config.data.tokenizer, config.run.save)

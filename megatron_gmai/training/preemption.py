@@ -1,9 +1,9 @@
-"""Stop signals: a warning before a time limit, or a preemption, becomes a checkpoint after the step.
+"""Stop signals: a warning before a time limit, or a preemption, becomes a checkpoint after a step.
 
 Slurm sends SIGUSR1 (`--signal`) and SIGTERM (preemption) to every process of a job, so the loader's
-processes must outlive them too, or the step in progress cannot end. A blocked signal is inherited by
-all threads and children, which a Python handler is not: the signals are blocked, and the loop asks
-between two steps whether one is pending.
+processes must outlive them too, or the step in progress cannot end. A blocked signal is inherited
+by all threads and children, which a Python handler is not: the signals are blocked, and the loop
+asks between two steps whether one is pending.
 """
 
 import signal
@@ -17,8 +17,10 @@ REQUEUE_STATUS = 85
 def postpone_stop_signals() -> None:
     """Keep stop signals pending. Call before any thread or child process is started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    # Starting this helper of multiprocessing unblocks SIGTERM (before Python 3.12), so it is started
-    # now and not with the loader, whose processes would inherit that.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # torchrun may have been told to ignore them
+    # Starting this helper of multiprocessing unblocks SIGTERM (before Python 3.12), so it is
+    # started now and not with the loader, whose processes would inherit that.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
