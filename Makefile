@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench bench-kernels bench-data clean
+.PHONY: help train test test-slurm lint bench bench-kernels bench-data clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -19,8 +19,13 @@ help:  ## show this list
 train: $(VENV)/.train  ## the quick start: real images, three stages, evaluation, export
 	$(RUN) -m examples.quickstart.run $(ARGS)
 
-test: $(VENV)/.dev  ## all tests
+test: $(VENV)/.dev  ## all tests (those of Slurm where it is installed)
 	$(RUN) -m pytest $(ARGS)
+
+test-slurm: export OMP_NUM_THREADS ?= 1
+test-slurm: $(VENV)/.dev  ## the Slurm template on a real Slurm (Debian: slurm-wlm munge; as root)
+	@command -v sbatch > /dev/null || { echo "apt-get install slurm-wlm munge" >&2; exit 1; }
+	$(RUN) -m pytest -m slurm tests/cluster $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -23,6 +23,7 @@ def main() -> None:
     import torch.distributed as dist
 
     from megatron_gmai.runtime.device import choose_device
+    from megatron_gmai.runtime.environment import record_start
     from megatron_gmai.runtime.groups import build_groups, initialize_distributed, seed_everything
     from megatron_gmai.training.loop import save_config, train
     from megatron_gmai.training.setup import build_run, find_start, with_data, with_sizes
@@ -47,6 +48,7 @@ def main() -> None:
     config, tokenizer = with_data(config, dist.barrier)
     if first:
         save_config(config)
+        record_start(Path(config.run.work_dir), dist.get_world_size())
     run = build_run(config, tokenizer, start, device, groups)
     log(f"{run.total_iterations} steps, {dist.get_world_size()} processes on {device.kind}")
     finished = train(run)
