@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 180  # about a phone's width, so that text keeps its size there
-LEFT, RIGHT, TOP, BOTTOM = 46, 6, 8, 20
+LEFT, RIGHT, TOP, BOTTOM = 46, 6, 16, 20
 COLUMNS = 240  # places in the width: steps that share one are drawn as mean and range
 LOG_FROM = 30.0  # highest over lowest value from which a logarithmic axis is easier to read
 Points = Sequence[tuple[float, float]]
@@ -25,6 +25,7 @@ class Mark:
     step: float
     style: str  # `restart` or `phase`
     title: str
+    label: str = ""  # written beside the line
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Scale:
     log: bool
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Scale":
+    def of(cls, values: Sequence[float], may_be_log: bool) -> "Scale":
         low, high = min(values), max(values)
-        if low > 0 and high / low > LOG_FROM:
+        if may_be_log and low > 0 and high / low > LOG_FROM:
             return cls(low, high, True)
         margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
         return cls(low - margin if low < 0 or low > margin else 0.0, high + margin, False)
@@ -64,15 +65,18 @@ class Scale:
         return [value for value in found if self.low <= value <= self.high]
 
 
-def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
-    """A figure; values that are not finite leave gaps. Empty text if there is nothing to draw."""
+def chart(
+    title: str, lines: Sequence[Line], marks: Sequence[Mark] = (), may_be_log: bool = True
+) -> str:
+    """A figure with the newest value of the last line that is not `lost`; values that are not
+    finite leave gaps. Empty text if there is nothing to draw."""
     lines = [Line([p for p in line.points if math.isfinite(p[1])], line.style) for line in lines]
     values = [value for line in lines for _, value in line.points]
     if not values:
         return ""
     steps = [step for line in lines for step, _ in line.points]
     first, last = min(steps), max(steps)
-    scale = Scale.of(values)
+    scale = Scale.of(values, may_be_log)
 
     def x(step: float) -> float:
         share = (step - first) / (last - first) if last > first else 0.5
@@ -85,9 +89,10 @@ def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
     parts += [_steps(first, last)]
     for line in lines:
         parts.append(_drawn(line, [(x(step), y(value)) for step, value in line.points]))
-    newest = next(line.points[-1][1] for line in lines if line.points)
+    newest = [line.points[-1][1] for line in lines if line.points and line.style == "line"][-1:]
+    told = number(newest[0]) if newest else ""
     return (
-        f"<figure><figcaption>{html.escape(title)} <b>{number(newest)}</b></figcaption>"
+        f"<figure><figcaption>{html.escape(title)} <b>{told}</b></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(parts)}</svg></figure>"
     )
@@ -134,6 +139,7 @@ def _mark(mark: Mark, x: float) -> str:
     return (
         f'<path class="{mark.style}" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}">'
         f"<title>{html.escape(mark.title)}</title></path>"
+        f'<text x="{x + 3:.1f}" y="{TOP - 5}">{html.escape(mark.label)}</text>'
     )
 
 

@@ -3,7 +3,7 @@
 import html
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ from megatron_gmai.report.charts import Line, Mark, chart, number
 from megatron_gmai.report.read import RunRecord
 from megatron_gmai.report.rejected import by_reason, pictures
 
-# (title, key in metrics.jsonl, divided by)
+# (title, key in metrics.jsonl, divided by, logarithmic where its range is wide)
 SERIES = (
-    ("loss", "loss", 1),
-    ("gradient norm", "grad_norm", 1),
-    ("tokens per second", "tokens_per_s", 1),
-    ("seconds per step", "step_time_s", 1),
-    ("pack fill, %", "pack_fill", 0.01),
-    ("learning rate", "lr", 1),
-    ("images per step", "images", 1),
-    ("supervised tokens per step", "supervised_tokens", 1),
-    ("peak memory of a rank, GiB", "peak_memory_bytes", 2**30),
+    ("loss", "loss", 1, True),
+    ("gradient norm", "grad_norm", 1, True),
+    ("tokens per second", "tokens_per_s", 1, True),
+    ("seconds per step", "step_time_s", 1, True),
+    ("pack fill, %", "pack_fill", 0.01, False),
+    ("learning rate", "lr", 1, False),
+    ("images per step", "images", 1, False),
+    ("supervised tokens per step", "supervised_tokens", 1, False),
+    ("peak memory of a rank, GiB", "peak_memory_bytes", 2**30, False),
 )
 
 
@@ -43,11 +43,15 @@ def render_page(runs: Sequence[RunRecord], title: str) -> str:
             "<h2>Starts</h2>",
             _table(("run", "began (UTC)", "steps", "taken back", "lasted"), _attempt_rows(runs)),
             "<h2>Rejected samples</h2>",
-            *(_rejected(run) for run in runs),
+            *(_rejected(run) for run in runs if run.rejections),
+            "" if any(run.rejections for run in runs) else "<p>none</p>",
             "<h2>Settings</h2>",
-            f"<details><summary>{len(runs)} run(s)</summary>{_settings(runs)}</details>",
-            "<h2>Environment</h2>",
-            *(_environment(run) for run in runs),
+            f"<details><summary>of {len(runs)} run(s)</summary>",
+            _compared(runs, [_flat(run.config) for run in runs]),
+            "</details><h2>Environment</h2>",
+            "<details><summary>of the newest start of each run</summary>",
+            _compared(runs, [run.starts[-1] if run.starts else {} for run in runs]),
+            "</details>",
             "</html>",
         ]
     )
@@ -79,13 +83,13 @@ def _tiles(runs: Sequence[RunRecord]) -> str:
 
 def _charts(runs: Sequence[RunRecord]) -> Iterator[str]:
     starts = _offsets(runs)
-    marks = [Mark(start, "phase", f"{run.name} begins") for run, start in starts[1:]]
+    marks = [Mark(start, "phase", f"{run.name} begins", run.name) for run, start in starts[1:]]
     marks += [
         Mark(start + attempt.first, "restart", f"{run.name} starts again at {attempt.first}")
         for run, start in starts
         for attempt in run.attempts[1:]
     ]
-    for title, key, unit in SERIES:
+    for title, key, unit, may_be_log in SERIES:
         lines = [
             Line([(start + row["iteration"], row[key] / unit) for row in run.rows if key in row])
             for run, start in starts
@@ -96,7 +100,7 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[str]:
                 for run, start in starts
                 for lost in map(dict, _lost(run))
             ]
-        yield chart(title, lines, marks)
+        yield chart(title, lines, marks, may_be_log)
 
 
 def _offsets(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, int]]:
@@ -131,9 +135,6 @@ def _attempt_rows(runs: Sequence[RunRecord]) -> Iterator[Sequence[str]]:
 
 
 def _rejected(run: RunRecord) -> str:
-    head = f"<h3>{_text(run.name)}</h3>"
-    if not run.rejections:
-        return f"{head}<p>none</p>"
     shards = _shards(run)
     rows = []
     for reason in by_reason(run.rejections):
@@ -143,7 +144,9 @@ def _rejected(run: RunRecord) -> str:
             for key, url in pictures(reason, shards)
         )  # fmt: skip
         rows.append((str(len(reason.rejections)), _text(reason.text), _text(sources), images))
-    return head + _table(("samples", "reason", "data sets", "pictures"), rows)
+    return f"<h3>{_text(run.name)}</h3>" + _table(
+        ("samples", "reason", "data sets", "pictures"), rows
+    )
 
 
 def _shards(run: RunRecord) -> Shards | None:
@@ -155,15 +158,15 @@ def _shards(run: RunRecord) -> Shards | None:
         return None
 
 
-def _settings(runs: Sequence[RunRecord]) -> str:
-    """One row a setting, one column a run; equal columns are written once."""
-    names = list(dict.fromkeys(name for run in runs for name in _flat(run.config)))
+def _compared(runs: Sequence[RunRecord], values: Sequence[dict[str, Any]]) -> str:
+    """One row a name, one column a run; what is the same for all is written once."""
+    names = [name for name in dict.fromkeys(name for of in values for name in of) if name != "time"]
     rows = []
     for name in names:
-        values = [_text(_flat(run.config).get(name, "")) for run in runs]
-        same = len(set(values)) == 1
-        rows.append((_text(name), *([values[0], *[""] * (len(values) - 1)] if same else values)))
-    return _table(("setting", *(_text(run.name) for run in runs)), rows)
+        cells = [_text(of.get(name, "")) for of in values]
+        same = len(set(cells)) == 1
+        rows.append((_text(name), *([cells[0], *[""] * (len(cells) - 1)] if same else cells)))
+    return _table(("", *(_text(run.name) for run in runs)), rows)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -175,19 +178,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _environment(run: RunRecord) -> str:
-    if not run.starts:
-        return f"<h3>{_text(run.name)}</h3><p>not recorded</p>"
-    rows = [(_text(key), _text(value)) for key, value in run.starts[-1].items() if key != "time"]
-    return f"<h3>{_text(run.name)}</h3>{_table(('of the newest start', ''), rows)}"
-
-
 def _table(head: Sequence[str], rows: Any) -> str:
     """Cells are HTML already."""
-    cell: Callable[[str, str], str] = lambda kind, text: f"<{kind}>{text}</{kind}>"  # noqa: E731
-    lines = [("th", head), *(("td", row) for row in rows)]
-    body = "".join(f"<tr>{''.join(cell(kind, text) for text in row)}</tr>" for kind, row in lines)
-    return f"<div class=wide><table>{body}</table></div>"
+    lines = ["".join(f"<th>{cell}" for cell in head)]
+    lines += ["".join(f"<td>{cell}" for cell in row) for row in rows]
+    return f"<div class=wide><table><tr>{'<tr>'.join(lines)}</table></div>"
 
 
 def _moment(seconds: float) -> str:

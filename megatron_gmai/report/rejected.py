@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection
+from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.shards.format import Shards, StoredSample
 
 PICTURES = 4  # of each reason
@@ -67,26 +68,32 @@ def pictures(reason: Reason, shards: Shards) -> Iterator[tuple[str, str]]:
 
 
 def find_sample(shards: Shards, rejection: Rejection) -> StoredSample | None:
-    """The sample of a ledger's key: `DATA_SET/NUMBER`, or `SHARD@OFFSET` if that was not readable.
+    """The sample of a ledger's key, `DATA_SET/NUMBER`; None if the shards do not hold it.
 
-    Within a data set our shards keep the order of the records, so that a search by halves reads a
-    few annotations only.
+    Shards keep the records of a data set in a shuffled order that follows from their count, so the
+    place of a number in that order is known, and halving finds it: a few annotations are read.
     """
     names = [source.name for source in shards.manifest.sources]
     number = rejection.key.rpartition("/")[2]
     if rejection.source not in names or not number.isdecimal():
         return None
-    rows = np.flatnonzero(shards.rows["source"] == names.index(rejection.source))
+    source = names.index(rejection.source)
+    info = shards.manifest.sources[source]
+    records = info.samples + info.rejected
+    if int(number) >= records:
+        return None
+    place = np.argsort(permutation(records, 0, source))  # of each record
+    rows = np.flatnonzero(shards.rows["source"] == source)
     low, high = 0, len(rows)
     try:
         while low < high:
             middle = (low + high) // 2
-            if _number(shards, int(rows[middle])) < int(number):
+            if place[_number(shards, int(rows[middle]))] < place[int(number)]:
                 low = middle + 1
             else:
                 high = middle
         stored = shards.read(int(rows[low])) if low < len(rows) else None
-    except ValueError:  # a damaged sample, or shards that are no longer there
+    except (ValueError, IndexError):  # damaged, no longer there, or made by another tool
         return None
     return stored if stored is not None and stored.key == rejection.key else None
 
