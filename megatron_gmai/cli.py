@@ -94,9 +94,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists every flag)")
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """One line of a file given as @FILE: flags and values as on a shell's line, # comments."""
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"a line of a file of flags cannot be read: {error}: {arg_line.strip()}")
 
 
 class _Once(argparse.Action):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 NODES = ("n1", "n2")
+KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL, Slurm's default
 
 
 def installed() -> bool:
@@ -150,7 +151,7 @@ class Slurm:
             "SelectTypeParameters": "CR_Core",
             "GresTypes": "gpu",
             "JobRequeue": 1,
-            "KillWait": 10,
+            "KillWait": KILL_WAIT,
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         lines += [
