@@ -74,7 +74,7 @@ def _tiles(runs: Sequence[RunRecord]) -> str:
         ("tokens per second", number(statistics.median(row["tokens_per_s"] for row in last.rows))),
         ("pack fill", f"{100 * statistics.fmean(row['pack_fill'] for row in last.rows):.1f} %"),
         ("peak memory", f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.2f} GiB"),
-        ("restarts", f"{sum(max(0, len(run.attempts) - 1) for run in runs)}"),
+        ("restarts", f"{sum(run.restarts for run in runs)}"),
         ("rejected samples", f"{len({r.key for run in runs for r in run.rejections})}"),
     ]
     cells = (f"<div><span>{_text(name)}</span><b>{_text(value)}</b></div>" for name, value in tiles)

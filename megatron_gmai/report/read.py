@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_gmai.data.ledger import Rejection, read_ledger
 
-METRICS_FILE = "metrics.jsonl"
-STARTS_FILE = "environment.jsonl"
+METRICS_FILE = "metrics.jsonl"  # of training/metrics.py
+STARTS_FILE = "environment.jsonl"  # of runtime/environment.py
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class RunRecord:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def restarts(self) -> int:
+        """A start that ended before its first logged step is no attempt, but it is written down."""
+        return max(0, len(self.attempts) - 1, len(self.starts) - 1)
 
     @property
     def last_step(self) -> int:
