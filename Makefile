@@ -11,7 +11,7 @@ CORE := tests/kernels tests/runtime tests/model \
 	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-latest test-lowest lint bench bench-kernels bench-data clean
+.PHONY: help train test test-slurm test-latest test-lowest lint bench bench-kernels bench-data clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -23,7 +23,7 @@ help:  ## show this list
 train: $(VENV)/.train  ## the quick start: real images, three stages, evaluation, export
 	$(RUN) -m examples.quickstart.run $(ARGS)
 
-test: $(VENV)/.dev  ## all tests
+test: $(VENV)/.dev  ## all tests (those of Slurm where it is installed)
 	$(RUN) -m pytest $(ARGS)
 
 test-latest: .venv-latest/.ready  ## core tests with the newest torch, Triton, megatron-core
@@ -33,6 +33,11 @@ test-latest: .venv-latest/.ready  ## core tests with the newest torch, Triton, m
 test-lowest: .venv-lowest/.ready  ## core tests with the lowest versions of setup.py, Python 3.11
 	.venv-lowest/bin/python -m pytest -m "not pinned" $(CORE) $(ARGS)
 	.venv-lowest/bin/python -m pytest -m core tests/parallel $(ARGS)
+
+test-slurm: export OMP_NUM_THREADS ?= 1
+test-slurm: $(VENV)/.dev  ## the Slurm template on a real Slurm (Debian: slurm-wlm munge; as root)
+	@command -v sbatch > /dev/null || { echo "apt-get install slurm-wlm munge" >&2; exit 1; }
+	$(RUN) -m pytest -m slurm tests/cluster $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m ruff check .

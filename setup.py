@@ -13,6 +13,7 @@ setup(
     python_requires=">=3.11",  # tested: 3.11, 3.12, 3.13
     packages=[*find_packages(include=["megatron_gmai", "megatron_gmai.*"]), *KERNEL_PACKAGES],
     package_dir={"gmai_kernels": "kernels"},
+    package_data={"megatron_gmai.report": ["style.css"]},
     # The lowest versions are those of requirements/lowest.txt, which `make test-lowest` tests.
     install_requires=[
         "torch>=2.10",  # the first with addmm(out_dtype=float32) into an fp32 matrix
