@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from megatron_gmai.data.images.decode import decode
-from megatron_gmai.data.images.dicom import decode_dicom
 from megatron_gmai.data.images.privacy import strip_metadata
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.shards.build import build_shards, check_record
@@ -83,7 +82,7 @@ def test_images(kind: str) -> None:
 def test_dicom_files() -> None:
     for data in mutations(dicom(np.arange(256).reshape(16, 16)), 200):
         try:
-            assert decode_dicom(data).dtype == np.uint8
+            assert decode(data).dtype == np.uint8
         except BadSample as error:
             assert str(error)
 

@@ -13,7 +13,6 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from megatron_gmai.data.images.decode import decode
-from megatron_gmai.data.images.dicom import decode_dicom
 from megatron_gmai.data.images.privacy import strip_metadata
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.build import check_record
@@ -79,6 +78,11 @@ def test_a_file_without_metadata_is_kept_as_it_is(kind: str) -> None:
     assert strip_metadata(data)[1] == data
 
 
+def grey(data: bytes) -> np.ndarray:
+    """The levels of a grey picture."""
+    return decode(data)[:, :, 0]
+
+
 def dicom(pixels: np.ndarray, **elements: Any) -> bytes:
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -100,36 +104,36 @@ class TestDicom:
     PIXELS = np.arange(4096).reshape(64, 64)
 
     def test_order_is_kept_and_nothing_turns_white(self) -> None:
-        levels = decode_dicom(dicom(self.PIXELS)).astype(int)
+        levels = grey(dicom(self.PIXELS)).astype(int)
         assert (np.diff(levels.ravel()) >= 0).all() and (levels == 255).mean() < 0.01
 
     def test_the_window_of_the_file_is_used_on_rescaled_values(self) -> None:
         window = {"WindowCenter": 40, "WindowWidth": 80}
         rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
-        levels = decode_dicom(dicom(self.PIXELS, **window, **rescale)).ravel().astype(int)
+        levels = grey(dicom(self.PIXELS, **window, **rescale)).ravel().astype(int)
         assert levels[1024] <= 8 and levels[1024 + 80] >= 247
         assert levels[1024 + 40] == pytest.approx(127, abs=3)
 
     def test_white_for_small_values_is_inverted(self) -> None:
-        inverted = decode_dicom(dicom(self.PIXELS, PhotometricInterpretation="MONOCHROME1"))
-        assert np.array_equal(255 - inverted, decode_dicom(dicom(self.PIXELS)))
+        inverted = grey(dicom(self.PIXELS, PhotometricInterpretation="MONOCHROME1"))
+        assert np.array_equal(255 - inverted, grey(dicom(self.PIXELS)))
 
     def test_several_frames_are_refused(self) -> None:
         twice = np.concatenate([self.PIXELS, self.PIXELS])
         with pytest.raises(BadSample, match="2 frames"):
-            decode_dicom(dicom(twice, NumberOfFrames=2, Rows=64))
+            grey(dicom(twice, NumberOfFrames=2, Rows=64))
 
     def test_a_damaged_file_is_refused(self) -> None:
         with pytest.raises(BadSample, match="DICOM"):
-            decode_dicom(dicom(self.PIXELS)[:3000])
+            grey(dicom(self.PIXELS)[:3000])
 
     def test_a_compressed_file_is_read(self) -> None:
         path = get_testdata_file("MR_small_RLE.dcm")
-        assert decode_dicom(Path(str(path)).read_bytes()).shape == (64, 64)
+        assert grey(Path(str(path)).read_bytes()).shape == (64, 64)
 
     def test_a_shard_gets_pixels_and_no_name(self, tmp_path: Path) -> None:
         (tmp_path / "slice.dcm").write_bytes(dicom(self.PIXELS))
         source = Source("A", (), (tmp_path,))
         _, [(suffix, data)] = check_record(record("<image>", "yes", "slice.dcm"), source)
         assert suffix == "png" and NAME not in data
-        assert np.array_equal(decode(data)[:, :, 0], decode_dicom(dicom(self.PIXELS)))
+        assert np.array_equal(decode(data)[:, :, 0], grey(dicom(self.PIXELS)))

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.images import decode as images
-from megatron_gmai.data.images.dicom import decode_dicom, is_dicom
-from megatron_gmai.data.images.privacy import encode_png, strip_metadata
-from megatron_gmai.data.images.tiff import take_pages
+from megatron_gmai.data.images.nifti import parse_rule
+from megatron_gmai.data.images.pages import take_pages
+from megatron_gmai.data.images.privacy import stored_image
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
 from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.shards.format import (
@@ -74,6 +73,9 @@ def build_shards(
     for a folder that holds shards of other inputs.
     """
     sources = [dataclasses.replace(s, tiff_pages=tiff_pages) for s in read_list(list_file)]
+    for source in sources:
+        if source.nifti_slices is not None:
+            parse_rule(source.nifti_slices)
     output = Path(output)
     inputs = fingerprint(sources)
     if (output / MANIFEST_FILE).exists():
@@ -120,6 +122,7 @@ def fingerprint(sources: Sequence[Source]) -> str:
             [str(root.resolve()) if root != Path() else "." for root in source.image_roots],
             *([remote.version(url) for url in source.annotation_urls], source.image_url),
             *([source.tiff_pages] if source.tiff_pages != "first" else []),
+            *([source.nifti_slices] if source.nifti_slices is not None else []),
         ]
         for source in sources
     ]
@@ -238,7 +241,7 @@ def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tupl
     names = image_names(record) if isinstance(record, dict) else []
     files = [_read_image(name, source) for name in names]
     if files:
-        record, files = take_pages(record, files, source.tiff_pages)
+        record, files = take_pages(record, files, source.tiff_pages, source.nifti_slices)
     parse_conversation(record, len(files))
     return record, [_checked_image(data, names) for data in files]
 
@@ -262,13 +265,7 @@ def _read_image(name: str, source: Source) -> bytes:
 def _checked_image(data: bytes, names: Sequence[str]) -> tuple[str, bytes]:
     """Suffix and bytes for the shard: decoded once to see that it can be, without metadata."""
     try:
-        if is_dicom(data):
-            return "png", encode_png(decode_dicom(data))
-        pixels = images.decode(data)
-        suffix, bare = strip_metadata(data)
-        if bare != data and not np.array_equal(images.decode(bare), pixels):
-            raise BadSample("its pixels change when metadata are removed")
-        return suffix, bare
+        return stored_image(data)
     except BadSample as error:
         raise BadSample(f"image {', '.join(names)}: {error}") from error
 

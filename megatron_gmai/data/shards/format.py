@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.images.formats import IMAGE_SUFFIXES
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.sources.remote import copy, filesystem, is_url
 
@@ -29,7 +30,6 @@ MANIFEST_FILE = "index.json"
 REJECTED_FILE = "rejected.jsonl"
 ORIGIN_FILE = "origin"  # beside a copy of an index: where the tar files are
 FORMAT = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif", "img")
 CAPTION_QUESTION = "Describe this image."
 OCTAL = re.compile(rb"[0-7]+")
 HEAD = 16_384  # bytes in which most annotations end
@@ -249,7 +249,7 @@ def parse_sample(span: bytes) -> StoredSample:
             record = _parse_record(data)
         elif suffix == "txt":
             caption = data.decode("utf-8", "replace")
-        elif kind.lower() in IMAGE_SUFFIXES:
+        elif kind.lower() in IMAGE_SUFFIXES or suffix.lower().endswith("nii.gz"):
             images.append((int(first) if first.isdecimal() else 0, suffix, data))
     if len(keys) != 1:
         raise BadSample("the tar members are not those of one sample")

@@ -36,6 +36,7 @@ class Source:
     image_url: str | None = None
     embedded_images: Path | None = None
     tiff_pages: str = "first"  # not of the list: see `pages.take_pages`
+    nifti_slices: str | None = None  # which slices of volumes are images: see `nifti.py`
 
 
 def read_list(path: str | os.PathLike[str]) -> list[Source]:
@@ -142,6 +143,7 @@ def _source(name: str, entry: Any, file: Path) -> Source:
         data_augment=_augment(entry),
         annotation_urls=urls,
         image_url=image_dir if remote else None,
+        nifti_slices=entry.get("nifti_slices"),
     )
 
 
