@@ -19,7 +19,7 @@ from megatron_gmai.data.shards.build import build_shards, check_record
 from megatron_gmai.data.shards.format import INDEX_FILE, MANIFEST_FILE, Shards, parse_sample
 from megatron_gmai.data.sources.mixture import Source, read_list
 from megatron_gmai.data.sources.records import Records, read_record
-from tests.data.test_privacy import dicom
+from tests.data.files import dicom
 from tests.data.world import encoded, mixed_records, picture
 
 MEMORY_LIMIT_KB = 1_500_000

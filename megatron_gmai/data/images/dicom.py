@@ -20,6 +20,7 @@ from megatron_gmai.data.ledger import BadSample
 
 # What pydicom gives as RGB, whatever the file holds.
 COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}
+CHUNK = 2**24
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
@@ -62,9 +63,15 @@ def _read(data: bytes) -> Any:
 
 def _check_deflated(data: bytes) -> None:
     """pydicom unpacks the whole data set at once: see before whether there is room (PS3.5, A.5)."""
-    start = 144 + struct.unpack_from("<I", data, 140)[0]  # behind the group of file meta elements
-    if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_VOLUME)) == MAX_VOLUME:
-        raise BadSample(f"unpacks to more than {MAX_VOLUME} bytes")
+    if data[132:136] != b"\x02\0\0\0":
+        raise BadSample("a deflated DICOM file that does not say where its data set starts")
+    start = 144 + struct.unpack_from("<I", data, 140)[0]
+    packed, size, unpacker = data[start:], 0, zlib.decompressobj(-zlib.MAX_WBITS)
+    while packed and not unpacker.eof:
+        size += len(unpacker.decompress(packed, CHUNK))
+        packed = unpacker.unconsumed_tail
+        if size > MAX_VOLUME:
+            raise BadSample(f"unpacks to more than {MAX_VOLUME} bytes")
 
 
 def _frame(file: Any, number: int) -> np.ndarray:

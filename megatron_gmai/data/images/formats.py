@@ -33,7 +33,12 @@ MAGICS = [
     ("PPM", re.compile(rb"P(?:[1-6]|f)\s")),
     ("NIfTI", re.compile(rb".{344}n\+1\0|.{4}n\+2\0", re.DOTALL)),
     # DICOM without preamble: an element of group 2 or 8, its VR in letters or a small length.
-    ("DICOM", re.compile(rb"[\x02\x08]\0.\0(?:[A-Z]{2}|.[\0-\x0f]\0\0)", re.DOTALL)),
+    (
+        "DICOM",
+        re.compile(
+            rb"[\x02\x08]\0.\0(?:[A-Z]{2}|.[\0-\x0f]\0\0)|\0[\x02\x08]\0.[A-Z]{2}", re.DOTALL
+        ),
+    ),
 ]
 # What strangers' data hold in place of images, for a reason that helps.
 OTHERS = [
