@@ -1,6 +1,7 @@
 """EXIF's orientation (tag 274): how a picture has to be turned to be seen upright."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -43,7 +44,9 @@ def jpeg_orientation(data: bytes) -> int:
     if b"\xff\xe1" not in data:
         return 1
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return orientation_of(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                return orientation_of(image)
     except Exception:  # as above; the decoder of the pixels has its own say
         return 1
