@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.foreign import index_shards
-from megatron_gmai.data.shards.format import REJECTED_FILE, Manifest
+from megatron_gmai.data.shards.index import REJECTED_FILE, Manifest
 
 
 def main(argv: list[str] | None = None) -> int:

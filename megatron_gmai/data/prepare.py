@@ -9,16 +9,12 @@ from pathlib import Path
 
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.loading.dataset import make_encoder
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import (
-    MANIFEST_FILE,
-    Shards,
-    copy_index,
-    read_manifest,
-)
+from megatron_gmai.data.shards.index import MANIFEST_FILE, copy_index, read_manifest
 from megatron_gmai.data.shards.lengths import token_lengths
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.remote import is_url
+from megatron_gmai.data.text.encoder import make_encoder
 from megatron_gmai.data.text.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
 
 

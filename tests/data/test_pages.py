@@ -16,7 +16,8 @@ from megatron_gmai.data.images.tiff import split_pages
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards.build import check_record
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source
 from tests.data.world import VISION, encoded, picture, record
 from tools.make_shards import main

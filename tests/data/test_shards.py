@@ -16,8 +16,9 @@ from PIL import Image
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.shards import build, lengths
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import MANIFEST_FILE, Shards
-from megatron_gmai.data.shards.lengths import Encoder
+from megatron_gmai.data.shards.index import MANIFEST_FILE
+from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.text.encoder import Encoder
 from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import encoded, mixed_records, open_list, picture, record
@@ -336,7 +337,7 @@ class TestTokenLengths:
         shards = Shards(tmp_path / "shards")
         expected = [(s.key, s.record) for s in map(shards.read, range(6))]
         for head in (10, 512, 600, 16_384):
-            monkeypatch.setattr("megatron_gmai.data.shards.format.HEAD", head)
+            monkeypatch.setattr("megatron_gmai.data.shards.reader.HEAD", head)
             assert list(map(shards.read_record, range(6))) == expected
 
 

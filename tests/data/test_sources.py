@@ -18,7 +18,7 @@ from megatron_gmai.data.loading.dataset import open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.remote import read_below
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, encoded, mixed_records, picture, record

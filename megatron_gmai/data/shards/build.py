@@ -26,13 +26,13 @@ from megatron_gmai.data.images.privacy import encode_png, strip_metadata
 from megatron_gmai.data.images.tiff import take_pages
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
 from megatron_gmai.data.plan.order import permutation
-from megatron_gmai.data.shards.format import (
+from megatron_gmai.data.shards.format import ShardWriter
+from megatron_gmai.data.shards.index import (
     MANIFEST_FILE,
     REJECTED_FILE,
     ROW,
     Manifest,
     ShardFile,
-    ShardWriter,
     SourceInfo,
     read_manifest,
     save_index,

@@ -19,18 +19,16 @@ import numpy as np
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line
-from megatron_gmai.data.shards.format import (
-    BLOCK,
+from megatron_gmai.data.shards.format import BLOCK, parse_sample, split_name
+from megatron_gmai.data.shards.index import (
     MANIFEST_FILE,
     REJECTED_FILE,
     ROW,
     Manifest,
     ShardFile,
     SourceInfo,
-    parse_sample,
     read_manifest,
     save_index,
-    split_name,
     write_manifest,
 )
 

@@ -4,71 +4,23 @@ Shards do not depend on the tokenizer; the table does, and carries a fingerprint
 the template, the tokens of an image and the length limit in its name.
 """
 
-import hashlib
-import json
 import multiprocessing
 import os
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
 from megatron_gmai.data.plan.windows import LENGTH_ROW
-from megatron_gmai.data.shards.format import Shards
-from megatron_gmai.data.text.conversation import parse_conversation
-from megatron_gmai.data.text.template import Rendered, Template, fit, render
-from megatron_gmai.data.text.tokenizer import Tokenizer
+from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.text.encoder import Encoder
 
 SAMPLES_PER_JOB = 4096
 # Half of LENGTH_ROW's memory, for tables whose numbers all fit.
 SHORT_ROW = np.dtype([("length", "<u2"), ("images_end", "<u2")])
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns stored samples into tokens. With `cut=True` (hard packing) samples may be longer than
-    `max_length`, since the packer cuts them."""
-
-    tokenizer: Tokenizer
-    template: Template
-    tokens_per_image: int
-    max_length: int
-    cut: bool = False
-    max_images: int | None = None  # in a pack, so in a sample too
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever a sample's tokens could."""
-        parts = [
-            self.tokenizer.fingerprint,
-            self.template.name,
-            self.tokens_per_image,
-            self.max_length,
-            self.cut,
-            self.max_images,
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    def encode(self, record: Mapping[str, Any], num_images: int) -> Rendered:
-        """Raises BadSample if the sample cannot be used at this length."""
-        if self.max_images is not None and num_images > self.max_images:
-            raise BadSample(f"{num_images} images, more than --max-images-per-pack")
-        conversation = parse_conversation(record, num_images)
-        rendered = render(conversation, self.template, self.tokenizer, self.tokens_per_image)
-        if not self.cut:
-            return fit(rendered, self.max_length)
-        if rendered.images_end > self.max_length:
-            raise BadSample(
-                f"the images end at token {rendered.images_end}, behind max_length "
-                f"{self.max_length}, and an image is never cut"
-            )
-        return rendered
 
 
 def token_lengths(
