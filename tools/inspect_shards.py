@@ -160,7 +160,7 @@ def render_sample(shards: Shards, encoder: Encoder, sample: int) -> str:
         rendered = encoder.encode(stored.record, len(stored.images))
         pictures = "".join(map(_thumbnail, stored.images))
     except BadSample as error:
-        return f"<div class=sample>{_text(shards.place(sample))}: {_text(error)}</div>"
+        return f"<div class=sample>{_text(shards.location(sample))}: {_text(error)}</div>"
     title = f"{_text(stored.key)}<br>{len(rendered.tokens)} tokens"
     return (
         f"<div class=sample><div>{pictures}<small>{title}</small></div>"

@@ -170,7 +170,7 @@ class TestFlag:
 
     def test_of_the_trainer(self, list_file: Path, tokenizer_file: Path, tmp_path: Path) -> None:
         data = DataConfig(datasets=str(list_file), tokenizer=str(tokenizer_file), tiff_pages="all")
-        data = prepare_data(data, VISION, tmp_path / "shards", True, lambda: None)
+        data = prepare_data(data, VISION, tmp_path / "shards")
         assert Shards(str(data.shards)).rows["images"].tolist() == [2, 2]
 
     def test_shards_of_the_other_choice_are_refused(self, list_file: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class TestUrls:
 
 def batches(data: DataConfig, tokenizer: Path, cache: Path) -> list[Any]:
     data = dataclasses.replace(data, tokenizer=str(tokenizer), max_length=128, max_rejected=0.9)
-    data = prepare_data(data, VISION, cache, True, lambda: None)
+    data = prepare_data(data, VISION, cache)
     dataset = open_dataset(data, load_tokenizer(tokenizer), VISION, 1, None)
     found = iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1))
     return [(b.keys, b.tokens.tolist(), b.pixel_values.tolist()) for b in found]

@@ -21,7 +21,7 @@ from megatron_gmai.data.shards.index import REJECTED_FILE
 from megatron_gmai.data.shards.lengths import token_lengths
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Use, read_uses
-from megatron_gmai.data.text.encoder import Encoder
+from megatron_gmai.data.text.encoder import Encoder, make_encoder
 from megatron_gmai.data.text.tokenizer import Tokenizer
 
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
@@ -151,7 +151,7 @@ class PackDataset:
         try:
             stored = self.shards.read(piece.sample)
         except BadSample as error:
-            place = self.shards.place(piece.sample)
+            place = self.shards.location(piece.sample)
             rejections.append(Rejection(place, self.shards.source_name(piece.sample), str(error)))
             return Segment(place, None, piece.start, piece.stop)
         rendered = self.encoder.encode(stored.record, len(stored.images))

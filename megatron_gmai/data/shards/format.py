@@ -20,7 +20,69 @@ import numpy as np
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.index import ROW
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "gif", "img")
+# Whatever is named like an image counts as one, so that none is left out because nothing reads it.
+IMAGE_SUFFIXES = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "tif",
+        "tiff",
+        "webp",
+        "bmp",
+        "gif",
+        "img",
+        "dcm",
+        "dicom",
+        "dic",
+        "nii",
+        "nii.gz",
+        "jp2",
+        "j2k",
+        "jpx",
+        "jpf",
+        "jpm",
+        "j2c",
+        "jls",
+        "jxl",
+        "jxr",
+        "avif",
+        "avifs",
+        "heic",
+        "heif",
+        "hif",
+        "pbm",
+        "pgm",
+        "ppm",
+        "pnm",
+        "pfm",
+        "svs",
+        "ndpi",
+        "scn",
+        "mrxs",
+        "vms",
+        "bif",
+        "czi",
+        "lif",
+        "tga",
+        "ico",
+        "dds",
+        "exr",
+        "hdr",
+        "psd",
+        "eps",
+        "svg",
+        "raw",
+        "dib",
+        "mha",
+        "mhd",
+        "nrrd",
+    ]
+)
+MAX_SAMPLE = 2**30  # bytes
 CAPTION_QUESTION = "Describe this image."
 OCTAL = re.compile(rb"[0-7]+")
 BLOCK = tarfile.BLOCKSIZE
@@ -44,14 +106,15 @@ class ShardWriter:
         self._file: BinaryIO = self._partial.open("wb")
         self._rows: list[tuple[int, int, int, int, int, int]] = []
 
-    def add(self, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> None:
-        """Appends a sample; `images` are (file suffix without dot, bytes)."""
+    def add(self, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> int:
+        """Appends a sample and returns its first byte; `images` are (suffix without dot, bytes)."""
         members = [(f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8"))]
         members += [(f"{key}.{i}.{suffix}", data) for i, (suffix, data) in enumerate(images)]
         span = b"".join(_member(name, data) for name, data in members)
         offset = self._file.tell()
         self._file.write(span)
         self._rows.append((0, 0, len(images), offset, len(span), zlib.crc32(span)))
+        return offset
 
     def close(self) -> np.ndarray:
         """Ends the tar file, gives it its name, and returns its rows (shard and source 0)."""
@@ -82,21 +145,30 @@ def parse_sample(span: bytes) -> StoredSample:
     for name, data in tar_members(span):
         key, suffix = split_name(name)
         keys.add(key)
-        first, _, kind = suffix.rpartition(".")
+        first, kind = _image_kind(suffix)
         if suffix == "json":
             record = parse_record(data)
         elif suffix == "txt":
             caption = data.decode("utf-8", "replace")
-        elif kind.lower() in IMAGE_SUFFIXES:
+        elif kind in IMAGE_SUFFIXES:
             images.append((int(first) if first.isdecimal() else 0, suffix, data))
     if len(keys) != 1:
         raise BadSample("the tar members are not those of one sample")
     images.sort(key=lambda image: image[:2])
     if caption is not None and "conversations" not in record:
+        if not images:
+            raise BadSample("a caption without an image of a known kind")
         record = {**record, "conversations": _caption_turns(caption, len(images))}
     if not record:
         raise BadSample("neither an annotation nor a caption")
     return StoredSample(keys.pop(), record, tuple(data for _, _, data in images))
+
+
+def _image_kind(suffix: str) -> tuple[str, str]:
+    """`0.png` -> `0`, `png`; `nii.gz` counts as one ending."""
+    parts = suffix.lower().split(".")
+    ends = 2 if parts[-2:] == ["nii", "gz"] else 1
+    return ".".join(parts[:-ends]), ".".join(parts[-ends:])
 
 
 def _caption_turns(caption: str, images: int) -> list[dict[str, str]]:

@@ -106,8 +106,12 @@ class Shards:
         stored = self.read(sample)
         return stored.key, stored.record
 
-    def place(self, sample: int) -> str:
-        """Where the sample lies; names it when its own key cannot be read."""
+    def rows_of(self, shard: int) -> np.ndarray:
+        """The index rows of one shard."""
+        return self.rows[int(self.first_rows[shard]) : int(self.first_rows[shard + 1])]
+
+    def location(self, sample: int) -> str:
+        """Tar file and first byte: another text for each sample, whatever its own key is."""
         row = self.rows[sample]
         return f"{self.manifest.shards[int(row['shard'])].name}@{row['offset']}"
 
