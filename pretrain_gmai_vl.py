@@ -42,7 +42,7 @@ def main() -> None:
     initialize_distributed(device, config.run.distributed_timeout_minutes)
     groups = build_groups(config.parallel, config.run.distributed_timeout_minutes)
     seed_everything(config.train.seed)
-    config, tokenizer = with_data(config, dist.barrier)
+    config, tokenizer = with_data(config)
     if first:
         save_config(config)
     run = build_run(config, tokenizer, start, device, groups)

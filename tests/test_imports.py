@@ -31,7 +31,7 @@ DATA_ROOMS = {
     "shards": {"plan", "text", "sources", "images"},
     "loading": {"plan", "text", "images", "sources", "shards"},
 }
-DATA_TOP = {"files", "ledger"}
+DATA_TOP = {"files", "ledger", "lock", "pool", "progress"}
 MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate"}
 
 

@@ -21,11 +21,12 @@ from PIL import Image
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection, read_ledger
-from megatron_gmai.data.loading.dataset import make_encoder
 from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.prepare import resolve_tokenizer
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
-from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.lengths import token_lengths
+from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.text.encoder import Encoder, make_encoder
 from megatron_gmai.data.text.template import IGNORE, Rendered
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 
@@ -159,7 +160,7 @@ def render_sample(shards: Shards, encoder: Encoder, sample: int) -> str:
         rendered = encoder.encode(stored.record, len(stored.images))
         pictures = "".join(map(_thumbnail, stored.images))
     except BadSample as error:
-        return f"<div class=sample>{_text(shards.place(sample))}: {_text(error)}</div>"
+        return f"<div class=sample>{_text(shards.location(sample))}: {_text(error)}</div>"
     title = f"{_text(stored.key)}<br>{len(rendered.tokens)} tokens"
     return (
         f"<div class=sample><div>{pictures}<small>{title}</small></div>"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_gmai.data.shards.format import Shards
-from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.shards.lengths import token_lengths
+from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.text.encoder import Encoder
 from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.data.world import mixed_records, open_list

@@ -16,7 +16,9 @@ from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.images.privacy import strip_metadata
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.shards.build import build_shards, check_record
-from megatron_gmai.data.shards.format import INDEX_FILE, MANIFEST_FILE, Shards, parse_sample
+from megatron_gmai.data.shards.format import parse_sample
+from megatron_gmai.data.shards.index import INDEX_FILE, MANIFEST_FILE
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source, read_list
 from megatron_gmai.data.sources.records import Records, read_record
 from tests.data.files import dicom

@@ -13,7 +13,8 @@ from megatron_gmai.data.images import formats, nifti
 from megatron_gmai.data.images.decode import decode, decode_slices
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.shards.build import build_shards, check_record
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source
 from tests.data.world import record
 

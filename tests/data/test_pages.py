@@ -1,6 +1,5 @@
 """Files of several pictures: the first or all of them, as `--tiff-pages` says."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from megatron_gmai.data.images.privacy import stored_image
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards.build import check_record
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source
 from tests.data.files import dicom
 from tests.data.world import VISION, encoded, picture, record
@@ -228,15 +228,16 @@ class TestFlag:
 
     def test_of_the_trainer(self, list_file: Path, tokenizer_file: Path, tmp_path: Path) -> None:
         data = DataConfig(datasets=str(list_file), tokenizer=str(tokenizer_file), tiff_pages="all")
-        data = prepare_data(data, VISION, tmp_path / "shards", True, lambda: None)
+        data = prepare_data(data, VISION, tmp_path / "shards")
         assert Shards(str(data.shards)).rows["images"].tolist() == [2, 2]
 
-    def test_shards_of_the_other_choice_are_refused(self, list_file: Path, tmp_path: Path) -> None:
+    def test_shards_of_the_other_choice_are_made_anew(
+        self, list_file: Path, tmp_path: Path
+    ) -> None:
         arguments = ["--datasets", str(list_file), "--output", str(tmp_path / "shards")]
         assert main([*arguments, "--workers", "0"]) == 0
-        made = json.loads((tmp_path / "shards" / "index.json").read_text())
-        assert main([*arguments, "--workers", "0", "--tiff-pages", "all"]) == 2
-        assert json.loads((tmp_path / "shards" / "index.json").read_text()) == made
+        assert main([*arguments, "--workers", "0", "--tiff-pages", "all"]) == 0
+        assert Shards(tmp_path / "shards").rows["images"].tolist() == [2, 2]
 
     def test_does_not_go_with_the_shards_of_others(self, tmp_path: Path) -> None:
         with pytest.raises(SystemExit):

@@ -14,10 +14,12 @@ import webdataset
 from PIL import Image
 
 from megatron_gmai.data.ledger import BadSample, read_ledger
-from megatron_gmai.data.shards import build, lengths
+from megatron_gmai.data.pool import Report
+from megatron_gmai.data.shards import build, lengths, units
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import MANIFEST_FILE, Shards
-from megatron_gmai.data.shards.lengths import Encoder
+from megatron_gmai.data.shards.index import MANIFEST_FILE
+from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.text.encoder import Encoder
 from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import encoded, mixed_records, open_list, picture, record
@@ -58,7 +60,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, write_list: Callabl
 def test_several_processes_make_the_same_shards(
     tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "RECORDS_PER_SHARD", 3)
+    monkeypatch.setattr(units, "RECORDS_PER_SHARD", 3)
     list_file = write_list(A=mixed_records(tmp_path, 12))
     alone = build_shards(list_file, tmp_path / "alone")
     assert build_shards(list_file, tmp_path / "many", workers=2) == alone
@@ -84,17 +86,19 @@ class TestInterruption:
     def test_complete_shards_are_not_made_again_and_nothing_is_doubled(
         self, tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(build, "RECORDS_PER_SHARD", 4)
+        monkeypatch.setattr(units, "RECORDS_PER_SHARD", 4)
         list_file = write_list(A=mixed_records(tmp_path, 12))
         build_shards(list_file, tmp_path / "whole")
         written: list[str] = []
         write_unit = build.write_unit
 
-        def crash_at_the_third(output: Path, unit: build.Unit) -> int:
+        def crash_at_the_third(
+            output: Path, encoder: None, unit: units.Unit, report: Report
+        ) -> None:
             if len(written) == 2:
                 raise KeyboardInterrupt
             written.append(unit.shard)
-            return write_unit(output, unit)
+            write_unit(output, encoder, unit, report)
 
         monkeypatch.setattr(build, "write_unit", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
@@ -336,7 +340,7 @@ class TestTokenLengths:
         shards = Shards(tmp_path / "shards")
         expected = [(s.key, s.record) for s in map(shards.read, range(6))]
         for head in (10, 512, 600, 16_384):
-            monkeypatch.setattr("megatron_gmai.data.shards.format.HEAD", head)
+            monkeypatch.setattr("megatron_gmai.data.shards.reader.HEAD", head)
             assert list(map(shards.read_record, range(6))) == expected
 
 

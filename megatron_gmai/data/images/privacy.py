@@ -50,7 +50,7 @@ def stored_image(data: bytes) -> tuple[str, bytes]:
 
 
 def _checksum(pixels: np.ndarray) -> tuple[int, ...]:
-    return (*pixels.shape, zlib.crc32(pixels))
+    return (*pixels.shape, zlib.crc32(pixels.data))
 
 
 def strip_metadata(data: bytes) -> tuple[str, bytes]:

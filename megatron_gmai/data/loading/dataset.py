@@ -17,10 +17,11 @@ from megatron_gmai.data.loading.batch import BatchBuilder, MicroBatch, SampleIma
 from megatron_gmai.data.plan.packing import Piece
 from megatron_gmai.data.plan.plan import Bookmark, Plan
 from megatron_gmai.data.plan.windows import PlanSettings, Windows
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
-from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.lengths import token_lengths
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Use, read_uses
-from megatron_gmai.data.text.template import get_template
+from megatron_gmai.data.text.encoder import Encoder, make_encoder
 from megatron_gmai.data.text.tokenizer import Tokenizer
 
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
@@ -150,7 +151,7 @@ class PackDataset:
         try:
             stored = self.shards.read(piece.sample)
         except BadSample as error:
-            place = self.shards.place(piece.sample)
+            place = self.shards.location(piece.sample)
             rejections.append(Rejection(place, self.shards.source_name(piece.sample), str(error)))
             return Segment(place, None, piece.start, piece.stop)
         rendered = self.encoder.encode(stored.record, len(stored.images))
@@ -239,18 +240,6 @@ def open_dataset(
     dataset.ledger, dataset.max_rejected = Ledger(rejected_path), data.max_rejected
     dataset.reject([*read_ledger(shards.folder / REJECTED_FILE), *too_long])
     return dataset
-
-
-def make_encoder(data: DataConfig, tokenizer: Tokenizer, vision: VisionConfig) -> Encoder:
-    """How `data` wants samples turned into tokens."""
-    return Encoder(
-        tokenizer,
-        get_template(data.chat_template),
-        vision.tokens_per_image,
-        data.max_length,
-        cut=data.dset_pack_level == "hard",
-        max_images=data.max_images_per_pack,
-    )
 
 
 def _uses(shards: Shards, data: DataConfig) -> list[Use]:
