@@ -25,7 +25,7 @@ SURE_SIDE = 4096  # pixels; a square of it is below every limit of `decode`
 def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     """The record and its image files (suffix, bytes), all found usable. Raises BadSample."""
     names = image_names(record) if isinstance(record, dict) else []
-    files = [_read_image(name, source) for name in names]
+    files = [read_image(name, source) for name in names]
     pages = [1] * len(files)
     if files:
         record, files, pages = take_pages(record, files, source.tiff_pages, source.nifti_slices)
@@ -34,7 +34,8 @@ def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tupl
     return record, [_checked_image(data, name) for data, name in zip(files, names, strict=True)]
 
 
-def _read_image(name: str, source: Source) -> bytes:
+def read_image(name: str, source: Source) -> bytes:
+    """The bytes of an image file, wherever the data set has its images. Raises BadSample."""
     if source.embedded_images is not None:
         data = parquet.read_embedded(source.embedded_images, name, MAX_IMAGE_BYTES)
         if data is not None:
