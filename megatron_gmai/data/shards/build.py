@@ -268,8 +268,8 @@ def write_unit(output: Path, encoder: Encoder | None, unit: Unit, report: Report
         key, record = unit.key(number), None
         try:
             record = parse_record(text)
-            fingerprint.add(text, record)
-            checked, images = check_record(record, unit.source)
+            located = fingerprint.add(text, record)
+            checked, images = check_record(record, unit.source, located)
             offset = writer.add(key, checked, images)
             size += sum(len(data) for _, data in images)
             if lengths is not None:

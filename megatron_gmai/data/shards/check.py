@@ -1,10 +1,11 @@
 """One annotation record and its images, checked before they go into a shard."""
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -20,10 +21,21 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 SURE_SIDE = 4096  # pixels; a square of it is below every limit of `decode`
 
 
-def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
-    """The record and its image files (suffix, bytes), all found usable. Raises BadSample."""
+class Located(NamedTuple):
+    """An image file that was found, and a text that changes when the file does."""
+
+    path: str
+    size: int  # bytes
+    state: str
+
+
+def check_record(
+    record: Any, source: Source, located: Mapping[str, Located] = MappingProxyType({})
+) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+    """The record and its image files (suffix, bytes), all found usable. `located` are those of its
+    images that were looked for already. Raises BadSample."""
     names = image_names(record) if isinstance(record, dict) else []
-    files = [_read_image(name, source) for name in names]
+    files = [_read_image(name, source, located.get(name)) for name in names]
     pages = [1] * len(files)
     if any(data[:4] in TIFF_MAGICS for data in files):
         record, files, pages = _pages(record, files, source.tiff_pages)
@@ -43,39 +55,53 @@ def _pages(
     return record, images, [1 if whole else len(split_pages(data)) for data in files]
 
 
-def _read_image(name: str, source: Source) -> bytes:
+def _read_image(name: str, source: Source, located: Located | None) -> bytes:
     if source.embedded_images is not None:
         data = parquet.read_embedded(source.embedded_images, name, MAX_IMAGE_BYTES)
         if data is not None:
             return data
     if source.image_url is not None:
         return remote.read_below(source.image_url, name, MAX_IMAGE_BYTES)
-    path = find_image(name, source)
+    file = located or locate(name, source)
+    if file.size > MAX_IMAGE_BYTES:
+        raise BadSample(f"image {name}: larger than {MAX_IMAGE_BYTES} bytes", name)
     try:
-        with open(path, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size > MAX_IMAGE_BYTES:
-                raise BadSample(f"image {name}: larger than {MAX_IMAGE_BYTES} bytes", name)
-            return file.read()
+        handle = os.open(file.path, os.O_RDONLY)
+        try:
+            return os.read(handle, file.size)  # one call: system calls are what reading costs
+        finally:
+            os.close(handle)
     except OSError as error:
         raise BadSample(f"image {name}: {error.strerror}", name) from error
 
 
-def image_state(name: str, source: Source) -> tuple[int, str]:
-    """Size in bytes of an image file, and a text that changes when the file does. An image behind a
-    URL is not asked for: its place has to do."""
-    if source.image_url is not None:
-        return 0, source.image_url
-    embedded = parquet.embedded_size(name) if source.embedded_images is not None else None
-    if embedded is not None:
-        return embedded, ""
+def locate_images(record: Any, source: Source) -> tuple[int, list[str], dict[str, Located]]:
+    """Bytes of a record's images, a text for each that changes when the image does, and the files
+    that were found. Of an image behind a URL or in a Parquet file, its name has to do."""
     try:
-        status = os.stat(find_image(name, source))
-    except (BadSample, OSError):
-        return 0, "missing"
-    return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
+        names = image_names(record) if isinstance(record, dict) else []
+    except BadSample:
+        return 0, [], {}
+    if source.image_url is not None:
+        return 0, [], {}
+    located: dict[str, Located] = {}
+    size, states = 0, []
+    for name in names:
+        embedded = parquet.embedded_size(name) if source.embedded_images is not None else None
+        if embedded is not None:
+            size += embedded
+            continue
+        try:
+            file = located[name] = locate(name, source)
+        except (BadSample, OSError):
+            states.append("missing")
+        else:
+            size += file.size
+            states.append(file.state)
+    return size, states, located
 
 
-def find_image(name: str, source: Source) -> str:
+def locate(name: str, source: Source) -> Located:
     """The image file below one of the data set's folders.
 
     Raises BadSample if there is none, or if the name leads out of its folder by `..`, an absolute
@@ -83,20 +109,38 @@ def find_image(name: str, source: Source) -> str:
     """
     if "\0" in name:
         raise BadSample("the image name holds a null character")
-    for root in source.image_roots:
-        base = _real(str(root))
-        path = _resolved(os.path.join(base, name))
-        if not os.path.isfile(path):
+    for base in source.real_roots:
+        found = _regular_file(name if name.startswith("/") else f"{base}/{name}")
+        if found is None:
             continue
-        if not any(_is_below(path, allowed) for allowed in (base, *_allowed(base, source))):
+        path, status = found
+        if not path.startswith(base + "/") and not _is_allowed(path, base, source):
             raise BadSample(
-                f"image {name}: outside of its folder {root}, in {os.path.dirname(path)}; "
+                f"image {name}: outside of its folder {base}, in {os.path.dirname(path)}; "
                 "--image-root FOLDER allows a folder for absolute names and links",
                 name,
             )
-        return path
+        return Located(path, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
     roots = " or ".join(str(root) for root in source.image_roots)
     raise BadSample(f"image {name}: no such file in {roots}", name)
+
+
+def _regular_file(path: str) -> tuple[str, os.stat_result] | None:
+    """The file's path without links and its status; `os.path.realpath`, but with one system call
+    where many files lie in one folder."""
+    folder, _, base = path.rpartition("/")
+    try:
+        if base in ("", ".", ".."):
+            path = os.path.realpath(path)
+        else:
+            path = f"{_real(folder or '/').rstrip('/')}/{base}"
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            path = os.path.realpath(path)
+            status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (path, status) if stat.S_ISREG(status.st_mode) else None
 
 
 @lru_cache(maxsize=4096)
@@ -104,27 +148,15 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _resolved(path: str) -> str:
-    """`os.path.realpath`, ten times faster where many files lie in one folder."""
-    folder, base = os.path.split(path)
-    if base in ("", ".", ".."):
-        return os.path.realpath(path)
-    path = os.path.join(_real(folder), base)
-    return os.path.realpath(path) if os.path.islink(path) else path
-
-
-def _allowed(base: str, source: Source) -> list[str]:
-    """Folders that links and absolute names may lead to."""
-    allowed = [] if source.allowed_root is None else [_real(str(source.allowed_root))]
-    parts = Path(base).parts
-    if "snapshots" in parts:  # the cache of Hugging Face: each file is a link into `blobs`
-        place = len(parts) - 1 - parts[::-1].index("snapshots")
-        allowed.append(str(Path(*parts[:place], "blobs")))
-    return allowed
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip(os.sep) + os.sep)
+def _is_allowed(path: str, base: str, source: Source) -> bool:
+    """Whether links and absolute names may lead there."""
+    if source.allowed_root is not None:
+        allowed = _real(str(source.allowed_root))
+        if path.startswith(allowed.rstrip("/") + "/"):
+            return True
+    # The cache of Hugging Face: each file of `snapshots/VERSION` is a link into `blobs`.
+    repository, snapshots, _ = base.rpartition("/snapshots/")
+    return bool(snapshots) and path.startswith(f"{repository}/blobs/")
 
 
 def _checked_image(data: bytes, name: str) -> tuple[str, bytes]:

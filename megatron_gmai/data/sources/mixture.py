@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,11 @@ class Source:
     allowed_root: Path | None = None  # links and absolute names may lead there
     version: str = ""  # of annotations that were copied, with the images in them
     originals: tuple[str, ...] = ()  # what the copies are of
+
+    @cached_property
+    def real_roots(self) -> list[str]:
+        """The image folders, absolute and without links."""
+        return [os.path.realpath(root) for root in self.image_roots]
 
     @property
     def is_local(self) -> bool:
