@@ -18,7 +18,7 @@ setup(
         "megatron-core>=0.16,<0.20",
         "triton>=3.2; platform_system == 'Linux'",
         "sentencepiece>=0.2",
-        "pillow>=10",
+        "pillow>=11.3",
         "simplejpeg>=1.7",
         "webdataset>=1.0",
         "numpy>=1.26",
@@ -29,7 +29,10 @@ setup(
     extras_require={
         # Apex is built from its sources on the machine itself; it is used when it is there.
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7,<2.9"],
-        "dicom": ["pydicom>=3"],
+        "dicom": ["pydicom>=3", "python-gdcm>=3.0.24"],
+        "deep": ["imagecodecs>=2024.6.1"],
+        "heic": ["pillow-heif>=0.21"],
+        "nifti": ["nibabel>=5"],
         "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.46"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from megatron_gmai.data.images.decode import decode
-from megatron_gmai.data.images.dicom import decode_dicom
 from megatron_gmai.data.images.privacy import strip_metadata
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.shards.build import build_shards, check_record
@@ -22,7 +21,7 @@ from megatron_gmai.data.shards.index import INDEX_FILE, MANIFEST_FILE
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source, read_list
 from megatron_gmai.data.sources.records import Records, read_record
-from tests.data.test_privacy import dicom
+from tests.data.files import dicom
 from tests.data.world import encoded, mixed_records, picture
 
 MEMORY_LIMIT_KB = 1_500_000
@@ -85,7 +84,7 @@ def test_images(kind: str) -> None:
 def test_dicom_files() -> None:
     for data in mutations(dicom(np.arange(256).reshape(16, 16)), 200):
         try:
-            assert decode_dicom(data).dtype == np.uint8
+            assert decode(data).dtype == np.uint8
         except BadSample as error:
             assert str(error)
 

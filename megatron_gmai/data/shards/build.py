@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.images.nifti import parse_rule
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, parse_line, read_ledger
 from megatron_gmai.data.lock import building
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
@@ -75,6 +76,9 @@ def build_shards(
         dataclasses.replace(source, tiff_pages=tiff_pages, allowed_root=allowed)
         for source in read_list(list_file)
     ]
+    for source in sources:
+        if source.nifti_slices is not None:
+            parse_rule(source.nifti_slices)
     with building(Path(output), log) as holder:
         progress = Progress(log, holder.tell)
         return _Build(sources, Path(output), workers, encoder, log, progress).run()

@@ -1,8 +1,9 @@
 """One annotation record and its images, checked before they go into a shard."""
 
 import os
+import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 
-from megatron_gmai.data.images.privacy import TIFF_MAGICS, encode_png, strip_metadata
+from megatron_gmai.data.images.pages import take_pages
+from megatron_gmai.data.images.privacy import stored_image, strip_metadata
+from megatron_gmai.data.images.sizes import check_size
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.sources import parquet, remote
 from megatron_gmai.data.sources.mixture import Source
@@ -18,7 +21,8 @@ from megatron_gmai.data.text.conversation import image_names, parse_conversation
 
 MAX_IMAGE_BYTES = 500_000_000
 JPEG_MAGIC = b"\xff\xd8\xff"
-SURE_SIDE = 4096  # pixels; a square of it is below every limit of `decode`
+SCAN = re.compile(b"\xff\xda")
+FEW_SCANS = 20  # more than the usual progressive JPEG has
 
 
 class Located(NamedTuple):
@@ -36,23 +40,12 @@ def check_record(
     images that were looked for already. Raises BadSample."""
     names = image_names(record) if isinstance(record, dict) else []
     files = [_read_image(name, source, located.get(name)) for name in names]
-    pages = [1] * len(files)
-    if any(data[:4] in TIFF_MAGICS for data in files):
-        record, files, pages = _pages(record, files, source.tiff_pages)
+    if not all(data.startswith(JPEG_MAGIC) for data in files):  # a JPEG has no pages
+        record, files = take_pages(record, files, source.tiff_pages, source.nifti_slices)
     parse_conversation(record, len(files))
-    names = [name for name, count in zip(names, pages, strict=True) for _ in range(count)]
+    if len(names) != len(files):  # pages, which are decoded already
+        names = [", ".join(names)] * len(files)
     return record, [_checked_image(data, name) for data, name in zip(files, names, strict=True)]
-
-
-def _pages(
-    record: dict[str, Any], files: Sequence[bytes], tiff_pages: str
-) -> tuple[dict[str, Any], list[bytes], list[int]]:
-    """The record, its images, and how many of them each file gave."""
-    from megatron_gmai.data.images.tiff import split_pages, take_pages
-
-    record, images = take_pages(record, files, tiff_pages)
-    whole = len(images) == len(files)
-    return record, images, [1 if whole else len(split_pages(data)) for data in files]
 
 
 def _read_image(name: str, source: Source, located: Located | None) -> bytes:
@@ -162,32 +155,28 @@ def _is_allowed(path: str, base: str, source: Source) -> bool:
 def _checked_image(data: bytes, name: str) -> tuple[str, bytes]:
     """Suffix and bytes for the shard: decoded once to see that it can be, without metadata."""
     try:
-        small = _small_jpeg(data) if data.startswith(JPEG_MAGIC) else None
-        if small is None:
-            return _checked_by_decoding(data)
-        suffix, bare = strip_metadata(data)
-        if bare == data or _is_same(_small_jpeg(bare), small):
-            return suffix, bare
-        return _checked_by_decoding(data)
+        small = _small_jpeg(data)
+        if small is not None:
+            suffix, bare = strip_metadata(data)
+            if bare == data or _is_same(_small_jpeg(bare), small):
+                return suffix, bare
+        return stored_image(data)
     except BadSample as error:
         raise BadSample(f"image {name}: {error}", name) from error
 
 
 def _small_jpeg(data: bytes) -> np.ndarray | None:
-    """A JPEG at an eighth of its size: all of its bits are read, and little else is done.
-
-    None for the kinds that are left to `decode`. Raises BadSample if data are missing or damaged.
-    """
+    """Grey values of a JPEG at an eighth of its size: all of its bits are read, and little else is
+    done. None for all files that are left to `decode`. Raises BadSample if data are damaged."""
+    if not data.startswith(JPEG_MAGIC) or sum(1 for _ in SCAN.finditer(data)) > FEW_SCANS:
+        return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError):  # its own error for headers it does not know
         return None
     if colours not in ("YCbCr", "Gray"):
         return None
-    if max(height, width) > SURE_SIDE:
-        from megatron_gmai.data.images.decode import check_size
-
-        check_size(width, height)
+    check_size(width, height)
     try:
         return simplejpeg.decode_jpeg(data, "GRAY", True, True, 1, 1, strict=True)
     except ValueError as error:
@@ -198,17 +187,3 @@ def _small_jpeg(data: bytes) -> np.ndarray | None:
 
 def _is_same(pixels: np.ndarray | None, others: np.ndarray) -> bool:
     return pixels is not None and np.array_equal(pixels, others)
-
-
-def _checked_by_decoding(data: bytes) -> tuple[str, bytes]:
-    # Not at the top: torch, which they need, takes as long to import as 10,000 JPEGs to check.
-    from megatron_gmai.data.images import decode as images
-    from megatron_gmai.data.images.dicom import decode_dicom, is_dicom
-
-    if is_dicom(data):
-        return "png", encode_png(decode_dicom(data))
-    pixels = images.decode(data)
-    suffix, bare = strip_metadata(data)
-    if bare != data and not np.array_equal(images.decode(bare), pixels):
-        raise BadSample("its pixels change when metadata are removed")
-    return suffix, bare

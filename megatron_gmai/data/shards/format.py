@@ -17,71 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_gmai.data.images.formats import IMAGE_SUFFIXES
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.index import ROW
 
-# Whatever is named like an image counts as one, so that none is left out because nothing reads it.
-IMAGE_SUFFIXES = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "tif",
-        "tiff",
-        "webp",
-        "bmp",
-        "gif",
-        "img",
-        "dcm",
-        "dicom",
-        "dic",
-        "nii",
-        "nii.gz",
-        "jp2",
-        "j2k",
-        "jpx",
-        "jpf",
-        "jpm",
-        "j2c",
-        "jls",
-        "jxl",
-        "jxr",
-        "avif",
-        "avifs",
-        "heic",
-        "heif",
-        "hif",
-        "pbm",
-        "pgm",
-        "ppm",
-        "pnm",
-        "pfm",
-        "svs",
-        "ndpi",
-        "scn",
-        "mrxs",
-        "vms",
-        "bif",
-        "czi",
-        "lif",
-        "tga",
-        "ico",
-        "dds",
-        "exr",
-        "hdr",
-        "psd",
-        "eps",
-        "svg",
-        "raw",
-        "dib",
-        "mha",
-        "mhd",
-        "nrrd",
-    ]
-)
 MAX_SAMPLE = 2**30  # bytes
 CAPTION_QUESTION = "Describe this image."
 OCTAL = re.compile(rb"[0-7]+")
@@ -103,7 +42,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._file: BinaryIO = self._partial.open("wb")
+        self._file: BinaryIO = self._partial.open("wb", buffering=2**20)
         self._rows: list[tuple[int, int, int, int, int, int]] = []
 
     def add(self, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> int:

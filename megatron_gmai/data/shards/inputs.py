@@ -24,8 +24,8 @@ READERS = (
     "pylibjpeg-openjpeg",
     "python-gdcm",
     "nibabel",
+    "imagecodecs",
     "pillow-heif",
-    "pillow-avif-plugin",
 )
 
 
@@ -85,6 +85,7 @@ def annotations_of(sources: Iterable[Source]) -> dict[str, list[str]]:
             *(str(root.resolve()) if root != Path() else "." for root in source.image_roots),
             str(source.image_url),
             source.tiff_pages,
+            str(source.nifti_slices),
         ]
         for source in sources
     }

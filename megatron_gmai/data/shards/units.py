@@ -86,7 +86,7 @@ class Fingerprint:
 
     def __init__(self, unit: Unit) -> None:
         source = unit.source
-        options = (source.name, source.tiff_pages, source.version)
+        options = (source.name, source.tiff_pages, source.nifti_slices, source.version)
         self._source = source
         self._digest = hashlib.sha256(repr(options).encode())
 

@@ -22,7 +22,10 @@ from megatron_gmai.data.sources.remote import is_url, list_files
 MAX_RATIO = 1000
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # `repeat_time` is what InternVL's lists call the ratio.
-KEYS = ("image_dir", "annotations", "sample_ratio", "repeat_time", "length", "data_augment")
+KEYS = (
+    *("image_dir", "annotations", "sample_ratio", "repeat_time", "length", "data_augment"),
+    "nifti_slices",
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class Source:
     annotation_urls: tuple[str, ...] = ()
     image_url: str | None = None
     embedded_images: Path | None = None
+    nifti_slices: str | None = None  # which slices of volumes are images: see `nifti.py`
     length: int | None = None  # what the list says of the number of records
     list_file: str = ""
     # Not of the list:
-    tiff_pages: str = "first"  # see `tiff.take_pages`
+    tiff_pages: str = "first"  # see `pages.take_pages`
     allowed_root: Path | None = None  # links and absolute names may lead there
     version: str = ""  # of annotations that were copied, with the images in them
     originals: tuple[str, ...] = ()  # what the copies are of
@@ -173,6 +177,7 @@ def _source(name: str, entry: Any, file: Path) -> Source:
         data_augment=_augment(entry),
         annotation_urls=urls,
         image_url=image_dir if remote else None,
+        nifti_slices=entry.get("nifti_slices"),
         length=_length(entry),
         list_file=str(file),
     )
