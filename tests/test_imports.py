@@ -31,7 +31,7 @@ DATA_ROOMS = {
     "shards": {"plan", "text", "sources", "images"},
     "loading": {"plan", "text", "images", "sources", "shards"},
 }
-DATA_TOP = {"files", "ledger", "lock", "pool", "progress"}
+DATA_TOP = {"files", "ledger", "lock", "pool", "progress", "schema"}
 MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate"}
 
 

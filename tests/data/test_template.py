@@ -128,7 +128,7 @@ class TestLongSamples:
         assert len(cut.image_starts) == 1
 
     def test_is_refused_if_no_answer_fits(self, tokenizer: Tokenizer) -> None:
-        with pytest.raises(BadSample, match="max_length 10"):
+        with pytest.raises(BadSample, match="--max-length 10"):
             fit(self.rendered(tokenizer), 10)
 
     def test_is_refused_if_an_image_would_be_lost(self, tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.sources import remote
 from megatron_gmai.data.sources.mixture import Source
 
@@ -51,10 +52,8 @@ class Inputs:
 def load_inputs(folder: Path) -> Inputs | None:
     """None where there are none, or none that can be read: then nothing is reused."""
     try:
-        fields = json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8"))
-        units = {name: UnitInputs(**unit) for name, unit in fields["units"].items()}
-        return Inputs(dict(fields["annotations"]), dict(fields["means"]), units)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return from_json(Inputs, json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
