@@ -1,6 +1,5 @@
 """JSON of our own files, checked against the dataclass that it is read into."""
 
-import math
 import typing
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_origin
@@ -48,12 +47,11 @@ def _object(kind: Any, value: Any, where: str) -> Any:
 
 
 def _number_or_text(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and type(value) is int:
-        value = float(min(value, 10**300))
-    if type(value) is not kind:
+    fitting = type(value) is kind or (kind is float and type(value) is int)
+    if fitting and kind in (int, float):
+        fitting = 0 <= value < 2**63  # false for NaN too
+    if not fitting:
         raise ValueError(f"{where} cannot be {value!r:.60}")
     if kind is str:
         value.encode()  # a lone surrogate would fail later, when it is written
-    if kind in (int, float) and not (math.isfinite(value) and 0 <= value < 2**63):
-        raise ValueError(f"{where} cannot be {value!r:.60}")
-    return value
+    return kind(value)

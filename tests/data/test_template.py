@@ -30,7 +30,7 @@ def test_internlm2_with_system_image_and_two_turns(tokenizer: Tokenizer) -> None
         ("gpt", "no"),
         images=1,
     )
-    start, end = [tokenizer.im_start_id], [tokenizer.im_end_id]
+    start, end = [tokenizer.special_id("<|im_start|>")], [tokenizer.special_id("<|im_end|>")]
     text = tokenizer.encode
     image = [tokenizer.image_token_id] * IMAGE_TOKENS
     opening = start + text("assistant\n")

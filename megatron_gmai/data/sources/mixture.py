@@ -104,11 +104,6 @@ def read_uses(path: str | os.PathLike[str]) -> dict[str, Use]:
     return {name: Use(_ratio(entry), _augment(entry)) for name, entry in entries.items()}
 
 
-def read_ratios(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Only the ratios of a list file."""
-    return {name: use.sample_ratio for name, use in read_uses(path).items()}
-
-
 def _parse(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8-sig")

@@ -78,14 +78,6 @@ class Tokenizer:
         digest.update(json.dumps(sorted(self._specials.items())).encode())
         return digest.hexdigest()[:16]
 
-    @property
-    def im_start_id(self) -> int:
-        return self.special_id("<|im_start|>")
-
-    @property
-    def im_end_id(self) -> int:
-        return self.special_id("<|im_end|>")
-
     def special_id(self, name: str) -> int:
         """The id of a special token. Raises ValueError if the tokenizer has none of that name."""
         if name not in self._specials:

@@ -1,6 +1,7 @@
 """No text of a sample gives the id of a special or reserved piece, whichever name it uses."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ OTHERS = ["<unused7>", "<reserved_102>", "<extra_id_0>", "<|reserved_special_tok
 WHITESPACE = "    "  # some models have such pieces, which texts are meant to give
 
 
-def train(folder: Path, model_type: str, user_defined: bool, **options: object) -> bytes:
+def train(folder: Path, model_type: str, user_defined: bool, **options: Any) -> bytes:
     generator = np.random.default_rng(0)
-    names = [name for name in (*INTERNLM2, *OTHERS) if not name.startswith("<|im_")]
+    kind = "user_defined_symbols" if user_defined else "control_symbols"
+    names: Any = [name for name in (*INTERNLM2, *OTHERS) if not name.startswith("<|im_")]
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(" ".join(generator.choice(WORDS, 6)) for _ in range(400)),
         model_prefix=str(folder / "tokenizer"),
@@ -27,8 +29,7 @@ def train(folder: Path, model_type: str, user_defined: bool, **options: object) 
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
-        **{"user_defined_symbols" if user_defined else "control_symbols": names},
-        **options,
+        **{kind: names, **options},
     )
     return (folder / "tokenizer.model").read_bytes()
 
