@@ -29,8 +29,8 @@ setup(
     extras_require={
         # Apex is built from its sources on the machine itself; it is used when it is there.
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7,<2.9"],
-        "dicom": ["pydicom>=3", "python-gdcm>=3.0.24"],
         "deep": ["imagecodecs>=2024.6.1"],
+        "dicom": ["pydicom>=3", "imagecodecs>=2024.6.1"],
         "heic": ["pillow-heif>=0.21"],
         "nifti": ["nibabel>=5"],
         "parquet": ["pyarrow>=15"],

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -25,7 +25,9 @@ def png_16(values: np.ndarray, **chunks: bytes) -> bytes:
     )
 
 
-def tiff(values: np.ndarray, photometric: int, order: str = "<", **more: Any) -> bytes:
+def tiff(
+    values: np.ndarray, photometric: int, order: Literal["<", ">"] = "<", **more: Any
+) -> bytes:
     """An uncompressed TIFF of one strip, [h, w, samples] of any type; `more` are tags by name:
     extra, planar, orientation, palette."""
     height, width, samples = values.shape

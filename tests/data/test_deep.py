@@ -1,6 +1,7 @@
 """More than 8 bits: one windowing rule for every format, order kept, palettes applied."""
 
 import io
+from typing import Literal
 
 import imagecodecs
 import numpy as np
@@ -26,7 +27,7 @@ def ppm(values: np.ndarray) -> bytes:
     return b"P6 # a scanner\n80 60\n65535\n" + values.astype(">u2").tobytes()
 
 
-DEEP_COLOURS = {
+DEEP_COLOURS: dict[str, bytes] = {
     "PNG": png_16(COLOURS),
     "PNG with alpha": png_16(with_alpha(COLOURS)),
     "TIFF": tiff(COLOURS, 2),
@@ -36,8 +37,10 @@ DEEP_COLOURS = {
     "TIFF with multiplied alpha": tiff(with_alpha(COLOURS), 2, extra=1),
     "TIFF with another sample": tiff(with_alpha(COLOURS), 2, extra=0),
     "TIFF of floats": tiff(COLOURS.astype(np.float32), 2),
-    "compressed TIFF": imagecodecs.tiff_encode(COLOURS, photometric="rgb", compression="lzw"),
-    "JPEG 2000": imagecodecs.jpeg2k_encode(COLOURS, level=0),
+    "compressed TIFF": bytes(
+        imagecodecs.tiff_encode(COLOURS, photometric="rgb", compression="lzw")
+    ),
+    "JPEG 2000": bytes(imagecodecs.jpeg2k_encode(COLOURS, level=0)),
     "PPM": ppm(COLOURS),
 }
 
@@ -67,7 +70,7 @@ def test_12_bits_of_grey_fill_the_levels(data: bytes) -> None:
     assert len(np.unique(levels)) > 240 and np.ptp(levels) == 255
 
 
-ORDERED = {
+ORDERED: dict[str, np.ndarray] = {
     "uint32 above 2^31": np.linspace(0, 2**32 - 1, 4800).astype(np.uint32),
     "uint32 of a narrow range": (2**32 - 4800 + np.arange(4800)).astype(np.uint32),
     "int32": np.linspace(-(2**31), 2**31 - 1, 4800).astype(np.int32),
@@ -81,7 +84,7 @@ ORDERED = {
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("name", ORDERED)
-def test_every_type_of_value_keeps_its_order(name: str, order: str) -> None:
+def test_every_type_of_value_keeps_its_order(name: str, order: Literal["<", ">"]) -> None:
     levels = decode(tiff(ORDERED[name].reshape(60, 80, 1), 1, order))[:, :, 0].ravel().astype(int)
     assert (np.diff(levels) >= 0).all()
     assert len(np.unique(levels)) > 200
@@ -89,8 +92,8 @@ def test_every_type_of_value_keeps_its_order(name: str, order: str) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
-def test_where_white_is_zero_small_values_are_bright(dtype: type, order: str) -> None:
-    values = (TWELVE_BITS // 16).astype(dtype)[:, :, None]
+def test_where_white_is_zero_small_values_are_bright(dtype: type, order: Literal["<", ">"]) -> None:
+    values: np.ndarray = (TWELVE_BITS // 16).astype(dtype)[:, :, None]
     negative, positive = (decode(tiff(values, kind, order)).astype(int) for kind in (0, 1))
     assert np.array_equal(negative, 255 - positive)
 

@@ -1,12 +1,14 @@
 """DICOM: windows, colours, palettes, frames, files without a preamble; all become levels."""
 
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydicom.data import get_testdata_file
-from pydicom.uid import JPEGLosslessSV1
+from pydicom.encaps import encapsulate
+from pydicom.uid import MPEG2MPML
 
 from megatron_gmai.data.images.decode import decode, decode_pages
 from megatron_gmai.data.ledger import BadSample
@@ -52,6 +54,10 @@ class TestGrey:
         bits = {"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}
         levels = grey(dicom(PIXELS, PixelData=values.tobytes(), **bits)).ravel().astype(int)
         assert (np.diff(levels) >= 0).all() and len(np.unique(levels)) > 200
+
+    def test_12_bits_in_a_lossy_jpeg(self) -> None:
+        levels = grey(published("JPGExtended.dcm"))
+        assert levels.shape == (1024, 256) and len(np.unique(levels)) > 100
 
     def test_compressed_files_are_read(self) -> None:
         plain = grey(published("MR_small.dcm"))
@@ -144,16 +150,18 @@ class TestFiles:
         with pytest.raises(BadSample, match="a DICOM file without an image"):
             decode(published("test-SR.dcm"))
 
+    @pytest.mark.parametrize("name", ["SC_rgb_jpeg_gdcm", "MR_small_jpeg_ls_lossless"])
     def test_without_its_codec_the_reason_names_what_to_install(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pydicom.pixels import get_decoder
+        monkeypatch.setitem(sys.modules, "imagecodecs", None)
+        with pytest.raises(BadSample, match=r"compressed as JPEG.*imagecodecs: pip.*\[deep\]"):
+            decode(published(f"{name}.dcm"))
 
-        decoder = get_decoder(JPEGLosslessSV1)
-        monkeypatch.setattr(decoder, "_available", {})
-        monkeypatch.setattr(decoder, "_unavailable", {"gdcm": ("gdcm>=3.0.10",)})
-        with pytest.raises(BadSample, match=r"JPEG Lossless.*python-gdcm.*\[dicom\]"):
-            decode(published("SC_rgb_jpeg_gdcm.dcm"))
+    def test_compressions_that_nothing_reads_are_named(self) -> None:
+        data = dicom(PIXELS, PixelData=encapsulate([b"video"]), syntax=MPEG2MPML)
+        with pytest.raises(BadSample, match="compressed as MPEG2 Main Profile / Main Level"):
+            decode(data)
 
 
 class TestFrames:

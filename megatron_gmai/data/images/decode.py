@@ -5,24 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import simplejpeg
 from PIL import UnidentifiedImageError
 
 from megatron_gmai.data.images import dicom, nifti, pictures, tiff
 from megatron_gmai.data.images.formats import kind_of
-from megatron_gmai.data.images.orientation import jpeg_orientation, turn
-from megatron_gmai.data.images.resize import to_square
-from megatron_gmai.data.images.sizes import check_size, halved_if_huge, is_huge
+from megatron_gmai.data.images.jpeg import decode_jpeg
+from megatron_gmai.data.images.sizes import halved_if_huge
 from megatron_gmai.data.ledger import BadSample
-
-# A scan is decoded over the whole image, however few bytes it has; real files have about ten.
-MAX_SCANS = 500
 
 
 def load_image(
     data: bytes, side: int, pad: bool = True, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Image file to uint8 [3, side, side]: `decode`, then `to_square`. Raises BadSample."""
+    # Not at the top: workers that only check files need no torch, which takes seconds to import.
+    from megatron_gmai.data.images.resize import to_square
+
     return to_square(decode(data), side, pad, out)
 
 
@@ -35,7 +33,7 @@ def decode(data: bytes) -> np.ndarray:
     """
     kind = kind_of(data)
     with _only_bad_samples(kind):
-        pixels = _decode_jpeg(data) if kind == "JPEG" else None
+        pixels = decode_jpeg(data) if kind == "JPEG" else None
         if pixels is None:
             pixels = halved_if_huge(next(iter_pages(kind, data)))
         return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
@@ -107,31 +105,3 @@ def _only_bad_samples(kind: str) -> Iterator[None]:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """The pixels that Pillow gives, faster, and without its silence about lost data.
-
-    None for the rare kinds (CMYK, odd sampling, padded segments) that are left to Pillow.
-    """
-    if data.count(b"\xff\xda") > MAX_SCANS:
-        raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError):  # its own error for headers it does not know
-        return None
-    if colours not in ("YCbCr", "RGB", "Gray"):
-        return None
-    check_size(width, height)
-    # Half the size in the decoder itself: whole, 100 megapixels need 300 MB.
-    least = (-(-height // 2), -(-width // 2)) if is_huge(width, height) else (0, 0)
-    try:
-        pixels = simplejpeg.decode_jpeg(
-            data, "RGB", fastdct=False, fastupsample=False,
-            min_height=least[0], min_width=least[1], strict=True,
-        )  # fmt: skip
-    except ValueError as error:
-        if "extraneous bytes" in str(error):  # padding between segments: all pixels are there
-            return None
-        raise BadSample(f"cannot decode: {error}") from error
-    return turn(pixels, jpeg_orientation(data))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_gmai.data.images.dicom_pixels import stored_values
 from megatron_gmai.data.images.formats import MAX_VOLUME, needs
 from megatron_gmai.data.images.sizes import check_size
 from megatron_gmai.data.images.window import window_to_8_bits
@@ -79,7 +80,7 @@ def _frame(file: Any, number: int) -> np.ndarray:
 
     height, width = int(file.Rows), int(file.Columns)
     check_size(width, height, int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8))
-    pixels, colours = _pixels(file, number), file.PhotometricInterpretation
+    pixels, colours = stored_values(file, number), file.PhotometricInterpretation
     if colours == "PALETTE COLOR":
         return _upper_8_bits(apply_color_lut(pixels, file))
     if pixels.shape == (height, width, 3):
@@ -92,18 +93,6 @@ def _frame(file: Any, number: int) -> np.ndarray:
     plain = pixels.dtype == np.uint8 and file.BitsStored == 8 and window is None
     levels = pixels if plain else window_to_8_bits(apply_modality_lut(pixels, file), window)
     return 255 - levels if colours == "MONOCHROME1" else levels
-
-
-def _pixels(file: Any, number: int) -> np.ndarray:
-    from pydicom.pixels import pixel_array
-
-    try:
-        return pixel_array(file, index=number)
-    except RuntimeError as error:
-        if "are missing dependencies" in str(error) or "missing required dep" in str(error):
-            name = file.file_meta.TransferSyntaxUID.name
-            raise needs(f"DICOM compressed as {name}", "python-gdcm", "dicom") from error
-        raise
 
 
 def _upper_8_bits(colours: np.ndarray) -> np.ndarray:

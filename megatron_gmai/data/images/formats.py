@@ -9,13 +9,16 @@ import zlib
 
 from megatron_gmai.data.ledger import BadSample
 
-# Suffixes, in lower case and without a dot, of files that may hold an image: for those who pick
-# images out of other files, as in a tar file. What is in them decides how they are read.
+# Suffixes, in lower case and without a leading dot, of files that count as images where images are
+# picked out of other files, as in a tar file. What is in them decides how they are read; the last
+# rows are not read at all, but refused with the reason instead of being left out in silence.
 IMAGE_SUFFIXES = frozenset(
     {
         *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "tif", "tiff", "webp", "bmp", "dib", "gif"),
         *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "avif", "avifs", "heic", "heif", "hif"),
-        *("pgm", "ppm", "pnm", "pbm", "pfm", "dcm", "dicom", "ima", "nii", "nii.gz", "img"),
+        *("pgm", "ppm", "pnm", "pbm", "pfm", "dcm", "dicom", "dic", "ima", "nii", "nii.gz", "img"),
+        *("svs", "ndpi", "scn", "bif", "czi", "lif", "mrxs", "vms", "mha", "mhd", "nrrd", "hdr"),
+        *("jpm", "jls", "jxl", "jxr", "tga", "ico", "dds", "exr", "psd", "eps", "svg", "raw"),
     }
 )
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for files above 4 GB

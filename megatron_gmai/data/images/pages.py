@@ -17,8 +17,8 @@ RULE_KEY = "nifti_slices"  # of a record, or of its data set in the list file
 
 def take_pages(
     record: dict[str, Any], files: Sequence[bytes], tiff_pages: str, slices: str | None = None
-) -> tuple[dict[str, Any], list[bytes]]:
-    """The record and its images, by what `--tiff-pages` and the rule for volumes say.
+) -> tuple[dict[str, Any], list[bytes], list[int]]:
+    """The record, its images, and how many of them each file gave.
 
     With `first` a file is one image. With `all` each page or frame is one. Of a volume, the slices
     that the rule takes are images. The tag of a file is repeated for all of its images, unless the
@@ -32,13 +32,14 @@ def take_pages(
         try:
             parts.append(_images_of(data, tiff_pages == "all", rule))
         except BadSample as error:
-            raise BadSample(f"image {name}: {error}") from error
+            raise BadSample(f"image {name}: {error}", name) from error
     images = [image for part in parts for image in part]
+    counts = [len(part) for part in parts]
     if tiff_pages == "first" and tags > len(images):
         _refuse_pages(files, tags)
     if len(images) > len(files) == tags:
-        record = _with_a_tag_an_image(record, [len(part) for part in parts])
-    return record, images
+        record = _with_a_tag_an_image(record, counts)
+    return record, images, counts
 
 
 def _images_of(data: bytes, every_page: bool, rule: Any) -> list[bytes]:

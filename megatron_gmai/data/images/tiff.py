@@ -1,7 +1,7 @@
 """TIFF files: pages of every depth (TIFF 6.0), read by Pillow, deep colours by imagecodecs."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -38,6 +38,14 @@ def count_pages(data: bytes, most: int) -> int:
         if number > most:
             break
     return count
+
+
+def is_plain(data: bytes, known: Collection[int]) -> bool:
+    """Whether the file has one page, values of 8 bits or less, and no tags but `known` ones."""
+    for number, tags in enumerate(_directories(data)):
+        if number or max(_numbers(tags, BITS, 1)) > 8 or not set(tags) <= set(known):
+            return False
+    return True
 
 
 def _directories(data: bytes) -> Iterator[Directory]:

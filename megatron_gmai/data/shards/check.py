@@ -40,16 +40,17 @@ def check_record(
     """The record and its image files (suffix, bytes), all found usable. `located` are those of its
     images that were looked for already. Raises BadSample."""
     names = image_names(record) if isinstance(record, dict) else []
-    files = [_read_image(name, source, located.get(name)) for name in names]
+    files = [read_image(name, source, located.get(name)) for name in names]
+    pages = [1] * len(files)
     if not all(data.startswith(JPEG_MAGIC) for data in files):  # a JPEG has no pages
-        record, files = take_pages(record, files, source.tiff_pages, source.nifti_slices)
+        record, files, pages = take_pages(record, files, source.tiff_pages, source.nifti_slices)
     parse_conversation(record, len(files))
-    if len(names) != len(files):  # pages, which are decoded already
-        names = [", ".join(names)] * len(files)
+    names = [name for name, count in zip(names, pages, strict=True) for _ in range(count)]
     return record, [_checked_image(data, name) for data, name in zip(files, names, strict=True)]
 
 
-def _read_image(name: str, source: Source, located: Located | None) -> bytes:
+def read_image(name: str, source: Source, located: Located | None = None) -> bytes:
+    """The bytes of an image file, wherever the data set has its images. Raises BadSample."""
     if source.embedded_images is not None:
         data = parquet.read_embedded(source.embedded_images, name, MAX_IMAGE_BYTES)
         if data is not None:

@@ -105,7 +105,7 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
         if name not in old.annotations:
             found.append(f"data set {name} is new")
         elif files != old.annotations[name]:
-            found.append(f"annotations, image folder or --tiff-pages of {name} changed")
+            found.append(f"annotations, image folder or options of images of {name} changed")
     for name in sorted(old.means.keys() | new.means.keys()):
         before, now = old.means.get(name), new.means.get(name)
         if before != now:
