@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gmai.cli import parse
 from megatron_gmai.config import Config
-from megatron_gmai.data.sources.mixture import read_ratios
+from megatron_gmai.data.sources.mixture import read_uses
 from megatron_gmai.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +90,13 @@ def test_a_forgotten_folder_is_named(script: str) -> None:
     assert "folder with the start weights" in done.stderr
 
 
+def ratios_of(list_file: Path) -> dict[str, float]:
+    return {name: use.sample_ratio for name, use in read_uses(list_file).items()}
+
+
 class TestMixtures:
     def test_stage_3_samples_the_papers_shares(self) -> None:
-        ratios = read_ratios(ROOT / "examples" / "recipes" / "stage3_ratios.json")
+        ratios = ratios_of(ROOT / "examples" / "recipes" / "stage3_ratios.json")
         shares = {
             share: {name for name, ratio in ratios.items() if ratio == share}
             for share in (1.0, 0.75, 0.5, 0.3, 0.1, 0.05)
@@ -106,14 +110,14 @@ class TestMixtures:
         assert {"QUILT-1M", "PMC-OA"} <= shares[0.05]
 
     def test_stages_1_and_2_take_every_image_and_no_text(self) -> None:
-        ratios = read_ratios(ROOT / "examples" / "recipes" / "stage12_ratios.json")
+        ratios = ratios_of(ROOT / "examples" / "recipes" / "stage12_ratios.json")
         text = {name for name in ratios if "Text" in name}
         assert all(ratio == (0.0 if name in text else 1.0) for name, ratio in ratios.items())
         assert len(text) == 2
 
     def test_all_stages_name_the_same_sets_so_that_they_share_shards(self) -> None:
         names = [
-            set(read_ratios(ROOT / "examples" / "recipes" / f"{stage}_ratios.json"))
+            set(ratios_of(ROOT / "examples" / "recipes" / f"{stage}_ratios.json"))
             for stage in ("stage12", "stage3")
         ]
         assert names[0] == names[1]

@@ -32,7 +32,7 @@ DATA_ROOMS = {
     "loading": {"plan", "text", "images", "sources", "shards"},
     "inspection": {"text", "images", "sources", "shards"},
 }
-DATA_TOP = {"files", "ledger", "lock", "pool", "progress"}
+DATA_TOP = {"files", "ledger", "lock", "pool", "progress", "schema"}
 MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate"}
 
 

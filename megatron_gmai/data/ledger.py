@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_gmai.data.schema import from_json
+
 
 class BadSample(ValueError):
     """A sample that cannot be used; the message is the reason that the ledger states. `image` is
@@ -85,10 +87,4 @@ def read_ledger(path: str | os.PathLike[str]) -> list[Rejection]:
 
 def parse_line(fields: Any) -> Rejection:
     """A rejection from JSON. Raises ValueError if its fields are not those of one."""
-    kinds = Rejection.__annotations__
-    if not isinstance(fields, dict) or not {"key", "source", "reason"} <= fields.keys():
-        raise ValueError("not an object with key, source and reason")
-    for name, value in fields.items():
-        if type(value) is not kinds.get(name):
-            raise ValueError(f"{name!r} cannot be {str(value)[:60]!r}")
-    return Rejection(**fields)
+    return from_json(Rejection, fields)

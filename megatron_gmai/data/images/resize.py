@@ -1,7 +1,6 @@
 """Pictures of any size become the square that the vision tower takes."""
 
 import numpy as np
-import torch
 
 from megatron_gmai.data.images.sizes import check_size
 from megatron_gmai.data.images.window import MEAN_COLOUR
@@ -66,6 +65,9 @@ def _resize(pixels: np.ndarray, out: np.ndarray) -> None:
     if pixels.shape == out.shape:
         out[:] = pixels
         return
+    # Making shards needs no torch, and importing it takes as long as checking 10,000 JPEGs.
+    import torch
+
     source, target = (torch.from_numpy(a)[None].permute(0, 3, 1, 2) for a in (pixels, out))
     size = out.shape[:2]
     torch.ops.aten._upsample_bicubic2d_aa.out(source, size, False, None, None, out=target)

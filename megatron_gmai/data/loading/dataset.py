@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,8 @@ from megatron_gmai.data.text.tokenizer import Tokenizer
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
 Share = tuple[int, int] | None
 ALL_IMAGES = (0, 1)
+TOLD = 5  # rejections in the message that ends a run
+TOO_LONG = re.compile(r"(?:the images end at token )?(\d+)(?: tokens)?, more than --max-length")
 NumberedPack = tuple[int, list[Piece]]  # its number in the stream decides about augmentation
 
 
@@ -121,7 +124,8 @@ class PackDataset:
         if bad > self.max_rejected * samples or bad >= samples:
             raise ValueError(
                 f"{bad} of {samples} samples cannot be used, more than --max-rejected "
-                f"{self.max_rejected}; the reasons are in {self.ledger.path or 'rejected.jsonl'}"
+                f"{self.max_rejected}:\n{_reasons(rejections)}\n"
+                f"all reasons are in {self.ledger.path or 'rejected.jsonl'}"
             )
 
     def assemble(
@@ -167,7 +171,7 @@ class PackDataset:
         return Segment(stored.key, rendered, piece.start, piece.stop, images)
 
     def _tone(self, sample: int, pack: int) -> Tone | None:
-        source = int(self.shards.rows[sample]["source"])
+        source = self.shards.source_of(sample)
         if not self.uses[source].data_augment:
             return None
         return choose_tone(self.settings.seed, pack, sample)
@@ -240,6 +244,20 @@ def open_dataset(
     dataset.ledger, dataset.max_rejected = Ledger(rejected_path), data.max_rejected
     dataset.reject([*read_ledger(shards.folder / REJECTED_FILE), *too_long])
     return dataset
+
+
+def _reasons(rejections: Sequence[Rejection]) -> str:
+    """The first reasons, and how long samples are where that is the matter."""
+    lines = [f"  {line.id or line.key}: {line.reason}" for line in rejections[:TOLD]]
+    if len(rejections) > TOLD:
+        lines.append(f"  and {len(rejections) - TOLD} more")
+    lengths = [int(m[1]) for line in rejections if (m := TOO_LONG.match(line.reason))]
+    if lengths:
+        lines.append(
+            f"  {len(lengths)} of them are too long for --max-length; --max-length {max(lengths)} "
+            "takes them all"
+        )
+    return "\n".join(lines)
 
 
 def _uses(shards: Shards, data: DataConfig) -> list[Use]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,9 +134,10 @@ class _Build:
         rejected = any(unit.rejected for unit in old.units.values())
         if old.annotations != self.annotations or (rejected and old.means != self.means):
             return False
-        local = [source for source in self.sources if source.is_local]
-        units = [unit for source in local for unit in cut_units(source)]
-        return self._unchanged(units, old.units) == len(units)
+        with tempfile.TemporaryDirectory(dir=self.output) as folder:  # for what gzip packs
+            local = [at_hand(s, Path(folder)) for s in self.sources if s.is_local]
+            units = [unit for source in local for unit in cut_units(source)]
+            return self._unchanged(units, old.units) == len(units)
 
     def _unchanged(self, units: Sequence[Unit], known: dict[str, UnitInputs]) -> int:
         """How many of the units have the fingerprint that is known of them."""
@@ -272,8 +274,8 @@ def write_unit(output: Path, encoder: Encoder | None, unit: Unit, report: Report
         key, record = unit.key(number), None
         try:
             record = parse_record(text)
-            fingerprint.add(text, record)
-            checked, images = check_record(record, unit.source)
+            located = fingerprint.add(text, record)
+            checked, images = check_record(record, unit.source, located)
             offset = writer.add(key, checked, images)
             size += sum(len(data) for _, data in images)
             if lengths is not None:

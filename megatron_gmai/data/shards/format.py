@@ -42,14 +42,14 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._file: BinaryIO = self._partial.open("wb")
+        self._file: BinaryIO = self._partial.open("wb", buffering=2**20)
         self._rows: list[tuple[int, int, int, int, int, int]] = []
 
     def add(self, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> int:
         """Appends a sample and returns its first byte; `images` are (suffix without dot, bytes)."""
         members = [(f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8"))]
         members += [(f"{key}.{i}.{suffix}", data) for i, (suffix, data) in enumerate(images)]
-        span = b"".join(_member(name, data) for name, data in members)
+        span = b"".join(part for name, data in members for part in _member(name, data))
         offset = self._file.tell()
         self._file.write(span)
         self._rows.append((0, 0, len(images), offset, len(span), zlib.crc32(span)))
@@ -65,12 +65,23 @@ class ShardWriter:
         return np.array(self._rows, dtype=ROW)
 
 
-def _member(name: str, data: bytes) -> bytes:
-    """A tar member without time, owner or anything else that differs from run to run."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    padding = -len(data) % BLOCK
-    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(padding)
+# A header (POSIX ustar) of a file without name and size, and the sum of its bytes.
+_EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_EMPTY_SUM = int(_EMPTY[148:155].rstrip(b"\0"), 8)
+_NO_SIZE = b"%011o" % 0
+
+
+def _member(name: str, data: bytes) -> list[bytes]:
+    """A tar member without time, owner or anything else that differs from run to run.
+
+    The keys that we write are short and in ASCII, so name (at 0), size (124) and checksum (148) are
+    all that differs between headers: `tarfile` takes 30 times as long.
+    """
+    raw, size = name.encode("ascii"), b"%011o" % len(data)
+    assert len(raw) < 100 and len(size) == len(_NO_SIZE)
+    checksum = b"%06o\0" % (_EMPTY_SUM + sum(raw) + sum(size) - sum(_NO_SIZE))
+    header = b"".join([raw, _EMPTY[len(raw) : 124], size, _EMPTY[135:148], checksum, _EMPTY[155:]])
+    return [header, data, bytes(-len(data) % BLOCK)]
 
 
 def parse_sample(span: bytes) -> StoredSample:

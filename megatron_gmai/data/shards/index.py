@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.sources.remote import copy, filesystem, is_url
 
 INDEX_FILE = "index.npy"
@@ -78,14 +79,44 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        shards = tuple(ShardFile(**shard) for shard in fields["shards"])
-        sources = tuple(SourceInfo(**source) for source in fields["sources"])
-        manifest = Manifest(shards, sources, fields["inputs"], fields["format"])
-    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(fields, dict) and fields.get("format") != FORMAT:
+            raise ValueError(f"its format is {fields.get('format')!r:.20}, expected {FORMAT}")
+        manifest = from_json(Manifest, fields)
+        _check(manifest)
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}; make the shards again") from error
-    if manifest.format != FORMAT:
-        raise ValueError(f"{file} has format {manifest.format}, expected {FORMAT}; make it again")
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises ValueError for what no writer of ours puts there: shards that are not plain files of
+    the folder, counts that do not belong together."""
+    names = [shard.name for shard in manifest.shards]
+    for name in names:
+        if not name.endswith(".tar") or "/" in name or "\\" in name or "\0" in name:
+            raise ValueError(f"{name!r:.80} is no name of a tar file in its folder")
+    if len(set(names)) < len(names):
+        raise ValueError("a shard stands twice")
+    if sum(shard.samples for shard in manifest.shards) != manifest.samples:
+        raise ValueError("shards and data sets differ in their number of samples")
+    if len(manifest.sources) >= 2**16:
+        raise ValueError("more data sets than the index can number")
+
+
+def check_rows(rows: np.ndarray, manifest: Manifest) -> None:
+    """Raises ValueError if the index does not belong to the manifest. Looks at the first row of
+    each shard only: an index of millions is opened in no time, and `Shards` checks what it reads.
+    """
+    if rows.dtype != ROW or rows.ndim != 1 or len(rows) != manifest.samples:
+        raise ValueError("its rows are not those of the manifest")
+    counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
+    if (counts < 1).any():
+        raise ValueError("a shard without samples")
+    first = rows[np.cumsum(counts) - counts]
+    if (first["shard"] != np.arange(len(counts))).any():
+        raise ValueError("its shards are not in order")
+    if (first["source"] >= len(manifest.sources)).any():
+        raise ValueError("it names a data set that is not there")
 
 
 def copy_index(origin: str, folder: Path, extras: Sequence[str] = ()) -> None:

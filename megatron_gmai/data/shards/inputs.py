@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.sources import remote
 from megatron_gmai.data.sources.mixture import Source
 
@@ -23,10 +24,9 @@ READERS = (
     "pylibjpeg-libjpeg",
     "pylibjpeg-openjpeg",
     "python-gdcm",
-    "imagecodecs",
     "nibabel",
+    "imagecodecs",
     "pillow-heif",
-    "pillow-avif-plugin",
 )
 
 
@@ -52,10 +52,8 @@ class Inputs:
 def load_inputs(folder: Path) -> Inputs | None:
     """None where there are none, or none that can be read: then nothing is reused."""
     try:
-        fields = json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8"))
-        units = {name: UnitInputs(**unit) for name, unit in fields["units"].items()}
-        return Inputs(dict(fields["annotations"]), dict(fields["means"]), units)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return from_json(Inputs, json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -86,7 +84,7 @@ def annotations_of(sources: Iterable[Source]) -> dict[str, list[str]]:
             *(str(root.resolve()) if root != Path() else "." for root in source.image_roots),
             str(source.image_url),
             source.tiff_pages,
-            *([] if source.nifti_slices is None else [source.nifti_slices]),
+            str(source.nifti_slices),
         ]
         for source in sources
     }

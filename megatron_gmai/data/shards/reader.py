@@ -1,6 +1,7 @@
 """A complete folder of shards, read at random through its index."""
 
 import os
+import stat
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.format import (
     BLOCK,
+    MAX_SAMPLE,
     StoredSample,
     padded_size,
     parse_record,
@@ -22,7 +24,7 @@ from megatron_gmai.data.shards.index import (
     INDEX_FILE,
     MANIFEST_FILE,
     ORIGIN_FILE,
-    ROW,
+    check_rows,
     read_manifest,
 )
 from megatron_gmai.data.sources.remote import filesystem, is_url
@@ -55,8 +57,12 @@ class Shards:
             rows = np.load(self.folder / INDEX_FILE, mmap_mode="r")
         except Exception as error:  # numpy raises anything on damaged headers
             raise ValueError(f"cannot read {self.folder / INDEX_FILE}: {error}") from error
-        if rows.dtype != ROW or len(rows) != self.manifest.samples:
-            raise ValueError(f"{self.folder / INDEX_FILE} does not belong to {MANIFEST_FILE}")
+        try:
+            check_rows(rows, self.manifest)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder / INDEX_FILE} does not belong to {MANIFEST_FILE}: {error}"
+            ) from error
         return rows
 
     @cached_property
@@ -66,7 +72,12 @@ class Shards:
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     def source_name(self, sample: int) -> str:
-        return self.manifest.sources[int(self.rows[sample]["source"])].name
+        return self.manifest.sources[self.source_of(sample)].name
+
+    def source_of(self, sample: int) -> int:
+        """Number of the sample's data set: that of its shard, whatever its own row says."""
+        shard = int(np.searchsorted(self.first_rows, sample, side="right")) - 1
+        return int(self.rows[int(self.first_rows[shard])]["source"])
 
     def read(self, sample: int) -> StoredSample:
         """One sample, by its row. Raises BadSample if the stored bytes are not the ones written.
@@ -85,7 +96,8 @@ class Shards:
         row = self.rows[sample]
         shard, offset, size = (int(row[name]) for name in ("shard", "offset", "size"))
         shards = self.manifest.shards
-        if shard >= len(shards) or offset + size > shards[shard].size:
+        first, last = self.first_rows[shard : shard + 2] if shard < len(shards) else (0, 0)
+        if not first <= sample < last or offset + size > shards[shard].size or size > MAX_SAMPLE:
             raise BadSample("the index points outside of the shard")
         return shard, offset, size
 
@@ -113,7 +125,8 @@ class Shards:
     def location(self, sample: int) -> str:
         """Tar file and first byte: another text for each sample, whatever its own key is."""
         row = self.rows[sample]
-        return f"{self.manifest.shards[int(row['shard'])].name}@{row['offset']}"
+        shard = int(np.searchsorted(self.first_rows, sample, side="right")) - 1
+        return f"{self.manifest.shards[shard].name}@{row['offset']}"
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         if not is_url(self._origin):
@@ -131,7 +144,11 @@ class Shards:
                 self._files.pop(next(iter(self._files))).close()
             path = Path(self._origin) / self.manifest.shards[shard].name
             try:
-                self._files[shard] = path.open("rb", buffering=0)
+                # Without blocking: a pipe under that name would wait for ever.
+                handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                self._files[shard] = open(handle, "rb", buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise ValueError(f"cannot open shard {path}: {error.strerror}") from error
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ValueError(f"cannot open shard {path}: it is no file")
         return self._files[shard]

@@ -11,10 +11,9 @@ import numpy as np
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.pool import Report
-from megatron_gmai.data.shards.check import image_state
+from megatron_gmai.data.shards.check import Located, locate_images
 from megatron_gmai.data.sources.mixture import Source
 from megatron_gmai.data.sources.records import RecordReader, Records, parse_record
-from megatron_gmai.data.text.conversation import image_names
 
 RECORDS_PER_SHARD = 1000
 BYTES_PER_SHARD = 256 * 2**20
@@ -78,8 +77,7 @@ def _probed_size(source: Source, spans: np.ndarray) -> int:
     """Bytes of the records' images, from the first few of them."""
     probed = spans[:PROBED]
     with RecordReader(source.annotation_files) as reader:
-        states = [_record_states(_parsed(reader.text(span)), source) for span in probed]
-    sizes = [size for images in states for size, _ in images]
+        sizes = [locate_images(_parsed(reader.text(span)), source)[0] for span in probed]
     return sum(sizes) * len(spans) // max(len(probed), 1)
 
 
@@ -92,10 +90,11 @@ class Fingerprint:
         self._source = source
         self._digest = hashlib.sha256(repr(options).encode())
 
-    def add(self, text: bytes, record: Any) -> None:
-        self._digest.update(text)
-        for _, state in _record_states(record, self._source):
-            self._digest.update(state.encode())
+    def add(self, text: bytes, record: Any) -> dict[str, Located]:
+        """Takes in a record; returns its image files, since they were looked for."""
+        _, states, located = locate_images(record, self._source)
+        self._digest.update(b"\n".join([text, *(state.encode() for state in states)]))
+        return located
 
     def value(self) -> str:
         return self._digest.hexdigest()[:16]
@@ -116,11 +115,3 @@ def _parsed(text: bytes) -> Any:
         return parse_record(text)
     except BadSample:
         return None
-
-
-def _record_states(record: Any, source: Source) -> list[tuple[int, str]]:
-    try:
-        names = image_names(record) if isinstance(record, dict) else []
-    except BadSample:
-        return []
-    return [image_state(name, source) for name in names]

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,7 @@ MAX_RATIO = 1000
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # `repeat_time` is what InternVL's lists call the ratio.
 KEYS = (
-    "image_dir",
-    "annotations",
-    "sample_ratio",
-    "repeat_time",
-    "length",
-    "data_augment",
+    *("image_dir", "annotations", "sample_ratio", "repeat_time", "length", "data_augment"),
     "nifti_slices",
 )
 
@@ -47,14 +43,19 @@ class Source:
     annotation_urls: tuple[str, ...] = ()
     image_url: str | None = None
     embedded_images: Path | None = None
-    length: int | None = None  # what the list says of the number of records
     nifti_slices: str | None = None  # which slices of volumes are images: see `nifti.py`
+    length: int | None = None  # what the list says of the number of records
     list_file: str = ""
     # Not of the list:
     tiff_pages: str = "first"  # see `pages.take_pages`
     allowed_root: Path | None = None  # links and absolute names may lead there
     version: str = ""  # of annotations that were copied, with the images in them
     originals: tuple[str, ...] = ()  # what the copies are of
+
+    @cached_property
+    def real_roots(self) -> list[str]:
+        """The image folders, absolute and without links."""
+        return [os.path.realpath(root) for root in self.image_roots]
 
     @property
     def is_local(self) -> bool:
@@ -101,11 +102,6 @@ def read_uses(path: str | os.PathLike[str]) -> dict[str, Use]:
         warnings.simplefilter("ignore")  # whoever made the shards was warned
         entries = _parse(Path(path))
     return {name: Use(_ratio(entry), _augment(entry)) for name, entry in entries.items()}
-
-
-def read_ratios(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Only the ratios of a list file."""
-    return {name: use.sample_ratio for name, use in read_uses(path).items()}
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -176,8 +172,8 @@ def _source(name: str, entry: Any, file: Path) -> Source:
         data_augment=_augment(entry),
         annotation_urls=urls,
         image_url=image_dir if remote else None,
-        length=_length(entry),
         nifti_slices=entry.get("nifti_slices"),
+        length=_length(entry),
         list_file=str(file),
     )
 

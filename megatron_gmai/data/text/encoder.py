@@ -48,7 +48,7 @@ class Encoder:
             return fit(rendered, self.max_length)
         if rendered.images_end > self.max_length:
             raise BadSample(
-                f"the images end at token {rendered.images_end}, behind max_length "
+                f"the images end at token {rendered.images_end}, more than --max-length "
                 f"{self.max_length}, and an image is never cut"
             )
         return rendered
