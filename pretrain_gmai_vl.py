@@ -20,7 +20,6 @@ def main() -> None:
     postpone_stop_signals()
     # Imported once the flags are known to be right: `--help` and mistakes answer at once.
     quiet_libraries()
-    import torch.distributed as dist
 
     from megatron_gmai.runtime.environment import record_start
     from megatron_gmai.runtime.world import close_world, open_world
@@ -41,7 +40,7 @@ def main() -> None:
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
     world = open_world(config)
-    config, tokenizer = with_data(config, dist.barrier)
+    config, tokenizer = with_data(config)
     if first:
         save_config(config)
         record_start(Path(config.run.work_dir), world.layout.world_size)

@@ -20,7 +20,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",  # which belongs to it
         "megatron-core>=0.16,<0.20",
         "sentencepiece>=0.2",
-        "pillow>=10.3",
+        "pillow>=11.3",
         "simplejpeg>=1.7.6",
         "webdataset>=1.0.2",
         "numpy>=1.26.4",
@@ -31,7 +31,10 @@ setup(
     extras_require={
         # Compiled against the installed torch: pip needs --no-build-isolation (docs/gpu.md).
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn>=2.7,<2.9"],
-        "dicom": ["pydicom>=3"],
+        "deep": ["imagecodecs>=2024.6.1"],
+        "dicom": ["pydicom>=3", "imagecodecs>=2024.6.1"],
+        "heic": ["pillow-heif>=0.21"],
+        "nifti": ["nibabel>=5"],
         "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.46"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],

@@ -221,7 +221,7 @@ def make_data(folder: Path, count: int, size: tuple[int, int], vision: VisionCon
         datasets=str(folder / "list.json"),
         tokenizer=str(folder / "tokenizer.model"),
     )
-    data = prepare_data(data, vision, folder / "shards", True, lambda: None)
+    data = prepare_data(data, vision, folder / "shards")
     return open_dataset(data, load_tokenizer(str(data.tokenizer)), vision, 1, None)
 
 

@@ -23,8 +23,9 @@ from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.plan.plan import Bookmark, Plan
 from megatron_gmai.data.plan.windows import PlanSettings, Windows
-from megatron_gmai.data.shards.format import ShardFile, Shards, save_index, write_manifest
+from megatron_gmai.data.shards.index import ShardFile, save_index, write_manifest
 from megatron_gmai.data.shards.lengths import LENGTH_ROW
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 STEP = 512  # packs

@@ -97,6 +97,10 @@ class DataConfig:
         "of a TIFF of several pages in --datasets: the first is its image, or all are images",
         choices=("first", "all"),
     )
+    image_root: str | None = option(
+        None,
+        "folder into which absolute image names and links of --datasets may lead (default: none)",
+    )
     pad_to_square: bool = option(True, "pad images with the mean colour before resizing")
     max_rejected: float = option(0.01, "share of unusable samples past which the run stops")
 

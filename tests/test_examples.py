@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gmai.cli import parse
 from megatron_gmai.config import Config
-from megatron_gmai.data.sources.mixture import read_ratios
+from megatron_gmai.data.sources.mixture import read_uses
 from megatron_gmai.layout import Layout
 from tests.training.command import ROOT, finish, losses, run
 from tests.training.conftest import shards  # noqa: F401
@@ -77,9 +77,13 @@ def test_each_phase_starts_from_the_checkpoints_of_the_one_before_and_nothing_el
     tokenizer.rename(shards / "tokenizer.model")
 
 
+def ratios_of(list_file: Path) -> dict[str, float]:
+    return {name: use.sample_ratio for name, use in read_uses(list_file).items()}
+
+
 class TestMixtures:
     def test_phase_3_samples_the_papers_shares(self) -> None:
-        ratios = read_ratios(RECIPES / "phase3_ratios.json")
+        ratios = ratios_of(RECIPES / "phase3_ratios.json")
         shares = {
             share: {name for name, ratio in ratios.items() if ratio == share}
             for share in (1.0, 0.75, 0.5, 0.3, 0.1, 0.05)
@@ -93,13 +97,13 @@ class TestMixtures:
         assert {"QUILT-1M", "PMC-OA"} <= shares[0.05]
 
     def test_phases_1_and_2_take_every_image_and_no_text(self) -> None:
-        ratios = read_ratios(RECIPES / "phase12_ratios.json")
+        ratios = ratios_of(RECIPES / "phase12_ratios.json")
         text = {name for name in ratios if "Text" in name}
         assert all(ratio == (0.0 if name in text else 1.0) for name, ratio in ratios.items())
         assert len(text) == 2
 
     def test_all_phases_name_the_same_sets_so_that_they_share_shards(self) -> None:
         names = [
-            set(read_ratios(RECIPES / f"{phases}_ratios.json")) for phases in ("phase12", "phase3")
+            set(ratios_of(RECIPES / f"{phases}_ratios.json")) for phases in ("phase12", "phase3")
         ]
         assert names[0] == names[1]

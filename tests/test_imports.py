@@ -32,8 +32,9 @@ DATA_ROOMS = {
     "images": {"text"},
     "shards": {"plan", "text", "sources", "images"},
     "loading": {"plan", "text", "images", "sources", "shards"},
+    "inspection": {"text", "images", "sources", "shards"},
 }
-DATA_TOP = {"files", "ledger"}
+DATA_TOP = {"files", "ledger", "lock", "pool", "progress", "schema"}
 MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate"}
 
 

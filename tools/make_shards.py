@@ -9,15 +9,16 @@ the same command.
 """
 
 import argparse
-import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
+from megatron_gmai.data.pool import available_cores
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.foreign import index_shards
-from megatron_gmai.data.shards.format import REJECTED_FILE, Manifest
+from megatron_gmai.data.shards.index import REJECTED_FILE, Manifest
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--index", help="instead: folder of WebDataset shards to write an index of")
     parser.add_argument("--tokenizer", help="sentencepiece model to keep with the shards")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; 0: only this one"
+        "--workers", type=int, default=available_cores(), help="processes; 0: only this one"
     )
     parser.add_argument(
         "--tiff-pages",
@@ -37,46 +38,43 @@ def main(argv: list[str] | None = None) -> int:
         help="of a TIFF of several pages: the first is its image (default), or all are images, and "
         "the tag of the file stands for each of them",
     )
+    parser.add_argument(
+        "--image-root",
+        help="folder into which absolute image names and links may lead (default: none)",
+    )
     flags = parser.parse_args(argv)
     if bool(flags.index) == bool(flags.datasets) or bool(flags.datasets) != bool(flags.output):
         parser.error("give --datasets with --output, or --index alone")
-    if flags.index and flags.tiff_pages != "first":
-        parser.error("--index takes files as they are, so it has no --tiff-pages all")
+    if flags.index and (flags.tiff_pages != "first" or flags.image_root):
+        parser.error("--index takes files as they are: no --tiff-pages all, no --image-root")
     folder = Path(flags.index or flags.output)
     try:
-        if flags.index:
-            manifest = index_shards(folder)
-        else:
-            manifest = build_shards(
-                flags.datasets, folder, _Progress(), flags.workers, flags.tiff_pages
-            )
-        if flags.tokenizer:
-            copy_tokenizer(flags.tokenizer, folder)
+        manifest = _make(flags, folder)
     except (ValueError, OSError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("make_shards: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     print(report(manifest, folder))
     if not manifest.samples:
         print("make_shards: no sample can be used", file=sys.stderr)
     return 0 if manifest.samples else 2
 
 
-class _Progress:
-    """A line every few seconds: records done, speed, time left."""
-
-    INTERVAL_S = 5.0
-
-    def __init__(self) -> None:
-        self.start = self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last < self.INTERVAL_S:
-            return
-        self.last = now
-        speed = done / (now - self.start)
-        left = (total - done) / max(speed, 1e-9)
-        print(f"{done} of {total} records, {speed:.0f}/s, {left:.0f} s left", file=sys.stderr)
+def _make(flags: argparse.Namespace, folder: Path) -> Manifest:
+    log = partial(print, file=sys.stderr, flush=True)
+    if flags.tokenizer:
+        load_tokenizer(flags.tokenizer)  # a mistake shows before anything is built
+    if flags.index:
+        manifest = index_shards(folder, flags.workers, log)
+    else:
+        manifest = build_shards(
+            flags.datasets, folder, flags.workers, flags.tiff_pages, flags.image_root, log=log
+        )
+    if flags.tokenizer:
+        copy_tokenizer(flags.tokenizer, folder)
+    return manifest
 
 
 def report(manifest: Manifest, folder: Path) -> str:

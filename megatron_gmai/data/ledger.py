@@ -1,22 +1,35 @@
-"""The ledger of samples that could not be used: one JSON line each, with key, source and reason."""
+"""The ledger of samples that could not be used: one JSON line each, with place and reason."""
 
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from megatron_gmai.data.schema import from_json
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used; the message is the reason that the ledger states."""
+    """A sample that cannot be used; the message is the reason that the ledger states. `image` is
+    the name of the image that is at fault, if one is."""
+
+    def __init__(self, reason: str, image: str = "") -> None:
+        super().__init__(reason)
+        self.image = image
 
 
 class Rejection(NamedTuple):
-    """One line of the ledger."""
+    """One line of the ledger. The key is unique: NAME/NUMBER for the record of a data set, else
+    the tar file and the first byte of the sample. Fields that say nothing are left out."""
 
-    key: str  # NAME/NUMBER: data set and record number, as in the shards
+    key: str
     source: str  # the data set's name in the list file
     reason: str
+    list_file: str = ""
+    file: str = ""  # annotation file
+    record: int = 0  # its line in JSON Lines, its place in a JSON list, from 1
+    id: str = ""  # what the record, or the sample in its tar file, calls itself
+    image: str = ""  # the image at fault
 
 
 class Ledger:
@@ -30,6 +43,8 @@ class Ledger:
         self._keys: set[str] = set()
         if self.path is not None and self.path.exists():
             self._keys = {line.key for line in read_ledger(self.path)}
+            with self.path.open("r+b") as file:  # a crash may have cut the last line off
+                file.truncate(file.read().rfind(b"\n") + 1)
 
     def __len__(self) -> int:
         """Distinct samples rejected so far."""
@@ -50,18 +65,26 @@ class Ledger:
 
 def dump_line(rejection: Rejection) -> str:
     """The rejection as one line of JSON, in ASCII: a damaged text cannot spoil the ledger."""
-    return json.dumps(rejection._asdict()) + "\n"
+    return json.dumps({name: v for name, v in rejection._asdict().items() if v}) + "\n"
 
 
 def read_ledger(path: str | os.PathLike[str]) -> list[Rejection]:
-    """Reads a ledger; a last line cut off by a crash is left out. A missing file is empty."""
+    """Reads a ledger; a last line cut off by a crash is left out. A missing file is empty.
+
+    Raises ValueError with the line that is none.
+    """
     if not Path(path).exists():
         return []
-    lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    *lines, rest = Path(path).read_bytes().split(b"\n")
+    ledger = []
+    for number, text in enumerate(lines, 1):
         try:
-            fields = json.loads(text)
-        except ValueError:
-            continue
-        lines.append(Rejection(fields["key"], fields["source"], fields["reason"]))
-    return lines
+            ledger.append(parse_line(json.loads(text)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged in line {number}: {error}; delete it") from error
+    return ledger
+
+
+def parse_line(fields: Any) -> Rejection:
+    """A rejection from JSON. Raises ValueError if its fields are not those of one."""
+    return from_json(Rejection, fields)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,16 +111,21 @@ def with_sizes(config: Config, start: Start) -> Config:
     return dataclasses.replace(config, model=start.model or config.model)
 
 
-def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Tokenizer]:
+def with_data(config: Config) -> tuple[Config, Tokenizer]:
     """Make or find the shards, then settle the vocabulary by the tokenizer."""
     work_dir = Path(config.run.work_dir)
+    # A name that ranks agree on at once; what takes long they then wait for outside collectives.
+    run = [uuid.uuid4().hex]
+    dist.broadcast_object_list(run, src=0)
+    speaks = dist.get_rank() <= 1 or os.environ.get("LOCAL_RANK") == "0"
     tokenizer_file = tokenizer_path(config)
     data = prepare_data(
         dataclasses.replace(config.data, tokenizer=str(tokenizer_file) if tokenizer_file else None),
         config.model.vision,
         default_cache_dir=str(work_dir / "shards"),
         is_builder=dist.get_rank() == 0,
-        barrier=barrier,
+        run=run[0],
+        log=partial(print, flush=True) if speaks else lambda line: None,
     )
     assert data.tokenizer is not None
     tokenizer = load_tokenizer(data.tokenizer)

@@ -235,10 +235,10 @@ def test_the_tokenizer_adds_nothing_and_knows_its_special_tokens(
     assert tokenizer("a <unk> b")["input_ids"] == written.tokenizer.encode("a <unk> b")
     assert tokenizer.eos_token_id == written.tokenizer.eos_id
     assert tokenizer.pad_token_id == written.tokenizer.pad_id
-    answer = [*written.tokenizer.encode("brain MR"), written.tokenizer.im_end_id]
+    answer = [*written.tokenizer.encode("brain MR"), written.tokenizer.special_id("<|im_end|>")]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "brain MR"
     stops = GenerationConfig.from_pretrained(written.folder).eos_token_id
-    assert set(stops) == {written.tokenizer.eos_id, written.tokenizer.im_end_id}
+    assert set(stops) == {written.tokenizer.eos_id, written.tokenizer.special_id("<|im_end|>")}
 
 
 def test_the_exports_own_tokenizer_model_reads_back(export: Callable[..., Export]) -> None:

@@ -13,7 +13,7 @@ from megatron_gmai.data.ledger import read_ledger
 from megatron_gmai.data.loading.dataset import open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.shards.foreign import index_shards
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, encoded, picture, record
 from tools.make_shards import main

@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_gmai.data.images.decode import (
-    MEAN_COLOUR,
-    decode,
-    load_image,
-    to_square,
-    window_to_8_bits,
-)
+from megatron_gmai.data.images.decode import decode, load_image
+from megatron_gmai.data.images.resize import to_square
+from megatron_gmai.data.images.window import MEAN_COLOUR, window_to_8_bits
 from megatron_gmai.data.ledger import BadSample
 from tests.data.world import encoded, picture
 

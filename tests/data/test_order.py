@@ -108,7 +108,7 @@ def test_a_bookmark_outlives_another_global_batch(
     """Only where steps hold like lengths, the plan depends on their size."""
     list_file = write_list(A=mixed_records(tmp_path, 5))
     data = DataConfig(datasets=str(list_file), tokenizer=str(tokenizer_file), max_length=128)
-    data = prepare_data(data, VISION, tmp_path / "shards", True, lambda: None)
+    data = prepare_data(data, VISION, tmp_path / "shards")
 
     def fingerprint(global_batch: int, by_length: bool) -> str:
         settings = dataclasses.replace(data, group_by_length=by_length)

@@ -1,6 +1,5 @@
-"""TIFF files of several pages: the first page or all of them, as `--tiff-pages` says."""
+"""Files of several pictures: the first or all of them, as `--tiff-pages` says."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,17 @@ import pytest
 from PIL import Image
 
 from megatron_gmai.config import DataConfig
-from megatron_gmai.data.images import tiff as pages_module
+from megatron_gmai.data.images import pages as pages_module
 from megatron_gmai.data.images.decode import decode
-from megatron_gmai.data.images.tiff import split_pages
+from megatron_gmai.data.images.pages import split_pages
+from megatron_gmai.data.images.privacy import stored_image
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards.build import check_record
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source
+from tests.data.files import dicom
 from tests.data.world import VISION, encoded, picture, record
 from tools.make_shards import main
 
@@ -92,14 +94,71 @@ def test_a_smaller_copy_is_no_page() -> None:
 
 
 def test_other_files_and_single_pages_stay_as_they_are() -> None:
-    for data in (encoded(picture(), "PNG"), encoded(picture(), "TIFF"), b"no image"):
+    for data in (encoded(picture(), "PNG"), encoded(picture(), "TIFF")):
         assert split_pages(data) == [data]
+
+
+def test_a_circle_of_pages_ends() -> None:
+    data = bytearray(stack(*PAGES["8 bit"]))
+    first = int.from_bytes(data[4:8], "little")
+    second = int.from_bytes(data[first + 2 + 12 * data[first] :][:4], "little")
+    place = second + 2 + 12 * data[second]
+    data[place : place + 4] = first.to_bytes(4, "little")
+    assert len(split_pages(bytes(data))) == 2
+
+
+def test_pages_may_not_exceed_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "MAX_PIXELS", 2000)
+    with pytest.raises(BadSample, match="a TIFF whose pages exceed 2000 pixels"):
+        split_pages(stack(*PAGES["8 bit"]))
 
 
 def test_too_many_pages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages_module, "MAX_PAGES", 1)
     with pytest.raises(BadSample, match="a TIFF of 2 pages, more than 1"):
         split_pages(stack(*PAGES["8 bit"]))
+
+
+FRAMES = [picture(40, 30, seed) for seed in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "DICOM"])
+class TestAnimations:
+    """Frames are pages, by the same flag."""
+
+    def animation(self, kind: str) -> bytes:
+        if kind == "DICOM":
+            levels = np.stack([np.asarray(frame)[:, :, 0] for frame in FRAMES])
+            return dicom(levels, NumberOfFrames=3, Rows=30, Columns=40)
+        more = {"lossless": True} if kind == "WEBP" else {}
+        return encoded(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:], **more)
+
+    def check(self, folder: Path, kind: str, tiff_pages: str, text: str) -> list[np.ndarray]:
+        (folder / "moving").write_bytes(self.animation(kind))
+        source = Source("A", (), (folder,), tiff_pages=tiff_pages)
+        _, files = check_record(record(text, "yes", "moving"), source)
+        return [decode(data) for _, data in files]
+
+    def test_the_first_frame_is_the_image(self, tmp_path: Path, kind: str) -> None:
+        (image,) = self.check(tmp_path, kind, "first", "<image> what")
+        assert np.array_equal(image, decode(self.animation(kind)))
+
+    def test_a_shard_gets_no_other_frame(self, tmp_path: Path, kind: str) -> None:
+        _, bare = stored_image(self.animation(kind))
+        assert split_pages(bare) == [bare]
+
+    def test_each_frame_is_an_image(self, tmp_path: Path, kind: str) -> None:
+        for text in ("<image> what", "<image> <image> or <image>"):
+            images = self.check(tmp_path, kind, "all", text)
+            assert len(images) == 3
+            different = [not np.array_equal(images[0], image) for image in images[1:]]
+            assert all(different)
+            if kind in ("WEBP", "PNG"):
+                assert np.array_equal(images, [np.asarray(frame) for frame in FRAMES])
+
+    def test_a_text_that_asks_for_all_is_refused(self, tmp_path: Path, kind: str) -> None:
+        with pytest.raises(BadSample, match=r"for the 3 pages of 1 file.* --tiff-pages all"):
+            self.check(tmp_path, kind, "first", "<image><image><image> what")
 
 
 class TestTexts:
@@ -169,15 +228,16 @@ class TestFlag:
 
     def test_of_the_trainer(self, list_file: Path, tokenizer_file: Path, tmp_path: Path) -> None:
         data = DataConfig(datasets=str(list_file), tokenizer=str(tokenizer_file), tiff_pages="all")
-        data = prepare_data(data, VISION, tmp_path / "shards", True, lambda: None)
+        data = prepare_data(data, VISION, tmp_path / "shards")
         assert Shards(str(data.shards)).rows["images"].tolist() == [2, 2]
 
-    def test_shards_of_the_other_choice_are_refused(self, list_file: Path, tmp_path: Path) -> None:
+    def test_shards_of_the_other_choice_are_made_anew(
+        self, list_file: Path, tmp_path: Path
+    ) -> None:
         arguments = ["--datasets", str(list_file), "--output", str(tmp_path / "shards")]
         assert main([*arguments, "--workers", "0"]) == 0
-        made = json.loads((tmp_path / "shards" / "index.json").read_text())
-        assert main([*arguments, "--workers", "0", "--tiff-pages", "all"]) == 2
-        assert json.loads((tmp_path / "shards" / "index.json").read_text()) == made
+        assert main([*arguments, "--workers", "0", "--tiff-pages", "all"]) == 0
+        assert Shards(tmp_path / "shards").rows["images"].tolist() == [2, 2]
 
     def test_does_not_go_with_the_shards_of_others(self, tmp_path: Path) -> None:
         with pytest.raises(SystemExit):

@@ -1,23 +1,16 @@
 """What names a patient stays out of the shards; the pixels stay what they were."""
 
-import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image, PngImagePlugin
-from pydicom.data import get_testdata_file
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
 
 from megatron_gmai.data.images.decode import decode
-from megatron_gmai.data.images.dicom import decode_dicom
-from megatron_gmai.data.images.privacy import strip_metadata
-from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.images.privacy import stored_image, strip_metadata
 from megatron_gmai.data.shards.build import check_record
 from megatron_gmai.data.sources.mixture import Source
+from tests.data.files import dicom
 from tests.data.world import encoded, picture, record
 
 NAME = b"DOE^JANE"
@@ -79,57 +72,28 @@ def test_a_file_without_metadata_is_kept_as_it_is(kind: str) -> None:
     assert strip_metadata(data)[1] == data
 
 
-def dicom(pixels: np.ndarray, **elements: Any) -> bytes:
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    file = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    file.PatientName = NAME.decode()
-    file.Rows, file.Columns = pixels.shape[:2]
-    file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
-    file.BitsAllocated = file.BitsStored = 16
-    file.HighBit, file.PixelRepresentation = 15, 0
-    file.PixelData = pixels.astype("<u2").tobytes()
-    for name, value in elements.items():
-        setattr(file, name, value)
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, file)
-    return buffer.getvalue()
+def test_a_turned_jpeg_keeps_its_turn_and_nothing_else() -> None:
+    tags = exif()
+    tags[274] = 6
+    data = encoded(picture(), "JPEG", exif=tags)
+    suffix, bare = stored_image(data)
+    assert suffix == "jpg" and NAME not in bare and len(bare) < len(data)
+    assert np.array_equal(decode(bare), decode(data)) and decode(bare).shape == (20, 14, 3)
 
 
-class TestDicom:
-    PIXELS = np.arange(4096).reshape(64, 64)
+def test_what_cannot_be_cut_out_is_written_anew(tmp_path: Path) -> None:
+    tags = exif()
+    tags[274] = 3
+    for kind in ("PNG", "WEBP"):
+        data = encoded(picture(), kind, exif=tags)
+        suffix, bare = stored_image(data)
+        assert suffix == "png" and NAME not in bare
+        assert np.array_equal(decode(bare), decode(data))
 
-    def test_order_is_kept_and_nothing_turns_white(self) -> None:
-        levels = decode_dicom(dicom(self.PIXELS)).astype(int)
-        assert (np.diff(levels.ravel()) >= 0).all() and (levels == 255).mean() < 0.01
 
-    def test_the_window_of_the_file_is_used_on_rescaled_values(self) -> None:
-        window = {"WindowCenter": 40, "WindowWidth": 80}
-        rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
-        levels = decode_dicom(dicom(self.PIXELS, **window, **rescale)).ravel().astype(int)
-        assert levels[1024] <= 8 and levels[1024 + 80] >= 247
-        assert levels[1024 + 40] == pytest.approx(127, abs=3)
-
-    def test_white_for_small_values_is_inverted(self) -> None:
-        inverted = decode_dicom(dicom(self.PIXELS, PhotometricInterpretation="MONOCHROME1"))
-        assert np.array_equal(255 - inverted, decode_dicom(dicom(self.PIXELS)))
-
-    def test_several_frames_are_refused(self) -> None:
-        twice = np.concatenate([self.PIXELS, self.PIXELS])
-        with pytest.raises(BadSample, match="2 frames"):
-            decode_dicom(dicom(twice, NumberOfFrames=2, Rows=64))
-
-    def test_a_damaged_file_is_refused(self) -> None:
-        with pytest.raises(BadSample, match="DICOM"):
-            decode_dicom(dicom(self.PIXELS)[:3000])
-
-    def test_a_compressed_file_is_read(self) -> None:
-        path = get_testdata_file("MR_small_RLE.dcm")
-        assert decode_dicom(Path(str(path)).read_bytes()).shape == (64, 64)
-
-    def test_a_shard_gets_pixels_and_no_name(self, tmp_path: Path) -> None:
-        (tmp_path / "slice.dcm").write_bytes(dicom(self.PIXELS))
-        source = Source("A", (), (tmp_path,))
-        _, [(suffix, data)] = check_record(record("<image>", "yes", "slice.dcm"), source)
-        assert suffix == "png" and NAME not in data
-        assert np.array_equal(decode(data)[:, :, 0], decode_dicom(dicom(self.PIXELS)))
+def test_a_dicom_file_gives_a_shard_pixels_and_no_name(tmp_path: Path) -> None:
+    (tmp_path / "slice.dcm").write_bytes(dicom(np.arange(4096).reshape(64, 64)))
+    source = Source("A", (), (tmp_path,))
+    _, [(suffix, data)] = check_record(record("<image>", "yes", "slice.dcm"), source)
+    assert suffix == "png" and NAME not in data
+    assert np.array_equal(decode(data), decode((tmp_path / "slice.dcm").read_bytes()))

@@ -14,10 +14,12 @@ import webdataset
 from PIL import Image
 
 from megatron_gmai.data.ledger import BadSample, read_ledger
-from megatron_gmai.data.shards import build, lengths
+from megatron_gmai.data.pool import Report
+from megatron_gmai.data.shards import build, lengths, units
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import MANIFEST_FILE, Shards
-from megatron_gmai.data.shards.lengths import Encoder
+from megatron_gmai.data.shards.index import MANIFEST_FILE
+from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.text.encoder import Encoder
 from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import encoded, mixed_records, open_list, picture, record
@@ -58,7 +60,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, write_list: Callabl
 def test_several_processes_make_the_same_shards(
     tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "RECORDS_PER_SHARD", 3)
+    monkeypatch.setattr(units, "RECORDS_PER_SHARD", 3)
     list_file = write_list(A=mixed_records(tmp_path, 12))
     alone = build_shards(list_file, tmp_path / "alone")
     assert build_shards(list_file, tmp_path / "many", workers=2) == alone
@@ -84,17 +86,19 @@ class TestInterruption:
     def test_complete_shards_are_not_made_again_and_nothing_is_doubled(
         self, tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(build, "RECORDS_PER_SHARD", 4)
+        monkeypatch.setattr(units, "RECORDS_PER_SHARD", 4)
         list_file = write_list(A=mixed_records(tmp_path, 12))
         build_shards(list_file, tmp_path / "whole")
         written: list[str] = []
         write_unit = build.write_unit
 
-        def crash_at_the_third(output: Path, unit: build.Unit) -> int:
+        def crash_at_the_third(
+            output: Path, encoder: None, unit: units.Unit, report: Report
+        ) -> None:
             if len(written) == 2:
                 raise KeyboardInterrupt
             written.append(unit.shard)
-            return write_unit(output, unit)
+            write_unit(output, encoder, unit, report)
 
         monkeypatch.setattr(build, "write_unit", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
@@ -196,18 +200,21 @@ def test_the_run_has_the_whole_ledger_once(
         )
         assert len(dataset.ledger) == len(records) - 1
     lines = (tmp_path / "work" / "rejected.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["key"] for line in lines) == [
-        f"NAME/{i:08d}" for i in range(1, len(records))
-    ]
-    assert any("max_length 128" in line for line in lines)
-    assert all(set(json.loads(line)) == {"key", "source", "reason"} for line in lines)
+    told = [json.loads(line) for line in lines]
+    (too_long,) = [line for line in told if "--max-length 128" in line["reason"]]
+    assert too_long["id"] == "NAME/00000001" and too_long["key"].startswith("NAME-00000.tar@")
+    keys = [line["key"] for line in told if line is not too_long]
+    assert sorted(keys) == [f"NAME/{i:08d}" for i in range(2, len(records))]
 
 
 def test_too_many_bad_samples_stop_the_run_with_the_ledger_written(
     image_folder: Path, tmp_path: Path, tokenizer_file: Path
 ) -> None:
     list_file = write_annotations(image_folder, [GOOD, BAD_RECORDS["missing image"][0]])
-    with pytest.raises(ValueError, match="1 of 2 samples cannot be used.*--max-rejected 0.4"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)1 of 2 samples cannot be used.*--max-rejected 0.4.*lost.png: no such file",
+    ):
         open_list(list_file, tokenizer_file, tmp_path / "rejected.jsonl", max_rejected=0.4)
     assert len(read_ledger(tmp_path / "rejected.jsonl")) == 1
 
@@ -301,7 +308,7 @@ class TestTokenLengths:
         tokenizer: Tokenizer,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(lengths, "SAMPLES_PER_JOB", 5)
+        monkeypatch.setattr(units, "RECORDS_PER_SHARD", 5)
         build_shards(write_list(A=mixed_records(tmp_path, 12)), tmp_path / "shards")
         shards = Shards(tmp_path / "shards")
         encoder = Encoder(tokenizer, get_template("internlm2"), 4, 40)
@@ -336,7 +343,7 @@ class TestTokenLengths:
         shards = Shards(tmp_path / "shards")
         expected = [(s.key, s.record) for s in map(shards.read, range(6))]
         for head in (10, 512, 600, 16_384):
-            monkeypatch.setattr("megatron_gmai.data.shards.format.HEAD", head)
+            monkeypatch.setattr("megatron_gmai.data.shards.reader.HEAD", head)
             assert list(map(shards.read_record, range(6))) == expected
 
 

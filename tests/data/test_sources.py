@@ -18,7 +18,7 @@ from megatron_gmai.data.loading.dataset import open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.remote import read_below
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, encoded, mixed_records, picture, record
@@ -118,9 +118,10 @@ class TestUrls:
     def test_changed_annotations_are_noticed(self, tmp_path: Path, memory: str) -> None:
         put(f"{memory}/one.json", json.dumps([record("what", "yes")]).encode())
         build(tmp_path, annotations=f"{memory}/one.json")
-        put(f"{memory}/one.json", json.dumps([record("what", "yes, it is")]).encode())
-        with pytest.raises(ValueError, match="have changed since"):
-            build(tmp_path, annotations=f"{memory}/one.json")
+        changed = record("what", "yes, it is")
+        put(f"{memory}/one.json", json.dumps([changed]).encode())
+        shards = build(tmp_path, annotations=f"{memory}/one.json")
+        assert shards.read(0).record == changed
 
     @pytest.mark.parametrize("url", ["nothing://at.all/x.json", "memory://nowhere/x.json"])
     def test_a_place_that_cannot_be_read_is_one_clear_message(
@@ -132,7 +133,7 @@ class TestUrls:
 
 def batches(data: DataConfig, tokenizer: Path, cache: Path) -> list[Any]:
     data = dataclasses.replace(data, tokenizer=str(tokenizer), max_length=128, max_rejected=0.9)
-    data = prepare_data(data, VISION, cache, True, lambda: None)
+    data = prepare_data(data, VISION, cache)
     dataset = open_dataset(data, load_tokenizer(tokenizer), VISION, 1, None)
     found = iterate(dataset, 0, 1, 1, 1, total_packs=dataset.total_packs(1))
     return [(b.keys, b.tokens.tolist(), b.pixel_values.tolist()) for b in found]

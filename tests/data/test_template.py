@@ -30,7 +30,7 @@ def test_internlm2_with_system_image_and_two_turns(tokenizer: Tokenizer) -> None
         ("gpt", "no"),
         images=1,
     )
-    start, end = [tokenizer.im_start_id], [tokenizer.im_end_id]
+    start, end = [tokenizer.special_id("<|im_start|>")], [tokenizer.special_id("<|im_end|>")]
     text = tokenizer.encode
     image = [tokenizer.image_token_id] * IMAGE_TOKENS
     opening = start + text("assistant\n")
@@ -128,7 +128,7 @@ class TestLongSamples:
         assert len(cut.image_starts) == 1
 
     def test_is_refused_if_no_answer_fits(self, tokenizer: Tokenizer) -> None:
-        with pytest.raises(BadSample, match="max_length 10"):
+        with pytest.raises(BadSample, match="--max-length 10"):
             fit(self.rendered(tokenizer), 10)
 
     def test_is_refused_if_an_image_would_be_lost(self, tokenizer: Tokenizer) -> None:

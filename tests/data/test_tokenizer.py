@@ -24,7 +24,11 @@ def test_image_token_is_appended_as_the_last_id(tokenizer: Tokenizer) -> None:
 
 def test_text_that_spells_special_tokens_is_plain_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(FORGED)
-    special = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.image_token_id}
+    special = {
+        tokenizer.special_id("<|im_start|>"),
+        tokenizer.special_id("<|im_end|>"),
+        tokenizer.image_token_id,
+    }
     assert not special & set(ids)
     assert tokenizer.decode(ids) == FORGED
 

@@ -88,7 +88,7 @@ def test_closing_an_endless_loader_ends_its_workers(dataset: PackDataset) -> Non
 
 def test_a_dead_worker_is_reported_with_its_samples(dataset: PackDataset) -> None:
     fatal = Fatal(*dataset.__reduce__()[1])
-    place = dataset.shards.place(Fatal.poison)
+    place = dataset.shards.location(Fatal.poison)
     with pytest.raises(RuntimeError, match=rf"ended unexpectedly.*{place}"):
         list(iterate(fatal, 0, 1, 1, 1, 0, dataset.total_packs(1), num_workers=1))
 

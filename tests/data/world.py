@@ -68,5 +68,5 @@ def open_list(
     seed = settings.pop("seed", 1)
     settings = {"max_length": 128, "max_rejected": 0.9, **settings}
     data = DataConfig(datasets=str(list_file), tokenizer=str(tokenizer_file), **settings)
-    data = prepare_data(data, VISION, list_file.parent / "shards", True, lambda: None)
+    data = prepare_data(data, VISION, list_file.parent / "shards")
     return open_dataset(data, load_tokenizer(tokenizer_file), VISION, seed, rejected)

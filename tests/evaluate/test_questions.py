@@ -40,7 +40,7 @@ def test_a_prompt_is_the_training_sample_up_to_its_last_answer(
     length = len(one.prompt.tokens)
     assert one.prompt.tokens.tolist() == sample.tokens[:length].tolist()
     assert one.prompt.image_starts.tolist() == sample.image_starts.tolist()
-    answer = [*tokenizer.encode(one.question.expected), tokenizer.im_end_id]
+    answer = [*tokenizer.encode(one.question.expected), tokenizer.special_id("<|im_end|>")]
     assert sample.tokens[length : length + len(answer)].tolist() == answer
     assert (sample.labels[length:] != -100).sum() == len(answer)
 

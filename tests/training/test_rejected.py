@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gmai.data.ledger import read_ledger
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from tests.training.command import finish, start
 
 DAMAGED = 4  # of 24 samples

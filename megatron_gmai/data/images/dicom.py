@@ -1,62 +1,105 @@
-"""Single-slice DICOM files as pictures (optional: `pip install megatron-gmai[dicom]`).
+"""DICOM files as pictures (optional: `pip install megatron-gmai[dicom]`).
 
 Follows DICOM PS3.3: stored values are rescaled (C.11.1), shown through the window that the file
-names (C.11.2), and inverted where the smallest value is white (MONOCHROME1, C.7.6.3.1.2).
+names (C.11.2), inverted where the smallest value is white (MONOCHROME1, C.7.6.3.1.2), and coloured
+by the file's palette (PALETTE COLOR, C.7.9).
 """
 
 import io
-import warnings
+import struct
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from megatron_gmai.data.images.decode import check_size, window_to_8_bits
+from megatron_gmai.data.images.dicom_pixels import stored_values
+from megatron_gmai.data.images.formats import MAX_VOLUME, needs
+from megatron_gmai.data.images.sizes import check_size
+from megatron_gmai.data.images.window import window_to_8_bits
 from megatron_gmai.data.ledger import BadSample
 
+# What pydicom gives as RGB, whatever the file holds.
+COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}
+CHUNK = 2**24
+DEFLATED = b"1.2.840.10008.1.2.1.99"
 
-def is_dicom(data: bytes) -> bool:
-    """Whether the file has DICOM's preamble (PS3.10)."""
-    return data[128:132] == b"DICM"
+
+def frames(data: bytes) -> Iterator[np.ndarray]:
+    """uint8 [h, w] or [h, w, 3] of each frame. Without a window in the file, deep grey values are
+    windowed by percentiles, frame by frame."""
+    file = _read(data)
+    for number in range(_count(file)):
+        yield _frame(file, number)
 
 
-def decode_dicom(data: bytes) -> np.ndarray:
-    """uint8 [height, width] or [height, width, 3].
+def count_frames(data: bytes) -> int:
+    """How many frames there are."""
+    return _count(_read(data))
 
-    Without a window in the file, grey values are windowed by percentiles. Raises BadSample for
-    files that cannot be decoded or hold several frames.
-    """
+
+def _count(file: Any) -> int:
+    return int(file.get("NumberOfFrames", 1) or 1)
+
+
+def _read(data: bytes) -> Any:
     try:
-        import pydicom  # noqa: F401  (only whether it is there)
+        import pydicom
     except ImportError as error:
-        raise BadSample("DICOM needs pydicom: pip install 'megatron-gmai[dicom]'") from error
-    try:
-        # What pydicom warns of is either harmless or ends in an error below.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _decode(data)
-    except BadSample:
-        raise
-    except Exception as error:  # pydicom and its decoders raise anything on damaged files
-        raise BadSample(f"cannot decode DICOM: {error}") from error
+        raise needs("DICOM", "pydicom", "dicom") from error
+    if DEFLATED in data[:2048]:
+        _check_deflated(data)
+    file = pydicom.dcmread(io.BytesIO(data), force=True)  # force: also without a preamble
+    if "Rows" not in file or "Columns" not in file:
+        raise BadSample("a DICOM file without an image")
+    if "TransferSyntaxUID" not in file.file_meta:
+        implicit, little = map(bool, file.original_encoding)
+        names = {(True, True): pydicom.uid.ImplicitVRLittleEndian,
+                 (False, False): pydicom.uid.ExplicitVRBigEndian}  # fmt: skip
+        file.file_meta.TransferSyntaxUID = names.get(
+            (implicit, little), pydicom.uid.ExplicitVRLittleEndian
+        )
+    return file
 
 
-def _decode(data: bytes) -> np.ndarray:
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, convert_color_space
+def _check_deflated(data: bytes) -> None:
+    """pydicom unpacks the whole data set at once: see before whether there is room (PS3.5, A.5)."""
+    if data[132:136] != b"\x02\0\0\0":
+        raise BadSample("a deflated DICOM file that does not say where its data set starts")
+    start = 144 + struct.unpack_from("<I", data, 140)[0]
+    packed, size, unpacker = data[start:], 0, zlib.decompressobj(-zlib.MAX_WBITS)
+    while packed and not unpacker.eof:
+        size += len(unpacker.decompress(packed, CHUNK))
+        packed = unpacker.unconsumed_tail
+        if size > MAX_VOLUME:
+            raise BadSample(f"unpacks to more than {MAX_VOLUME} bytes")
 
-    file = pydicom.dcmread(io.BytesIO(data))
+
+def _frame(file: Any, number: int) -> np.ndarray:
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
+
     height, width = int(file.Rows), int(file.Columns)
-    check_size(width, height)
-    frames = int(file.get("NumberOfFrames", 1) or 1)
-    if frames != 1:
-        raise BadSample(f"a DICOM file of {frames} frames; give each as a file of its own")
-    pixels, colours = file.pixel_array, file.PhotometricInterpretation
+    check_size(width, height, int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8))
+    pixels, colours = stored_values(file, number), file.PhotometricInterpretation
+    if colours == "PALETTE COLOR":
+        return _upper_8_bits(apply_color_lut(pixels, file))
     if pixels.shape == (height, width, 3):
-        return convert_color_space(pixels, colours, "RGB", per_frame=True).astype(np.uint8)
+        if colours not in COLOURS:
+            raise BadSample(f"a DICOM file of {colours} colours")
+        return pixels if pixels.dtype == np.uint8 else window_to_8_bits(pixels)
     if pixels.shape != (height, width):
         raise BadSample(f"a DICOM file of shape {pixels.shape}, not {height} x {width}")
-    levels = window_to_8_bits(apply_modality_lut(pixels, file), _window(file))
+    window = _window(file)
+    plain = pixels.dtype == np.uint8 and file.BitsStored == 8 and window is None
+    levels = pixels if plain else window_to_8_bits(apply_modality_lut(pixels, file), window)
     return 255 - levels if colours == "MONOCHROME1" else levels
+
+
+def _upper_8_bits(colours: np.ndarray) -> np.ndarray:
+    """Of a palette: a fixed scale, which keeps its colours. Some files put 8 bits into 16."""
+    if colours.dtype == np.uint8 or colours.max() < 256:
+        return colours[:, :, :3].astype(np.uint8)
+    return (colours[:, :, :3] >> 8).astype(np.uint8)
 
 
 def _window(file: Any) -> tuple[float, float] | None:

@@ -1,83 +1,140 @@
-"""TIFF files of several pages: their first page, or each page as an image of its own."""
+"""TIFF files: pages of every depth (TIFF 6.0), read by Pillow, deep colours by imagecodecs."""
 
 import io
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterator
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2 as Directory
 
-from megatron_gmai.data.images.decode import check_size
-from megatron_gmai.data.images.dicom import is_dicom
-from megatron_gmai.data.images.privacy import TIFF_MAGICS, bare_tiff
+from megatron_gmai.data.images import orientation, pictures
+from megatron_gmai.data.images.deep import imagecodecs
+from megatron_gmai.data.images.orientation import turn
+from megatron_gmai.data.images.sizes import check_size
+from megatron_gmai.data.images.window import flatten, window_to_8_bits
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.text.conversation import IMAGE_TAG, parse_conversation
 
-MAX_PAGES = 256
-KIND_TAG = 254  # NewSubfileType of TIFF 6.0
-NO_PICTURE = 1 | 4  # its bits for a smaller copy and for the mask of another page
-
-
-def take_pages(
-    record: dict[str, Any], files: Sequence[bytes], tiff_pages: str
-) -> tuple[dict[str, Any], list[bytes]]:
-    """The record and its images, by what `--tiff-pages` says.
-
-    With `first` a file is one image. With `all` each page is one: the tag of a file is repeated for
-    all of its pages, unless the text has as many tags as there are pages already. Raises BadSample
-    for pages that cannot be read, and for texts that ask for them where the first one is taken.
-    """
-    tags = str(record.get("conversations")).count(IMAGE_TAG)
-    if tiff_pages == "first":
-        if files and tags > len(files) and tags == sum(len(split_pages(data)) for data in files):
-            raise BadSample(
-                f"{tags} {IMAGE_TAG} in the text for the {tags} pages of {len(files)} file(s), of "
-                "which only the first is taken; --tiff-pages all takes each as an image"
-            )
-        return record, list(files)
-    pages = [split_pages(data) for data in files]
-    images = [page for file in pages for page in file]
-    if len(images) > len(files) == tags:
-        record = _with_a_tag_a_page(record, [len(file) for file in pages])
-    return record, images
+KIND, WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES = 254, 256, 257, 258, 262, 277
+COLOUR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT, IMAGE_DEPTH = 320, 338, 339, 32997
+NO_PICTURE = 1 | 4  # bits of KIND for a smaller copy and for the mask of another page
+WHITE_IS_ZERO, PALETTE = 0, 3
+UNSIGNED, SIGNED = 1, 2
+COLOUR_SAMPLES = {0: 1, 1: 1, 2: 3, PALETTE: 1}  # by photometric interpretation
+PREMULTIPLIED = 1  # of EXTRA_SAMPLES; alpha that is not is 2
 
 
-def split_pages(data: bytes) -> list[bytes]:
-    """The pages of a TIFF as files of their own, without metadata; any other file as it is.
+def pages(data: bytes) -> Iterator[np.ndarray]:
+    """uint8 [h, w] or [h, w, 3] of each page; smaller copies and masks are none."""
+    for number, tags in enumerate(_directories(data)):
+        if number == 0 or not _first(tags, KIND, 0) & NO_PICTURE:
+            yield _page(data, number, tags)
 
-    Smaller copies and masks of other pages are left out. Raises BadSample.
-    """
-    if data[:4] not in TIFF_MAGICS or is_dicom(data):
-        return [data]
+
+def count_pages(data: bytes, most: int) -> int:
+    """Pages that `pages` gives; more than `most` are not counted on."""
+    count = 0
+    for number, tags in enumerate(_directories(data)):
+        count += number == 0 or not _first(tags, KIND, 0) & NO_PICTURE
+        if number > most:
+            break
+    return count
+
+
+def is_plain(data: bytes, known: Collection[int]) -> bool:
+    """Whether the file has one page, values of 8 bits or less, and no tags but `known` ones."""
+    for number, tags in enumerate(_directories(data)):
+        if number or max(_numbers(tags, BITS, 1)) > 8 or not set(tags) <= set(known):
+            return False
+    return True
+
+
+def _directories(data: bytes) -> Iterator[Directory]:
+    """The tags of each page, in one object that changes. Circles of pages end after one round."""
+    stream, seen = io.BytesIO(data), set[int]()
+    tags = Directory(data[:16] if data[2:3] == b"+" or data[3:4] == b"+" else data[:8])
+    while tags.next and tags.next not in seen:
+        seen.add(tags.next)
+        stream.seek(tags.next)
+        tags.load(stream)
+        yield tags
+
+
+def _numbers(tags: Directory, tag: int, default: int) -> tuple[int, ...]:
+    value = tags.get(tag, default)
+    return tuple(map(int, value if isinstance(value, tuple) else (value,)))
+
+
+def _first(tags: Directory, tag: int, default: int) -> int:
+    return _numbers(tags, tag, default)[0]
+
+
+def _page(data: bytes, number: int, tags: Directory) -> np.ndarray:
+    bits = _numbers(tags, BITS, 1)
+    samples = _first(tags, SAMPLES, 1)
+    size = (_first(tags, WIDTH, 0), _first(tags, HEIGHT, 0))
+    check_size(*size, samples * -(-max(bits) // 8))
+    if max(bits) <= 8 or (samples == 1 and _first(tags, PHOTOMETRIC, 1) != PALETTE):
+        image = _open(data, number)
+        if image is not None:
+            return _by_pillow(image, tags)
+    return turn(_by_imagecodecs(data, number, tags), _first(tags, orientation.TAG, 1))
+
+
+def _open(data: bytes, number: int) -> Image.Image | None:
+    """The page, None where Pillow does not know its layout."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _split(image) or [data]
-    except BadSample:
-        raise
-    except Exception as error:  # Pillow's plugins raise anything on damaged files
-        raise BadSample(f"cannot decode: {error}") from error
-
-
-def _split(image: Image.Image) -> list[bytes]:
-    """Nothing where there is only one page: the file can stay as it is."""
-    count = getattr(image, "n_frames", 1)
-    if count > MAX_PAGES:
-        raise BadSample(f"a TIFF of {count} pages, more than {MAX_PAGES}")
-    pages = []
-    for number in range(count if count > 1 else 0):
+        image = Image.open(io.BytesIO(data), formats=("TIFF",))
         image.seek(number)
-        check_size(*image.size)
-        if number == 0 or not int(image.tag_v2.get(KIND_TAG, 0)) & NO_PICTURE:  # type: ignore[attr-defined]
-            pages.append(bare_tiff(image))
-    return pages
+    except (UnidentifiedImageError, SyntaxError):
+        return None
+    return image
 
 
-def _with_a_tag_a_page(record: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
-    """The record with the tag of each file as often as the file has pages."""
-    parse_conversation(record, len(counts))
-    left = iter(counts)
-    turns = [
-        {**turn, "value": re.sub(IMAGE_TAG, lambda tag: tag[0] * next(left), turn["value"])}
-        for turn in record["conversations"]
-    ]
-    return {**record, "conversations": turns}
+def _by_pillow(image: Image.Image, tags: Directory) -> np.ndarray:
+    signed = _first(tags, SAMPLE_FORMAT, UNSIGNED) == SIGNED
+    image.load()  # turns it upright
+    if image.mode not in pictures.DEEP_MODES:
+        levels = pictures.to_array(image)
+        # Pillow takes signed bytes for unsigned ones: the upper half of the order comes first.
+        return levels ^ 0x80 if signed and image.mode == "L" else levels
+    values = np.asarray(image)
+    if image.mode == "I" and not signed and _first(tags, BITS, 1) == 32:
+        values = values.view(np.uint32)  # Pillow has no unsigned mode; the bits are right
+    levels = window_to_8_bits(values)
+    return 255 - levels if _first(tags, PHOTOMETRIC, 1) == WHITE_IS_ZERO else levels
+
+
+def _by_imagecodecs(data: bytes, number: int, tags: Directory) -> np.ndarray:
+    photometric, samples = _first(tags, PHOTOMETRIC, 1), _first(tags, SAMPLES, 1)
+    bits = max(_numbers(tags, BITS, 1))
+    colours = COLOUR_SAMPLES.get(photometric)
+    if colours is None or samples < colours or _first(tags, IMAGE_DEPTH, 1) != 1:
+        raise BadSample(f"a TIFF of {bits} bits, {samples} sample(s), photometric {photometric}")
+    values = imagecodecs(f"a TIFF of {samples} sample(s) of {bits} bits").tiff_decode(data, number)
+    size = (_first(tags, HEIGHT, 0), _first(tags, WIDTH, 0))
+    if values.shape == (samples, *size):
+        values = np.moveaxis(values, 0, -1)
+    values = values.reshape(*size, samples)
+    if photometric == PALETTE:
+        return _by_palette(values[:, :, 0], tags)
+    # Samples beyond the colours that are not alpha belong to no picture.
+    extra = _numbers(tags, EXTRA_SAMPLES, 0)[0]
+    values = values[:, :, : colours + (extra in (1, 2) and samples > colours)]
+    opaque = float(np.iinfo(values.dtype).max) if values.dtype.kind in "iu" else 1.0
+    if extra == PREMULTIPLIED and values.shape[2] > colours:
+        values = _divided(values, opaque)
+    levels = flatten(values, opaque)
+    return 255 - levels if photometric == WHITE_IS_ZERO else levels
+
+
+def _divided(values: np.ndarray, opaque: float) -> np.ndarray:
+    """Colours as they were before they were multiplied by alpha."""
+    share = values[:, :, -1:].astype(np.float32) / opaque
+    colours = values[:, :, :-1] / np.where(share > 0, share, 1)
+    return np.concatenate([colours, values[:, :, -1:]], axis=2).astype(np.float32)
+
+
+def _by_palette(indices: np.ndarray, tags: Directory) -> np.ndarray:
+    """Colours of 16 bits by definition, of which the upper 8 are shown, as Pillow does."""
+    table = np.array(_numbers(tags, COLOUR_MAP, 0), dtype=np.uint16).reshape(3, -1)
+    return (table.T >> 8).astype(np.uint8)[indices]

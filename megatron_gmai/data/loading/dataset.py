@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,15 +18,18 @@ from megatron_gmai.data.loading.batch import BatchBuilder, MicroBatch, SampleIma
 from megatron_gmai.data.plan.packing import Piece
 from megatron_gmai.data.plan.plan import Bookmark, Plan
 from megatron_gmai.data.plan.windows import PlanSettings, Windows
-from megatron_gmai.data.shards.format import REJECTED_FILE, Shards
-from megatron_gmai.data.shards.lengths import Encoder, token_lengths
+from megatron_gmai.data.shards.index import REJECTED_FILE
+from megatron_gmai.data.shards.lengths import token_lengths
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Use, read_uses
-from megatron_gmai.data.text.template import get_template
+from megatron_gmai.data.text.encoder import Encoder, make_encoder
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.layout import ImageShare
 
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
 ALL_IMAGES = ImageShare()
+TOLD = 5  # rejections in the message that ends a run
+TOO_LONG = re.compile(r"(?:the images end at token )?(\d+)(?: tokens)?, more than --max-length")
 NumberedPack = tuple[int, list[Piece]]  # its number in the stream decides about augmentation
 
 
@@ -120,7 +124,8 @@ class PackDataset:
         if bad > self.max_rejected * samples or bad >= samples:
             raise ValueError(
                 f"{bad} of {samples} samples cannot be used, more than --max-rejected "
-                f"{self.max_rejected}; the reasons are in {self.ledger.path or 'rejected.jsonl'}"
+                f"{self.max_rejected}:\n{_reasons(rejections)}\n"
+                f"all reasons are in {self.ledger.path or 'rejected.jsonl'}"
             )
 
     def assemble(
@@ -150,7 +155,7 @@ class PackDataset:
         try:
             stored = self.shards.read(piece.sample)
         except BadSample as error:
-            place = self.shards.place(piece.sample)
+            place = self.shards.location(piece.sample)
             rejections.append(Rejection(place, self.shards.source_name(piece.sample), str(error)))
             return Segment(place, None, piece.start, piece.stop)
         rendered = self.encoder.encode(stored.record, len(stored.images))
@@ -166,7 +171,7 @@ class PackDataset:
         return Segment(stored.key, rendered, piece.start, piece.stop, images)
 
     def _tone(self, sample: int, pack: int) -> Tone | None:
-        source = int(self.shards.rows[sample]["source"])
+        source = self.shards.source_of(sample)
         if not self.uses[source].data_augment:
             return None
         return choose_tone(self.settings.seed, pack, sample)
@@ -239,16 +244,18 @@ def open_dataset(
     return dataset
 
 
-def make_encoder(data: DataConfig, tokenizer: Tokenizer, vision: VisionConfig) -> Encoder:
-    """How `data` wants samples turned into tokens."""
-    return Encoder(
-        tokenizer,
-        get_template(data.chat_template),
-        vision.tokens_per_image,
-        data.max_length,
-        cut=data.dset_pack_level == "hard",
-        max_images=data.max_images_per_pack,
-    )
+def _reasons(rejections: Sequence[Rejection]) -> str:
+    """The first reasons, and how long samples are where that is the matter."""
+    lines = [f"  {line.id or line.key}: {line.reason}" for line in rejections[:TOLD]]
+    if len(rejections) > TOLD:
+        lines.append(f"  and {len(rejections) - TOLD} more")
+    lengths = [int(m[1]) for line in rejections if (m := TOO_LONG.match(line.reason))]
+    if lengths:
+        lines.append(
+            f"  {len(lengths)} of them are too long for --max-length; --max-length {max(lengths)} "
+            "takes them all"
+        )
+    return "\n".join(lines)
 
 
 def _uses(shards: Shards, data: DataConfig) -> list[Use]:

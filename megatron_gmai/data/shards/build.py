@@ -1,322 +1,336 @@
 """Makes shards from the data sets of a list file: every record checked, every image decoded once.
 
-Work is cut into units, one tar file each, which depend on nothing but their records; a unit that
-is complete is not made again after a crash.
+Work is cut into units, one tar file each, which depend on nothing but their records and images. A
+unit is made again only if those have changed, after a crash as well as in a later run.
 """
 
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.images import decode as images
-from megatron_gmai.data.images.dicom import decode_dicom, is_dicom
-from megatron_gmai.data.images.privacy import encode_png, strip_metadata
-from megatron_gmai.data.images.tiff import take_pages
-from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
-from megatron_gmai.data.plan.order import permutation
-from megatron_gmai.data.shards.format import (
+from megatron_gmai.data.images.nifti import parse_rule
+from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, parse_line, read_ledger
+from megatron_gmai.data.lock import building
+from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
+from megatron_gmai.data.progress import Progress
+from megatron_gmai.data.shards.check import check_record
+from megatron_gmai.data.shards.fetch import at_hand
+from megatron_gmai.data.shards.format import ShardWriter
+from megatron_gmai.data.shards.index import (
+    INDEX_FILE,
     MANIFEST_FILE,
     REJECTED_FILE,
     ROW,
     Manifest,
     ShardFile,
-    ShardWriter,
     SourceInfo,
     read_manifest,
     save_index,
     write_manifest,
 )
-from megatron_gmai.data.sources import parquet, remote
+from megatron_gmai.data.shards.inputs import (
+    Inputs,
+    UnitInputs,
+    annotations_of,
+    changes,
+    load_inputs,
+    means_of,
+    save_inputs,
+)
+from megatron_gmai.data.shards.lengths import LengthParts
+from megatron_gmai.data.shards.units import Fingerprint, Unit, cut_units, unit_fingerprint
 from megatron_gmai.data.sources.mixture import Source, read_list
-from megatron_gmai.data.sources.records import Records, read_record
-from megatron_gmai.data.text.conversation import image_names, parse_conversation
+from megatron_gmai.data.sources.records import parse_record
+from megatron_gmai.data.text.encoder import Encoder
 
-RECORDS_PER_SHARD = 1000
 PARTS = ".parts"
-HASHED_BYTES = 256 * 2**20
-MAX_IMAGE_BYTES = 500_000_000
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Records that go into one tar file."""
-
-    source: Source
-    source_number: int
-    shard: str
-    numbers: np.ndarray  # int64 [records], within the data set
-    spans: np.ndarray  # records.SPAN [records]
+Log = Callable[[str], None]
 
 
 def build_shards(
     list_file: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = 0,
     tiff_pages: str = "first",
+    image_root: str | None = None,
+    encoder: Encoder | None = None,
+    log: Log = lambda line: None,
 ) -> Manifest:
-    """Makes shards in `output`, or returns at once if the same inputs already made them.
+    """Makes shards in `output`, or finds them made from the same inputs, and tells `log` which.
 
-    `progress(done, total)` counts records; `workers` processes share the work (0: this one does
-    it); `take_pages` explains `tiff_pages`. Raises ValueError for a list that cannot be used, and
-    for a folder that holds shards of other inputs.
+    `workers` processes share the work (0: this one does it); `take_pages` explains `tiff_pages`,
+    `find_image` the `image_root`. With an `encoder` token lengths are measured on the way. Another
+    builder of the same folder is waited for. Raises ValueError for a list that cannot be used, for
+    a folder that holds shards of other data sets, and where a record ends a worker.
     """
-    sources = [dataclasses.replace(s, tiff_pages=tiff_pages) for s in read_list(list_file)]
-    output = Path(output)
-    inputs = fingerprint(sources)
-    if (output / MANIFEST_FILE).exists():
-        return _check_existing(output, inputs)
-    _prepare_parts(output, inputs)
-    sources = [_at_hand(source, number, output / PARTS) for number, source in enumerate(sources)]
-    units = [unit for number, source in enumerate(sources) for unit in _units(source, number)]
-    total = sum(len(unit.numbers) for unit in units)
-    missing = [unit for unit in units if not _part(output, unit.shard, "npy").exists()]
-    done = total - sum(len(unit.numbers) for unit in missing)
-    for count in _write_units(output, missing, workers):
-        done += count
-        progress(done, total)
-    return _finish(output, sources, units, inputs)
-
-
-def _write_units(output: Path, units: Sequence[Unit], workers: int) -> Iterator[int]:
-    """Yields the number of records of each unit as it is completed."""
-    if workers == 0:
-        for unit in units:
-            yield write_unit(output, unit)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(write_unit, output, unit) for unit in units]
-        try:
-            for job in as_completed(jobs):
-                yield job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def fingerprint(sources: Sequence[Source]) -> str:
-    """Of what decides the contents of the shards: names, annotations, image folders, pages.
-
-    Ratios are not part of it: they are applied when the data are read.
-    """
-    entries = [
-        [
-            source.name,
-            [_file_fingerprint(file) for file in source.annotation_files],
-            [str(root.resolve()) if root != Path() else "." for root in source.image_roots],
-            *([remote.version(url) for url in source.annotation_urls], source.image_url),
-            *([source.tiff_pages] if source.tiff_pages != "first" else []),
-        ]
-        for source in sources
+    allowed = None if image_root is None else Path(image_root)
+    sources = [
+        dataclasses.replace(source, tiff_pages=tiff_pages, allowed_root=allowed)
+        for source in read_list(list_file)
     ]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+    for source in sources:
+        if source.nifti_slices is not None:
+            parse_rule(source.nifti_slices)
+    with building(Path(output), log) as holder:
+        progress = Progress(log, holder.tell)
+        return _Build(sources, Path(output), workers, encoder, log, progress).run()
 
 
-def _file_fingerprint(file: Path) -> str:
-    """By content, so that a copy counts as the same; by size and time where that takes long."""
-    status = file.stat()
-    if status.st_size > HASHED_BYTES:
-        return f"{file.name} {status.st_size} {status.st_mtime_ns}"
-    return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+class _Build:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        output: Path,
+        workers: int,
+        encoder: Encoder | None,
+        log: Log,
+        progress: Progress,
+    ) -> None:
+        self.sources, self.output, self.workers = sources, output, workers
+        self.encoder, self.log, self.progress = encoder, log, progress
+        self.annotations, self.means = annotations_of(sources), means_of(sources)
 
+    def run(self) -> Manifest:
+        complete = (self.output / MANIFEST_FILE).exists()
+        old = self._earlier() if complete else None
+        if old is not None and self._is_unchanged(old):
+            self.log(f"shards in {self.output}: reused, their inputs are unchanged")
+            return read_manifest(self.output)
+        (self.output / PARTS).mkdir(exist_ok=True)
+        sources = [at_hand(source, self.output / PARTS) for source in self.sources]
+        units = [unit for source in sources for unit in cut_units(source)]
+        self._tell_lengths(sources, units)
+        if old is not None:
+            self._take_apart(units, old)
+        missing = self._missing(units)
+        if old is not None:
+            self._tell_changes(old, len(units) - len(missing), len(units))
+        self._write(missing)
+        return self._finish(units)
 
-def _check_existing(output: Path, inputs: str) -> Manifest:
-    manifest = read_manifest(output)
-    if manifest.inputs != inputs:
-        raise ValueError(
-            f"the shards in {output} were made from other data sets, or these have changed since, "
-            "or with another --tiff-pages; delete the folder or choose another"
+    def _earlier(self) -> Inputs:
+        """The inputs of the shards that are there. Raises ValueError if those are of other data."""
+        old = load_inputs(self.output)
+        if old is None or not old.annotations.keys() & self.annotations.keys():
+            raise ValueError(
+                f"the shards in {self.output} were made from other data sets or by an earlier "
+                "version; delete the folder or choose another (--dset-from-cache takes them as "
+                "they are)"
+            )
+        return old
+
+    def _is_unchanged(self, old: Inputs) -> bool:
+        """Whether annotations, means and images are as they were. Of annotations that have to be
+        copied first, and of images in them or behind URLs, the copies' versions have to do."""
+        rejected = any(unit.rejected for unit in old.units.values())
+        if old.annotations != self.annotations or (rejected and old.means != self.means):
+            return False
+        with tempfile.TemporaryDirectory(dir=self.output) as folder:  # for what gzip packs
+            local = [at_hand(s, Path(folder)) for s in self.sources if s.is_local]
+            units = [unit for source in local for unit in cut_units(source)]
+            return self._unchanged(units, old.units) == len(units)
+
+    def _unchanged(self, units: Sequence[Unit], known: dict[str, UnitInputs]) -> int:
+        """How many of the units have the fingerprint that is known of them."""
+        return sum(
+            unit.shard in known and known[unit.shard].fingerprint == fingerprint
+            for unit, fingerprint in self._fingerprints(units)
         )
-    return manifest
 
+    def _fingerprints(self, units: Sequence[Unit]) -> Iterable[tuple[Unit, str]]:
+        self.progress.begin("checking inputs", sum(len(unit.numbers) for unit in units))
+        workers = self.workers if len(units) > 16 else 0
+        for number, value in run_jobs(unit_fingerprint, units, workers, self.progress):
+            yield units[number], value
 
-def _prepare_parts(output: Path, inputs: str) -> None:
-    """Keeps the complete units of an interrupted run with the same inputs; drops any other."""
-    parts = output / PARTS
-    marker = parts / "inputs"
-    if marker.exists() and marker.read_text() == inputs:
-        return
-    if parts.exists():
-        shutil.rmtree(parts)
-    parts.mkdir(parents=True)
-    marker.write_text(inputs)
+    def _take_apart(self, units: Sequence[Unit], old: Inputs) -> None:
+        """Turns complete shards back into parts, of which those that are unchanged can stay."""
+        manifest, rows = read_manifest(self.output), np.load(self.output / INDEX_FILE)
+        ledger = {line.key: line for line in read_ledger(self.output / REJECTED_FILE)}
+        counts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+        where = {shard.name: n for n, shard in enumerate(manifest.shards)}
+        for unit in units:
+            if unit.shard not in old.units:
+                continue
+            number = where.get(unit.shard)
+            own = rows[:0] if number is None else rows[counts[number] : counts[number + 1]]
+            keys = map(unit.key, unit.numbers.tolist())
+            rejections = [ledger[key] for key in keys if key in ledger]
+            _save_part(self.output, unit, own, rejections, old.units[unit.shard].fingerprint)
+        write_atomically(self.output / PARTS / "means.json", json.dumps(old.means).encode())
+        (self.output / MANIFEST_FILE).unlink()
+        wanted = {unit.shard for unit in units}
+        for name in where.keys() - wanted:
+            (self.output / name).unlink(missing_ok=True)
 
+    def _missing(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units that have no part which is still right."""
+        means_file = self.output / PARTS / "means.json"
+        same_means = means_file.exists() and json.loads(means_file.read_text()) == self.means
+        parts = {unit.shard: _load_part(self.output, unit) for unit in units}
+        known = [unit for unit in units if parts[unit.shard] is not None]
+        kept = set()
+        for unit, fingerprint in self._fingerprints(known):
+            part = parts[unit.shard]
+            if part and part[0] == fingerprint and (same_means or not part[1]):
+                kept.add(unit.shard)
+        missing = [unit for unit in units if unit.shard not in kept]
+        for unit in missing:
+            (self.output / PARTS / f"{unit.shard}.json").unlink(missing_ok=True)
+        write_atomically(means_file, json.dumps(self.means).encode())
+        return missing
 
-def _at_hand(source: Source, number: int, folder: Path) -> Source:
-    """The data set with annotations that can be read at random: URLs copied, Parquet unpacked. What
-    an interrupted run has copied whole is kept."""
-    files: list[Path] = []
-    images = folder / f"{number:03d}.images"
-    places: list[Path | str] = [*source.annotation_files, *source.annotation_urls]
-    for place in places:
-        if isinstance(place, Path) and place.suffix.lower() != parquet.SUFFIX:
-            files.append(place)
-            continue
-        local = folder / f"{number:03d}-{len(files):05d}.annotations"
-        files.append(local)
-        if not local.exists():
-            _copy_annotations(place, local, images)
-    embedded = images if images.exists() else None
-    return dataclasses.replace(
-        source, annotation_files=tuple(files), annotation_urls=(), embedded_images=embedded
-    )
+    def _tell_changes(self, old: Inputs, kept: int, total: int) -> None:
+        new = Inputs(self.annotations, self.means, {})
+        for line in changes(old, new):
+            self.log(f"shards in {self.output}: {line}")
+        self.log(f"shards in {self.output}: {kept} of {total} kept, the others are made anew")
 
+    def _tell_lengths(self, sources: Sequence[Source], units: Sequence[Unit]) -> None:
+        for source in sources:
+            count = sum(len(unit.numbers) for unit in units if unit.source is source)
+            if source.length is not None and source.length != count:
+                self.log(f"{source.name}: 'length' is {source.length}, found {count} records")
+            if count and count * source.sample_ratio < 0.5:
+                ratio = source.sample_ratio
+                self.log(f"{source.name}: a ratio of {ratio:g} takes none of {count} samples")
 
-def _copy_annotations(place: Path | str, local: Path, images: Path) -> None:
-    partial, fetched = local.with_suffix(".partial"), local.with_suffix(".fetched")
-    if isinstance(place, str):
-        remote.copy(place, str(fetched))
-    if str(place).lower().endswith(parquet.SUFFIX):
-        parquet.unpack(fetched if isinstance(place, str) else place, partial, images)
-        fetched.unlink(missing_ok=True)
-    else:
-        fetched.replace(partial)
-    partial.replace(local)
-
-
-def _part(output: Path, shard: str, suffix: str) -> Path:
-    return output / PARTS / f"{shard}.{suffix}"
-
-
-def _units(source: Source, number: int) -> list[Unit]:
-    """Cuts a data set into shards. Records are shuffled once, so that each shard is a fair sample
-    of its data set and a window of few shards is not biased."""
-    records = Records(source.annotation_files)
-    order = permutation(len(records), 0, number)
-    units = []
-    for start in range(0, len(records), RECORDS_PER_SHARD):
-        chosen = order[start : start + RECORDS_PER_SHARD]
-        name = f"{number:03d}-{_slug(source)}-{start // RECORDS_PER_SHARD:05d}.tar"
-        units.append(Unit(source, number, name, chosen, records.spans[chosen]))
-    return units
-
-
-def _slug(source: Source) -> str:
-    """The data set's name as it may stand in file names and keys."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", source.name)
-
-
-def write_unit(output: Path, unit: Unit) -> int:
-    """Writes one tar file, its rows and its rejections; the rows come last and mean: complete.
-
-    Returns the number of records.
-    """
-    writer = ShardWriter(output / unit.shard)
-    rejections = []
-    for number, span in zip(unit.numbers, unit.spans, strict=True):
-        key = f"{_slug(unit.source)}/{number:08d}"
+    def _write(self, units: Sequence[Unit]) -> None:
+        total, size = sum(len(unit.numbers) for unit in units), sum(unit.size for unit in units)
+        self.progress.begin("making shards", total, size)
+        work = partial(write_unit, self.output, self.encoder)
+        workers = self.workers if len(units) > 1 else 0
         try:
-            file = unit.source.annotation_files[span["file"]]
-            record = read_record(file, int(span["start"]), int(span["size"]))
-            writer.add(key, *check_record(record, unit.source))
+            for _ in run_jobs(work, units, workers, self.progress):
+                pass
+        except WorkerDied as error:
+            raise ValueError(
+                f"{error} at {_describe(error.job, error.item)}; try fewer --workers, or take the "
+                "record out. The same command goes on from here"
+            ) from error
+
+    def _finish(self, units: Sequence[Unit]) -> Manifest:
+        """Joins the units' rows into the index. Shards without a usable sample are left out."""
+        shards: list[ShardFile] = []
+        rows = [np.empty(0, dtype=ROW)]
+        rejections: list[Rejection] = []
+        inputs: dict[str, UnitInputs] = {}
+        names = [source.name for source in self.sources]
+        for unit in units:
+            part = _load_part(self.output, unit)
+            assert part is not None
+            fingerprint, rejected, own = part
+            inputs[unit.shard] = UnitInputs(fingerprint, len(unit.numbers), len(rejected))
+            rejections += rejected
+            file = self.output / unit.shard
+            if not len(own):
+                file.unlink(missing_ok=True)
+                continue
+            own["shard"], own["source"] = len(shards), names.index(unit.source.name)
+            shards.append(ShardFile(unit.shard, len(own), file.stat().st_size))
+            rows.append(own)
+        lines = "".join(map(dump_line, rejections)).encode()
+        write_atomically(self.output / REJECTED_FILE, lines)
+        index = np.concatenate(rows)
+        save_index(self.output, index)
+        save_inputs(self.output, Inputs(self.annotations, self.means, inputs))
+        manifest = Manifest(tuple(shards), self._infos(index, rejections), _contents(shards, index))
+        write_manifest(self.output, manifest)
+        shutil.rmtree(self.output / PARTS)
+        return manifest
+
+    def _infos(self, index: np.ndarray, rejections: list[Rejection]) -> tuple[SourceInfo, ...]:
+        counts = np.bincount(index["source"], minlength=len(self.sources))
+        rejected = [sum(line.source == s.name for line in rejections) for s in self.sources]
+        return tuple(
+            SourceInfo(source.name, source.sample_ratio, source.data_augment, int(n), bad)
+            for source, n, bad in zip(self.sources, counts, rejected, strict=True)
+        )
+
+
+def _contents(shards: Sequence[ShardFile], index: np.ndarray) -> str:
+    """Changes with any sample: what a plan and token lengths are bound to."""
+    digest = hashlib.sha256(repr([shard.name for shard in shards]).encode())
+    digest.update(index.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_unit(output: Path, encoder: Encoder | None, unit: Unit, report: Report) -> None:
+    """Writes one tar file, its rows, its rejections and its token lengths."""
+    writer, rejections, size = ShardWriter(output / unit.shard), list[Rejection](), 0
+    fingerprint = Fingerprint(unit)
+    lengths = None if encoder is None else LengthParts(output, encoder)
+    for done, (number, span, text) in enumerate(unit.texts()):
+        report(done, size)
+        key, record = unit.key(number), None
+        try:
+            record = parse_record(text)
+            located = fingerprint.add(text, record)
+            checked, images = check_record(record, unit.source, located)
+            offset = writer.add(key, checked, images)
+            size += sum(len(data) for _, data in images)
+            if lengths is not None:
+                sample = f"{unit.shard}@{offset}"
+                lengths.measure(checked, len(images), sample, key, unit.source.name)
         except BadSample as error:
-            rejections.append(Rejection(key, unit.source.name, str(error)))
+            if record is None:
+                fingerprint.add(text, None)
+            rejections.append(
+                Rejection(
+                    key,
+                    unit.source.name,
+                    str(error),
+                    unit.source.list_file,
+                    str(unit.source.original(int(span["file"]))),
+                    int(span["number"]),
+                    _record_id(record),
+                    error.image,
+                )
+            )
+    report(len(unit.numbers), size)
     rows = writer.close()
-    rows["source"] = unit.source_number
-    lines = "".join(dump_line(rejection) for rejection in rejections)
-    write_atomically(_part(output, unit.shard, REJECTED_FILE), lines.encode())
-    write_atomically(_part(output, unit.shard, "npy"), rows.tobytes())
-    return len(unit.numbers)
+    if lengths is not None:
+        lengths.save(unit.shard, rows)
+    _save_part(output, unit, rows, rejections, fingerprint.value())
 
 
-def check_record(record: Any, source: Source) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
-    """The record and its image files (suffix, bytes), all found usable. Raises BadSample."""
-    names = image_names(record) if isinstance(record, dict) else []
-    files = [_read_image(name, source) for name in names]
-    if files:
-        record, files = take_pages(record, files, source.tiff_pages)
-    parse_conversation(record, len(files))
-    return record, [_checked_image(data, names) for data in files]
+def _record_id(record: object) -> str:
+    value = record.get("id") if isinstance(record, dict) else None
+    return str(value)[:200] if isinstance(value, str | int) else ""
 
 
-def _read_image(name: str, source: Source) -> bytes:
-    if source.embedded_images is not None:
-        data = parquet.read_embedded(source.embedded_images, name, MAX_IMAGE_BYTES)
-        if data is not None:
-            return data
-    if source.image_url is not None:
-        return remote.read_below(source.image_url, name, MAX_IMAGE_BYTES)
-    path = find_image(name, source.image_roots)
-    try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise BadSample(f"image {name}: larger than {MAX_IMAGE_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"image {name}: {error.strerror}") from error
+def _describe(unit: Unit, item: int) -> str:
+    """Where a record is to be found."""
+    if item >= len(unit.numbers):
+        return f"the end of {unit.shard}"
+    file = unit.source.original(int(unit.spans[item]["file"]))
+    return f"record {unit.spans[item]['number']} of {file} ({unit.key(int(unit.numbers[item]))})"
 
 
-def _checked_image(data: bytes, names: Sequence[str]) -> tuple[str, bytes]:
-    """Suffix and bytes for the shard: decoded once to see that it can be, without metadata."""
-    try:
-        if is_dicom(data):
-            return "png", encode_png(decode_dicom(data))
-        pixels = images.decode(data)
-        suffix, bare = strip_metadata(data)
-        if bare != data and not np.array_equal(images.decode(bare), pixels):
-            raise BadSample("its pixels change when metadata are removed")
-        return suffix, bare
-    except BadSample as error:
-        raise BadSample(f"image {', '.join(names)}: {error}") from error
+def _save_part(
+    output: Path, unit: Unit, rows: np.ndarray, rejections: Sequence[Rejection], fingerprint: str
+) -> None:
+    """The JSON file comes last and means: complete."""
+    write_atomically(output / PARTS / f"{unit.shard}.npy", rows.tobytes())
+    lines = [line._asdict() for line in rejections]
+    part = {"fingerprint": fingerprint, "rejections": lines}
+    write_atomically(output / PARTS / f"{unit.shard}.json", json.dumps(part).encode())
 
 
-def find_image(name: str, roots: Sequence[Path]) -> Path:
-    """The image file below one of `roots`. Raises BadSample if there is none, or if the name
-    leads out of its root by `..`, an absolute path or a link."""
-    if "\0" in name:
-        raise BadSample("the image name holds a null character")
-    for root in roots:
-        base = root.resolve()
-        path = (base / name).resolve()
-        if path.is_file():
-            if not path.is_relative_to(base):
-                raise BadSample(f"image {name}: outside of its folder {root}")
-            return path
-    raise BadSample(f"image {name}: no such file in {' or '.join(str(r) for r in roots)}")
-
-
-def _finish(
-    output: Path, sources: Sequence[Source], units: Sequence[Unit], inputs: str
-) -> Manifest:
-    """Joins the units' rows into the index. Shards without a usable sample are left out."""
-    shards: list[ShardFile] = []
-    rows = [np.empty(0, dtype=ROW)]
-    rejections = []
-    for unit in units:
-        part = np.fromfile(_part(output, unit.shard, "npy"), dtype=ROW)
-        rejections += read_ledger(_part(output, unit.shard, REJECTED_FILE))
-        if not len(part):
-            (output / unit.shard).unlink()
-            continue
-        part["shard"] = len(shards)
-        size = (output / unit.shard).stat().st_size
-        shards.append(ShardFile(unit.shard, len(part), size))
-        rows.append(part)
-    write_atomically(
-        output / REJECTED_FILE, "".join(dump_line(line) for line in rejections).encode()
-    )
-    index = np.concatenate(rows)
-    save_index(output, index)
-    counts = np.bincount(index["source"], minlength=len(sources))
-    rejected = [sum(line.source == source.name for line in rejections) for source in sources]
-    infos = tuple(
-        SourceInfo(source.name, source.sample_ratio, source.data_augment, int(n), bad)
-        for source, n, bad in zip(sources, counts, rejected, strict=True)
-    )
-    manifest = Manifest(tuple(shards), infos, inputs)
-    write_manifest(output, manifest)
-    shutil.rmtree(output / PARTS)
-    return manifest
+def _load_part(output: Path, unit: Unit) -> tuple[str, list[Rejection], np.ndarray] | None:
+    """Fingerprint, rejections and rows of a unit that is complete."""
+    file = output / PARTS / f"{unit.shard}.json"
+    if not file.exists():
+        return None
+    part = json.loads(file.read_text())
+    rows = np.fromfile(output / PARTS / f"{unit.shard}.npy", dtype=ROW)
+    return part["fingerprint"], [parse_line(line) for line in part["rejections"]], rows

@@ -2,22 +2,30 @@
 
 `{"NAME": {"image_dir": "", "annotations": "file or folder", "sample_ratio": 1.0,
 "length": 38276, "data_augment": true}, ...}`
+
+`length`, the number of samples, decides nothing: it is wrong in the published example.
 """
 
+import difflib
 import json
-import math
 import os
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_gmai.data.sources.json_text import without_trailing_commas
 from megatron_gmai.data.sources.remote import is_url, list_files
 
-ANNOTATION_SUFFIXES = (".json", ".jsonl", ".parquet")
-_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
+MAX_RATIO = 1000
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+# `repeat_time` is what InternVL's lists call the ratio.
+KEYS = (
+    *("image_dir", "annotations", "sample_ratio", "repeat_time", "length", "data_augment"),
+    "nifti_slices",
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,29 @@ class Source:
     annotation_urls: tuple[str, ...] = ()
     image_url: str | None = None
     embedded_images: Path | None = None
-    tiff_pages: str = "first"  # not of the list: see `pages.take_pages`
+    nifti_slices: str | None = None  # which slices of volumes are images: see `nifti.py`
+    length: int | None = None  # what the list says of the number of records
+    list_file: str = ""
+    # Not of the list:
+    tiff_pages: str = "first"  # see `pages.take_pages`
+    allowed_root: Path | None = None  # links and absolute names may lead there
+    version: str = ""  # of annotations that were copied, with the images in them
+    originals: tuple[str, ...] = ()  # what the copies are of
+
+    @cached_property
+    def real_roots(self) -> list[str]:
+        """The image folders, absolute and without links."""
+        return [os.path.realpath(root) for root in self.image_roots]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether annotations and images are files that can be read as they are."""
+        parquet = any(file.suffix.lower() == ".parquet" for file in self.annotation_files)
+        return not (self.annotation_urls or self.image_url or parquet)
+
+    def original(self, file: int) -> str:
+        """The name of an annotation file, not of its copy."""
+        return self.originals[file] if self.originals else str(self.annotation_files[file])
 
 
 def read_list(path: str | os.PathLike[str]) -> list[Source]:
@@ -74,11 +104,6 @@ def read_uses(path: str | os.PathLike[str]) -> dict[str, Use]:
     return {name: Use(_ratio(entry), _augment(entry)) for name, entry in entries.items()}
 
 
-def read_ratios(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Only the ratios of a list file."""
-    return {name: use.sample_ratio for name, use in read_uses(path).items()}
-
-
 def _parse(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -86,10 +111,12 @@ def _parse(file: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read list file {file}: {error}") from error
     if not text.strip():
         raise ValueError(f"list file {file} is empty; it must be a JSON object of data sets")
-    mended, commas = _without_trailing_commas(text)
+    mended, commas = without_trailing_commas(text)
     try:
-        entries = json.loads(mended)
-    except ValueError as error:
+        entries = json.loads(mended, object_pairs_hook=_unique)
+    except _Repeated as error:
+        raise ValueError(f"list file {file}: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"list file {file} is not valid JSON: {error}") from error
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"list file {file} must be a JSON object with one data set or more")
@@ -98,22 +125,25 @@ def _parse(file: Path) -> dict[str, Any]:
     return entries
 
 
-def _without_trailing_commas(text: str) -> tuple[str, int]:
-    """Removes commas before a closing bracket, but not those inside strings."""
-    count = 0
+class _Repeated(ValueError):
+    """A name that stands twice in one object."""
 
-    def keep(match: re.Match[str]) -> str:
-        nonlocal count
-        if match.group(1) is None:
-            count += 1
-            return ""
-        return match.group(1)
 
-    return _TRAILING_COMMA.sub(keep, text), count
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON leaves open: of two entries with one name the first would be lost."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise _Repeated(f"{name!r} stands twice; each data set and key needs its own name")
+    return dict(pairs)
 
 
 def _source(name: str, entry: Any, file: Path) -> Source:
     ratio = _ratio(entry)
+    for key in entry.keys() - set(KEYS):
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KEYS)}"
+        raise ValueError(f"unknown key {key!r}; {remedy}")
     annotations = entry.get("annotations")
     if not isinstance(annotations, str) or not annotations:
         raise ValueError("'annotations' must name a JSON file or a folder of them")
@@ -142,18 +172,31 @@ def _source(name: str, entry: Any, file: Path) -> Source:
         data_augment=_augment(entry),
         annotation_urls=urls,
         image_url=image_dir if remote else None,
+        nifti_slices=entry.get("nifti_slices"),
+        length=_length(entry),
+        list_file=str(file),
     )
 
 
 def _ratio(entry: Any) -> float:
     if not isinstance(entry, Mapping):
         raise ValueError("the entry must be a JSON object with 'annotations'")
-    ratio = entry.get("sample_ratio", 1.0)
+    if "sample_ratio" in entry and "repeat_time" in entry:
+        raise ValueError("'sample_ratio' and 'repeat_time' mean the same; give one of them")
+    name = "repeat_time" if "repeat_time" in entry else "sample_ratio"
+    ratio = entry.get(name, 1.0)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise ValueError(f"'sample_ratio' must be a number, found {ratio!r}")
-    if not math.isfinite(ratio) or ratio < 0:
-        raise ValueError(f"'sample_ratio' must be 0 or more, found {ratio}")
+        raise ValueError(f"{name!r} must be a number, found {ratio!r}")
+    if not 0 <= ratio <= MAX_RATIO:
+        raise ValueError(f"{name!r} must be from 0 to {MAX_RATIO}, found {ratio}")
     return float(ratio)
+
+
+def _length(entry: Mapping[str, Any]) -> int | None:
+    length = entry.get("length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        raise ValueError(f"'length' must be a number of samples, found {length!r}")
+    return length
 
 
 def _augment(entry: Mapping[str, Any]) -> bool:
@@ -175,10 +218,24 @@ def _resolve(name: str, file: Path) -> Path | None:
 def _annotation_files(place: Path) -> tuple[Path, ...]:
     if place.is_file():
         return (place,)
-    files = sorted(f for f in place.rglob("*") if f.suffix.lower() in ANNOTATION_SUFFIXES)
+    files = sorted(f for f in _walk(place) if f.name.lower().endswith(ANNOTATION_SUFFIXES))
     if not files:
         raise ValueError(f"folder {place} holds no {' or '.join(ANNOTATION_SUFFIXES)} file")
     return tuple(files)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder, through links, each folder once; without hidden ones, which editors
+    leave behind (`.ipynb_checkpoints` holds copies)."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in files if not name.startswith("."))
 
 
 def _image_roots(image_dir: Any, annotations: Path | None, file: Path) -> tuple[Path, ...]:

@@ -69,6 +69,12 @@ def _parsed(text: str) -> Any:
         return text
 
 
+def embedded_size(name: str) -> int | None:
+    """Bytes of an embedded image by its name, None if the name is not of that kind."""
+    place = _EMBEDDED.fullmatch(name)
+    return None if place is None else int(place[2])
+
+
 def read_embedded(images: Path, name: str, most: int) -> bytes | None:
     """An embedded image by its name, None if the name is not of that kind. Raises BadSample."""
     place = _EMBEDDED.fullmatch(name)

@@ -4,8 +4,10 @@ A file is scanned once for where its records begin and end; afterwards each is r
 any order and from any process, and no more than one is ever held in memory.
 """
 
+import contextlib
 import json
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,16 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.sources.encodings import check_encoding
+from megatron_gmai.data.sources.json_text import without_trailing_commas
 
 MAX_RECORD = 16 * 2**20  # bytes
 CHUNK = 2**22
 BOM = b"\xef\xbb\xbf"
 WHITESPACE = " \t\r\n"
-# Where a record lies: number of the file, first byte, length.
-SPAN = np.dtype([("file", "<u4"), ("start", "<u8"), ("size", "<u4")])
+# Where a record lies: number of the file, first byte, length; and its line in JSON Lines or its
+# place in a list, from 1.
+SPAN = np.dtype([("file", "<u4"), ("start", "<u8"), ("size", "<u4"), ("number", "<u4")])
 
 
 class Records:
@@ -35,70 +40,127 @@ class Records:
         return len(self.spans)
 
 
+class RecordReader:
+    """Reads records by their spans; keeps the files open."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files, self._open = files, contextlib.ExitStack()
+        self._handles: dict[int, int] = {}
+
+    def __enter__(self) -> "RecordReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def text(self, span: np.void) -> bytes:
+        """The bytes of one record; of one that is too long only so many that this shows."""
+        number = int(span["file"])
+        if number not in self._handles:
+            handle = os.open(self._files[number], os.O_RDONLY)
+            self._open.callback(os.close, handle)
+            self._handles[number] = handle
+        size = min(int(span["size"]), MAX_RECORD + 1)
+        return os.pread(self._handles[number], size, int(span["start"]))
+
+
 def read_record(file: Path, start: int, size: int) -> Any:
     """One record. Raises BadSample if its bytes are not one JSON value in UTF-8."""
-    if size > MAX_RECORD:
-        raise BadSample(f"a record of {size} bytes, more than {MAX_RECORD}")
     with file.open("rb") as stream:
         stream.seek(start)
-        text = stream.read(size)
+        return parse_record(stream.read(min(size, MAX_RECORD + 1)))
+
+
+def parse_record(text: bytes) -> Any:
+    """The record of these bytes. A comma before a closing bracket is passed over. Raises BadSample
+    if they are not one JSON value in UTF-8."""
+    if len(text) > MAX_RECORD:
+        raise BadSample(f"a record of more than {MAX_RECORD} bytes")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
+        with contextlib.suppress(ValueError, RecursionError):
+            mended, commas = without_trailing_commas(text.decode())
+            if commas:
+                return json.loads(mended)
         raise BadSample(f"not valid JSON: {error}") from error
 
 
-def _scan(file: Path) -> Iterator[tuple[int, int]]:
-    """First byte and length of each record."""
+def _scan(file: Path) -> Iterator[tuple[int, int, int]]:
+    """First byte, length and number of each record."""
     try:
         with file.open("rb") as stream:
             if file.stat().st_size == 0:
                 return
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                check_encoding(content[:CHUNK], file)
                 start = len(BOM) if content[:3] == BOM else 0
-                text = _Text(content, start)
+                text = _Text(content, start, file)
                 text.skip(WHITESPACE)
                 if text.peek() == "[":
-                    yield from _scan_list(text, file)
+                    yield from _scan_list(text)
                 else:
+                    _check_lines(text)
                     yield from _scan_lines(content, start)
     except OSError as error:
         raise ValueError(f"cannot read annotations {file}: {error.strerror}") from error
 
 
-def _scan_lines(content: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
+def _scan_lines(content: mmap.mmap, start: int) -> Iterator[tuple[int, int, int]]:
+    number = 0
     while start < len(content):
+        number += 1
         stop = content.find(b"\n", start)
         stop = len(content) if stop < 0 else stop
         # A line may be huge: do not copy it to see whether it is blank.
         if stop - start > CHUNK or content[start:stop].strip():
-            yield start, stop - start
+            yield start, stop - start, number
         start = stop + 1
 
 
-def _scan_list(text: "_Text", file: Path) -> Iterator[tuple[int, int]]:
+def _check_lines(text: "_Text") -> None:
+    """Raises ValueError for objects that are spread over several lines: each line would be taken
+    for a broken record."""
+    start = text.position
+    first_line = text.content.find(b"\n", start)
+    if text.peek() != "{" or first_line < 0 or first_line - start > CHUNK:
+        return
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text.content[start:first_line])
+        return
+    with contextlib.suppress(ValueError, RecursionError):
+        text.value()
+    if text.position > first_line:
+        raise ValueError(
+            f"annotations {text.file} hold JSON objects over several lines; put them into a list "
+            "[...], or each on a line of its own"
+        )
+
+
+def _scan_list(text: "_Text") -> Iterator[tuple[int, int, int]]:
     """Elements of a JSON list, found by decoding them one at a time."""
     text.advance(1)
     text.skip(WHITESPACE)
-    if text.peek() == "]":
-        return
-    while True:
+    number = 0
+    while text.peek() != "]":
+        number += 1
         start = text.position
         try:
             text.value()
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"annotations {file} are not valid JSON: {error}") from error
-        yield start, text.position - start
+            raise text.error(error) from error
+        yield start, text.position - start, number
         text.skip(WHITESPACE)
         mark = text.peek()
-        text.advance(1)
-        text.skip(WHITESPACE)
-        if mark == "]":
-            return
-        if mark != ",":
-            raise ValueError(
-                f"annotations {file} are not valid JSON: expected , or ] at byte {text.position}"
-            )
+        if mark == ",":  # one before the closing bracket is passed over, as in list files
+            text.advance(1)
+            text.skip(WHITESPACE)
+        elif mark != "]":
+            raise text.error("expected , or ]")
+    text.advance(1)
+    text.skip(WHITESPACE)
+    if text.peek():
+        raise text.error("text after the list's closing ]")
 
 
 class _Text:
@@ -108,8 +170,8 @@ class _Text:
     file. UTF-8's other bytes can stand only inside strings, whose contents do not matter here.
     """
 
-    def __init__(self, content: mmap.mmap, start: int) -> None:
-        self.content, self.first, self.at = content, start, 0
+    def __init__(self, content: mmap.mmap, start: int, file: Path) -> None:
+        self.content, self.first, self.at, self.file = content, start, 0, file
         self.text = ""
         self.decoder = json.JSONDecoder(strict=False)
         self._load(CHUNK)
@@ -135,9 +197,21 @@ class _Text:
         while (character := self.peek()) and character in characters:
             self.at += 1
 
+    def error(self, reason: Exception | str) -> ValueError:
+        """The error with its line, column and byte in the file."""
+        byte = self.position
+        if isinstance(reason, json.JSONDecodeError):
+            byte, reason = self.first + reason.pos, reason.msg
+        line = self.content[:byte].count(b"\n") + 1
+        column = byte - self.content.rfind(b"\n", 0, byte)
+        return ValueError(
+            f"annotations {self.file} are not valid JSON: {reason}: line {line} column {column} "
+            f"(byte {byte})"
+        )
+
     def value(self) -> None:
         """Moves behind the next JSON value. Raises ValueError if there is none."""
-        size = CHUNK
+        size, mended = CHUNK, False
         while True:
             try:
                 _, stop = self.decoder.raw_decode(self.text, self.at)
@@ -146,7 +220,21 @@ class _Text:
                     self.at = stop
                     return
             except ValueError:
-                if self.first + len(self.text) >= len(self.content) or size > MAX_RECORD:
+                whole = self.first + len(self.text) >= len(self.content) or size > MAX_RECORD
+                if whole and mended:
+                    raise
+                if whole or not mended:
+                    mended = True
+                    if self._mend():
+                        continue
+                if whole:
                     raise
             size *= 2
             self._load(size)
+            mended = False
+
+    def _mend(self) -> bool:
+        """Blanks out commas before closing brackets, which keeps all places as they are."""
+        text, commas = without_trailing_commas(self.text[self.at :], " ")
+        self.text = self.text[: self.at] + text
+        return commas > 0

@@ -41,13 +41,19 @@ class Conversation:
 
 
 def image_names(record: Mapping[str, Any]) -> list[str]:
-    """The image files that a record names; [] for text. Raises BadSample on any other type."""
-    value = record.get("image")
-    if value is None or value == "" or value == []:
-        return []
+    """The image files that a record names under `image` or `images`; [] for text. Raises BadSample
+    on any other type, and if the two differ."""
+    values = {key: record.get(key) for key in ("image", "images")}
+    named = [_names(v, key) for key, v in values.items() if v is not None and v not in ("", [])]
+    if len(named) == 2 and named[0] != named[1]:
+        raise BadSample("'image' and 'images' name different files; give one of them")
+    return named[0] if named else []
+
+
+def _names(value: Any, key: str) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise BadSample(f"'image' must be a file name or a list of them, found {_short(value)}")
+        raise BadSample(f"{key!r} must be a file name or a list of them, found {_short(value)}")
     return names
 
 

@@ -194,7 +194,7 @@ def fit(sample: Rendered, max_length: int) -> Rendered:
     kept = [end for end in sample.answer_ends if sample.images_end <= end <= max_length]
     if not kept:
         raise BadSample(
-            f"{len(sample.tokens)} tokens do not fit max_length {max_length}, and no turn ends "
+            f"{len(sample.tokens)} tokens, more than --max-length {max_length}, and no turn ends "
             f"before it with all {len(sample.image_starts)} image(s) and an answer"
         )
     end = kept[-1]

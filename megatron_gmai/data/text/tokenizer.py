@@ -9,6 +9,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_gmai.data.text.pieces import as_control
+
 IMAGE_TOKEN = "<image>"
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -24,6 +26,15 @@ INTERNLM2_PIECES = {
     "<|plugin|>": "[UNUSED_TOKEN_141]",
 }
 
+# `<|im_end|>`, `[UNUSED_TOKEN_145]`, `<unused7>`, `<reserved_102>`, `<extra_id_0>`, `<image>`; and
+# `<0x0A>`, `<s>`, `<unk>` where they are not what they are called.
+RESERVED = re.compile(
+    r"<\|.*\|>|\[(?:UNUSED|unused)[^\]]*\]|</?s>|<(?:image|pad|unk|mask|cls|sep|bos|eos)>"
+    r"|<(?:unused|reserved|extra_id|special|0x)[^>]*>|\[(?:PAD|UNK|CLS|SEP|MASK|INST|/INST)\]",
+    re.DOTALL,
+)
+ENCODING = b"2"  # another one when the same model gives other ids
+
 
 class Tokenizer:
     """Text to ids and back.
@@ -38,6 +49,9 @@ class Tokenizer:
         self._added = dict(added or {})
         self._pieces = sentencepiece.SentencePieceProcessor()
         self._pieces.LoadFromSerializedProto(model)
+        reserved = {i for i in range(self._pieces.GetPieceSize()) if _is_reserved(self._pieces, i)}
+        reserved |= {i for i in self._added.values() if i < self._pieces.GetPieceSize()}
+        self._reserved = {i: self._pieces.IdToPiece(i) for i in reserved}
         size = max([self._pieces.GetPieceSize(), *(i + 1 for i in self._added.values())])
         self._specials = {**self._model_specials(), **self._added}
         if IMAGE_TOKEN not in self._specials:
@@ -49,7 +63,8 @@ class Tokenizer:
         self.eos_id = self._pieces.eos_id()
         self.pad_id = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos_id
         self._short: dict[str, list[int]] = {}
-        self._split = re.compile("|".join(re.escape(name) for name in sorted(self._specials)))
+        # From here on no text can match a reserved piece, whatever the model declares it to be.
+        self._pieces.LoadFromSerializedProto(as_control(model, reserved))
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -59,17 +74,9 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
-        digest = hashlib.sha256(self._model)
+        digest = hashlib.sha256(self._model + ENCODING)
         digest.update(json.dumps(sorted(self._specials.items())).encode())
         return digest.hexdigest()[:16]
-
-    @property
-    def im_start_id(self) -> int:
-        return self.special_id("<|im_start|>")
-
-    @property
-    def im_end_id(self) -> int:
-        return self.special_id("<|im_end|>")
 
     def special_id(self, name: str) -> int:
         """The id of a special token. Raises ValueError if the tokenizer has none of that name."""
@@ -81,26 +88,18 @@ class Tokenizer:
         return self._specials[name]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without bos. Never gives a special id: names of special tokens in a
-        text are spelled out, so that no sample can forge the end of a turn."""
+        """Ids of plain text, without bos: sentencepiece's own, but never one of a special or
+        reserved piece. Their names in a text are spelled out like any other word, so that no sample
+        can forge the end of a turn."""
         if len(text) > SHORT:
-            return self._encode(text)
+            return self._pieces.EncodeAsIds(text)
         if text not in self._short and len(self._short) < MOST_SHORT:
-            self._short[text] = self._encode(text)
-        return list(self._short.get(text) or self._encode(text))
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        start = 0
-        for match in self._split.finditer(text):
-            inside = match.start() + 1
-            ids += self._pieces.EncodeAsIds(text[start:inside])
-            start = inside
-        return ids + self._pieces.EncodeAsIds(text[start:])
+            self._short[text] = self._pieces.EncodeAsIds(text)
+        return list(self._short.get(text) or self._pieces.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens written by name."""
-        names = {number: name for name, number in self._specials.items()}
+        names = {**self._reserved, **{number: name for name, number in self._specials.items()}}
         parts: list[str] = []
         run: list[int] = []
         for number in ids:
@@ -131,6 +130,15 @@ def _is_special(pieces: sentencepiece.SentencePieceProcessor, number: int) -> bo
     piece = pieces.IdToPiece(number)
     marked = piece.startswith("<|") and piece.endswith("|>")
     return pieces.IsControl(number) or marked or piece == IMAGE_TOKEN
+
+
+def _is_reserved(pieces: sentencepiece.SentencePieceProcessor, number: int) -> bool:
+    """Whether a piece is not meant to come from text: control pieces, and those that models keep
+    for later or for their chats, though many declare them to be text (`user defined`)."""
+    named = RESERVED.fullmatch(pieces.IdToPiece(number))
+    if pieces.IsByte(number) or pieces.IsUnknown(number):  # never matched by name
+        return False
+    return named is not None or pieces.IsControl(number)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -1,0 +1,77 @@
+"""Annotations that can be read at random: URLs copied, Parquet and gzip unpacked."""
+
+import dataclasses
+import gzip
+import shutil
+import zlib
+from pathlib import Path
+
+from megatron_gmai.data.shards.inputs import annotations_of, digest
+from megatron_gmai.data.sources import parquet, remote
+from megatron_gmai.data.sources.encodings import GZIP_MAGIC
+from megatron_gmai.data.sources.mixture import Source
+
+MAX_UNPACKED = 2**38  # bytes, of one file
+
+
+def at_hand(source: Source, folder: Path) -> Source:
+    """The data set with copies of its annotations where they are needed, in `folder`. What an
+    interrupted run has copied whole is kept, by a name that changes with what was copied."""
+    if source.is_local and not any(map(_is_gzip, source.annotation_files)):
+        return source
+    version = digest(annotations_of([source]))
+    images = folder / f"{version}.images"
+    files: list[Path] = []
+    places: list[Path | str] = [*source.annotation_files, *source.annotation_urls]
+    for place in places:
+        local = folder / f"{version}-{len(files):05d}.annotations"
+        if isinstance(place, Path) and not _is_parquet(place) and not _is_gzip(place):
+            local = place
+        elif not local.exists():
+            _copy(place, local, images)
+        files.append(local)
+    return dataclasses.replace(
+        source,
+        annotation_files=tuple(files),
+        annotation_urls=(),
+        originals=tuple(map(str, places)),
+        embedded_images=images if images.exists() else None,
+        version=version if images.exists() else "",
+    )
+
+
+def _copy(place: Path | str, local: Path, images: Path) -> None:
+    partial, fetched = local.with_suffix(".partial"), local.with_suffix(".fetched")
+    if isinstance(place, str):
+        remote.copy(place, str(fetched))
+    file = fetched if isinstance(place, str) else place
+    if _is_parquet(place):
+        parquet.unpack(file, partial, images)
+    elif _is_gzip(file):
+        _unpack_gzip(file, partial, str(place))
+    else:
+        shutil.copyfile(file, partial)
+    fetched.unlink(missing_ok=True)
+    partial.replace(local)
+
+
+def _is_parquet(place: Path | str) -> bool:
+    return str(place).lower().endswith(parquet.SUFFIX)
+
+
+def _is_gzip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(2) == GZIP_MAGIC
+
+
+def _unpack_gzip(file: Path, target: Path, name: str) -> None:
+    size = 0
+    try:
+        with gzip.open(file) as packed, target.open("wb") as out:
+            while chunk := packed.read(2**20):
+                size += len(chunk)
+                if size > MAX_UNPACKED:
+                    raise ValueError(f"annotations {name} unpack to more than {MAX_UNPACKED} bytes")
+                out.write(chunk)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read annotations {name}: {error}") from error

@@ -1,0 +1,150 @@
+"""Tar files of others, damaged or odd: what is lost is said, and nothing is trained on by half."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from megatron_gmai.data.ledger import Rejection, read_ledger
+from megatron_gmai.data.shards.foreign import index_shards
+from megatron_gmai.data.shards.index import MANIFEST_FILE
+from megatron_gmai.data.shards.reader import Shards
+from tests.data.world import encoded, picture, record
+
+PICTURE = encoded(picture())
+TURNS = json.dumps(record("<image>what", "yes")).encode()
+
+
+def tar(members: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def samples(first: int, count: int) -> list[tuple[str, bytes]]:
+    numbers = range(first, first + count)
+    return [m for n in numbers for m in ((f"{n}.json", TURNS), (f"{n}.png", PICTURE))]
+
+
+WHOLE = tar(samples(0, 4))
+HEADERS = [WHOLE.find(f"{n}.json".encode()) for n in range(4)]
+
+
+def index(folder: Path, content: bytes) -> tuple[int, list[Rejection]]:
+    (folder / "a.tar").write_bytes(content)
+    manifest = index_shards(folder)
+    ledger = read_ledger(folder / "rejected.jsonl")
+    assert manifest.rejected == len(ledger)
+    return manifest.samples, ledger
+
+
+def test_a_whole_file_has_nothing_to_tell(tmp_path: Path) -> None:
+    assert index(tmp_path, WHOLE) == (4, [])
+
+
+@pytest.mark.parametrize("end", [1024, 512])
+def test_an_end_mark_without_padding_is_whole(tmp_path: Path, end: int) -> None:
+    content = WHOLE.rstrip(b"\0")
+    content += bytes(-len(content) % 512 + end)
+    assert index(tmp_path, content) == (4, [])
+
+
+DAMAGES = {
+    "cut in a picture": (WHOLE[: HEADERS[2] + 1600], 2, "ends inside of the sample|is cut"),
+    "cut in a header": (WHOLE[: HEADERS[2] + 100], 2, r"damaged at byte"),
+    "cut between samples": (WHOLE[: HEADERS[2]], 2, "no end mark"),
+    "bad header": (WHOLE[: HEADERS[2]] + b"x" * 512 + WHOLE[HEADERS[2] + 512 :], 2, "damaged at"),
+    "zeroed header": (
+        WHOLE[: HEADERS[2]] + bytes(512) + WHOLE[HEADERS[2] + 512 :],
+        2,
+        "goes on behind its end mark",
+    ),
+    "two joined": (WHOLE + tar(samples(4, 2)), 4, "goes on behind its end mark"),
+    "trailing rubbish": (WHOLE + b"rubbish", 4, "goes on behind its end mark"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_is_lost_is_in_the_ledger(tmp_path: Path, name: str) -> None:
+    content, usable, reason = DAMAGES[name]
+    found, ledger = index(tmp_path, content)
+    assert found == usable
+    assert ledger and all(line.key.startswith("a.tar@") for line in ledger)
+    assert any(re.search(reason, line.reason) for line in ledger), ledger
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("k.dcm", b"junk"),
+        ("k.jp2", b"junk"),
+        ("k.avif", b"junk"),
+        ("k.nii.gz", b"junk"),
+        ("k.HEIC", b"junk"),
+        ("k.mp4", b"junk"),
+        ("", b""),
+    ],
+)
+def test_a_caption_is_never_trained_without_its_image(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    members = [("k.txt", b"a scan of the lung"), *([(name, data)] if name else [])]
+    found, (line,) = index(tmp_path, tar([*members, *samples(0, 1)]))
+    assert found == 1 and line.id == "k"
+    assert "without an image" in line.reason or "image 0" in line.reason
+
+
+def test_images_of_every_readable_kind_are_taken(tmp_path: Path) -> None:
+    kinds = {"webp": "WEBP", "bmp": "BMP", "ppm": "PPM", "jp2": "JPEG2000", "jfif": "JPEG"}
+    members = []
+    for suffix, kind in kinds.items():
+        members += [(f"{suffix}.{suffix}", encoded(picture(), kind)), (f"{suffix}.txt", b"a lung")]
+    assert index(tmp_path, tar(members)) == (5, [])
+    shards = Shards(tmp_path)
+    assert all(len(shards.read(row).images) == 1 for row in range(5))
+
+
+BAD = {
+    "a tag too many": record("<image><image>what", "yes"),
+    "no tag": record("what", "yes"),
+    "no answer": {"conversations": [{"from": "human", "value": "<image>what"}]},
+    "unknown speaker": {"conversations": [{"from": "bot", "value": "<image>what"}]},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_annotations_are_checked_as_those_of_a_list_are(tmp_path: Path, name: str) -> None:
+    members = [("k.json", json.dumps(BAD[name]).encode()), ("k.png", PICTURE)]
+    found, (line,) = index(tmp_path, tar([*members, *samples(0, 2)]))
+    assert found == 2 and line.id == "k"
+
+
+def test_a_key_that_comes_again_is_rejected_and_each_line_counts(tmp_path: Path) -> None:
+    found, ledger = index(tmp_path, tar([*samples(0, 2), *samples(0, 2), *samples(0, 1)]))
+    assert found == 2 and len(ledger) == 3
+    assert len({line.key for line in ledger}) == 3
+    assert all("earlier sample" in line.reason for line in ledger)
+
+
+def test_several_processes_find_the_same(tmp_path: Path) -> None:
+    folders = [tmp_path / "alone", tmp_path / "many"]
+    for folder in folders:
+        folder.mkdir()
+        for number, (content, _, _) in enumerate(DAMAGES.values()):
+            (folder / f"{number}.tar").write_bytes(content)
+    one, two = (
+        index_shards(folder, workers) for folder, workers in zip(folders, (0, 2), strict=True)
+    )
+    assert one.shards == two.shards
+    lines = [
+        [(line.key, line.reason) for line in read_ledger(folder / "rejected.jsonl")]
+        for folder in folders
+    ]
+    assert lines[0] == lines[1] and (folders[0] / MANIFEST_FILE).exists()
