@@ -164,6 +164,26 @@ class TestFiles:
             decode(data)
 
 
+class TestBombs:
+    """Frames that say they are large, in files that say they are small."""
+
+    @pytest.mark.parametrize(
+        ("name", "mark", "place"),
+        [
+            ("SC_rgb_jpeg_dcmtk", b"\xff\xc0", 5),
+            ("SC_rgb_jpeg_gdcm", b"\xff\xc3", 5),
+            ("MR_small_jpeg_ls_lossless", b"\xff\xf7", 5),
+            ("MR_small_jp2klossless", b"\xff\x4f\xff\x51", 8),
+        ],
+    )
+    def test_are_refused_before_they_are_decoded(self, name: str, mark: bytes, place: int) -> None:
+        data = bytearray(published(f"{name}.dcm"))
+        place += data.index(mark)
+        data[place : place + 4] = b"\xf0\xf0\xf0\xf0" if mark[1] != 0x4F else b"\0\0\xf0\xf0"
+        with pytest.raises(BadSample, match=r"a DICOM frame of \d+ x \d+, not (64 x 64|100 x 100)"):
+            decode(bytes(data))
+
+
 class TestFrames:
     TWICE = np.concatenate([PIXELS, PIXELS[::-1]])
 

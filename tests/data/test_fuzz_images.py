@@ -112,13 +112,13 @@ def test_damaged_files(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = 0
     for data in mutations(FILES[name], MUTATIONS):
-        start = time.monotonic()
+        start = time.process_time()
         try:
             use(data)
         except BadSample as error:
             assert str(error)
             refused += 1
-        assert time.monotonic() - start < TIME_LIMIT_S
+        assert time.process_time() - start < TIME_LIMIT_S
     assert refused
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_LIMIT_KB
 

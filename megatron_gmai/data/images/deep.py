@@ -46,18 +46,29 @@ def _png(data: bytes) -> np.ndarray | None:
     return flatten(codec.png_decode(data), 65_535)
 
 
+def jpeg_2000_head(data: bytes) -> int:
+    """Where the codestream begins, -1 in other data."""
+    return data.find(CODESTREAM) if data[4:8] == b"jP  " or data[:4] == CODESTREAM else -1
+
+
+def jpeg_2000_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the SIZ segment."""
+    place = jpeg_2000_head(data) + 8
+    right, lower, left, upper = struct.unpack_from(">IIII", data, place)
+    return right - left, lower - upper
+
+
 def _jpeg_2000(data: bytes) -> np.ndarray | None:
-    place = data.find(CODESTREAM)
+    place = jpeg_2000_head(data)
     if place < 0:
         return None
-    right, lower, left, upper = struct.unpack_from(">IIII", data, place + 8)
     samples, depth = struct.unpack_from(">HB", data, place + 40)
     bits = (depth & 0x7F) + 1
     if bits <= 8 or samples == 1:
         return None
     if samples > 4:
         raise BadSample(f"a JPEG 2000 of {samples} samples a pixel")
-    check_size(right - left, lower - upper, 4 * samples)
+    check_size(*jpeg_2000_size(data), 4 * samples)
     codec = imagecodecs(f"a JPEG 2000 of {bits}-bit colours")
     return flatten(codec.jpeg2k_decode(data), 2**bits - 1)
 
