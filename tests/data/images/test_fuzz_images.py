@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom.uid import RLELossless
-from tests.data.test_dicom import published
-from tests.data.test_formats import heic
 
 from megatron_gmai.data.images.decode import count_pages, decode, decode_pages, decode_slices
 from megatron_gmai.data.images.formats import is_volume
@@ -23,6 +21,8 @@ from megatron_gmai.data.images.pages import split_pages
 from megatron_gmai.data.images.privacy import stored_image, strip_metadata
 from megatron_gmai.data.ledger import BadSample
 from tests.data.files import dicom, png_16, tiff
+from tests.data.images.test_dicom import published
+from tests.data.images.test_formats import heic
 from tests.data.test_fuzz import mutations
 from tests.data.world import encoded, picture
 
