@@ -56,7 +56,7 @@ def main() -> int:
 def make_images(folder: Path, count: int) -> list[str]:
     """Smooth JPEGs of 24 KB, a thousand in a folder, and a list file that names them."""
     generator = np.random.default_rng(0)
-    names = []
+    names: list[str] = []
     for number in range(count):
         name = f"{number // 1000:03d}/{number:06d}.jpg"
         (folder / name).parent.mkdir(exist_ok=True)
