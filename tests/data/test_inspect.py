@@ -123,7 +123,9 @@ def test_a_folder_that_cannot_be_written_to_is_left_as_it_is(
     assert {file: file.stat().st_mtime_ns for file in shards.rglob("*")} == before
 
 
-def test_rejected_samples_of_a_foreign_tar_file(tmp_path: Path, tokenizer_file: Path) -> None:
+def test_rejected_samples_of_a_foreign_tar_file(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     members = {
         "good.json": json.dumps(record("<image> what", "yes")).encode(),
         "good.png": encoded(picture(seed=1)),
@@ -141,6 +143,15 @@ def test_rejected_samples_of_a_foreign_tar_file(tmp_path: Path, tokenizer_file: 
     page = inspect(tmp_path / "tars", "--tokenizer", str(tokenizer_file))
     part = page[page.index("<h2>Rejected") : page.index("<h2>Samples")]
     assert "id bad" in part and part.count("<img ") == 1
+    # The same where only a copy of the index can be written to.
+    writable = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).endswith("tars") and writable(path, mode)
+    )
+    place = tmp_path / "page.html"
+    flags = ["--tokenizer", str(tokenizer_file), "--html", str(place), "--image-size", "28"]
+    assert inspect_shards.main([str(tmp_path / "tars"), *flags]) == 0
+    assert place.read_text().count("<img ") == page.count("<img ")
 
 
 def test_a_folder_without_shards_is_one_clear_line(

@@ -9,6 +9,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ class Finder:
         name, _, offset = line.key.rpartition("@")
         if "/" in name or not offset.isdecimal():
             return Evidence()
-        with (self._shards.folder / name).open("rb") as stream:
+        with (Path(self._shards.origin) / name).open("rb") as stream:
             stream.seek(int(offset))
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 end = 0

@@ -71,6 +71,11 @@ class Shards:
         counts = [shard.samples for shard in self.manifest.shards]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
+    @property
+    def origin(self) -> str:
+        """Folder or URL of the tar files, which may lie elsewhere than their index."""
+        return self._origin
+
     def source_name(self, sample: int) -> str:
         return self.manifest.sources[self.source_of(sample)].name
 
