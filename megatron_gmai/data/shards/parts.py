@@ -1,32 +1,44 @@
-"""What an unfinished build has completed: index rows and rejections of each unit, a file each."""
+"""What an unfinished build has completed: index rows and rejections of each unit."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.ledger import Rejection, parse_line
+from megatron_gmai.data.ledger import Rejection
+from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.shards.index import ROW
 from megatron_gmai.data.shards.units import Unit
+
+
+@dataclass(frozen=True)
+class _Content:
+    fingerprint: str
+    rows: str  # bytes of the index rows, in hexadecimal
+    rejections: tuple[Rejection, ...]
 
 
 def save_part(
     folder: Path, unit: Unit, rows: np.ndarray, rejections: Sequence[Rejection], fingerprint: str
 ) -> None:
-    """The JSON file comes last and means: complete."""
-    write_atomically(folder / f"{unit.shard}.npy", rows.tobytes())
-    lines = [line._asdict() for line in rejections]
-    part = {"fingerprint": fingerprint, "rejections": lines}
-    write_atomically(folder / f"{unit.shard}.json", json.dumps(part).encode())
+    """Written after the tar file: its presence says that the unit is complete. One file, because
+    each that is safe on the disk costs as much time as a hundred records."""
+    content = {
+        "fingerprint": fingerprint,
+        "rows": rows.tobytes().hex(),
+        "rejections": [line._asdict() for line in rejections],
+    }
+    write_atomically(folder / f"{unit.shard}.json", json.dumps(content).encode())
 
 
 def load_part(folder: Path, unit: Unit) -> tuple[str, list[Rejection], np.ndarray] | None:
-    """Fingerprint, rejections and rows of a unit that is complete."""
-    file = folder / f"{unit.shard}.json"
-    if not file.exists():
+    """Fingerprint, rejections and rows of a unit; None if it is not complete."""
+    try:
+        content = from_json(_Content, json.loads((folder / f"{unit.shard}.json").read_text()))
+        rows = np.frombuffer(bytes.fromhex(content.rows), dtype=ROW)
+    except (OSError, ValueError, RecursionError):
         return None
-    part = json.loads(file.read_text())
-    rows = np.fromfile(folder / f"{unit.shard}.npy", dtype=ROW)
-    return part["fingerprint"], [parse_line(line) for line in part["rejections"]], rows
+    return content.fingerprint, list(content.rejections), rows.copy()
