@@ -49,7 +49,8 @@ bench: bench-kernels bench-data  ## all benchmarks, results under runs/bench
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
 
-bench-data: $(VENV)/.bench  ## loader, packing and planning
+bench-data: $(VENV)/.bench  ## making shards, loader, packing and planning
+	$(RUN) benchmarks/data_build.py
 	$(RUN) benchmarks/data.py $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs

@@ -29,9 +29,11 @@ class Progress:
             tell(self._line(items, size, now - self._start))
 
     def _line(self, items: int, size: int, seconds: float) -> str:
-        share = size / self._size if self._size else items / max(self._items, 1)
-        left = seconds / share - seconds if 0 < share < 1 else 0.0
-        return (
-            f"{self._phase}: {items} of {self._items}, {size / 1e6:.0f} MB, "
-            f"{items / seconds:.0f}/s, {size / 1e6 / seconds:.1f} MB/s, {left:.0f} s left"
-        )
+        done, total = (size, self._size) if self._size else (items, self._items)
+        left = seconds * (total - done) / done if 0 < done < total else 0.0
+        parts = [f"{items} of {self._items}" if self._items else f"{items}"]
+        if size:
+            total_size = f" of {self._size / 1e6:.0f}" if self._size else ""
+            parts.append(f"{size / 1e6:.0f}{total_size} MB, {size / 1e6 / seconds:.1f} MB/s")
+        parts += [f"{items / seconds:.0f}/s", f"{left:.0f} s left"]
+        return f"{self._phase}: {', '.join(parts)}"

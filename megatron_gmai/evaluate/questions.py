@@ -83,7 +83,7 @@ class HeldOut:
 
     def ask(self, number: int) -> Asked | Skipped:
         """The question at a place in the file, or why there is none."""
-        _, start, size = self.records.spans[number].tolist()
+        _, start, size, _ = self.records.spans[number].tolist()
         record: Any = None
         try:
             record = read_record(self.source.annotation_files[0], start, size)

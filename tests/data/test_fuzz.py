@@ -213,7 +213,20 @@ def test_index_files(shards: Path, name: str, count: int) -> None:
             assert str(error)
 
 
-ODD = [None, True, -1, 0, 2**40, 10**400, 1.5, float("nan"), "", "a", "../a.tar", "/dev/zero"]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    2**40,
+    10**400,
+    1.5,
+    float("nan"),
+    "",
+    "a",
+    "../a.tar",
+    "/dev/zero",
+]
 ODD += ["a/b.tar", "\0.tar", "\ud800", [], [[]], {}, {"a": 1}, "x" * 10_000]
 
 

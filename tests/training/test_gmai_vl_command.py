@@ -67,9 +67,10 @@ def folder(shards: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_published_command_trains(folder: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_published_command_trains(folder: Path, ranks: int) -> None:
     flags = shlex.split(FLAGS.format(folder=folder))
-    process = run([*launcher(1), "pretrain_gmai_vl.py", *flags, "--device", "cpu"])
+    process = run([*launcher(ranks), "pretrain_gmai_vl.py", *flags, "--device", "cpu"])
     output = finish(process)
     assert process.returncode == 0, output
     assert "--shard-strategy zero2 -> --use-distributed-optimizer" in output

@@ -155,9 +155,11 @@ class PackDataset:
         try:
             stored = self.shards.read(piece.sample)
         except BadSample as error:
-            place = self.shards.location(piece.sample)
-            rejections.append(Rejection(place, self.shards.source_name(piece.sample), str(error)))
-            return Segment(place, None, piece.start, piece.stop)
+            location = self.shards.location(piece.sample)
+            rejections.append(
+                Rejection(location, self.shards.source_name(piece.sample), str(error))
+            )
+            return Segment(location, None, piece.start, piece.stop)
         rendered = self.encoder.encode(stored.record, len(stored.images))
         if piece.stop > len(rendered.tokens):
             raise ValueError(

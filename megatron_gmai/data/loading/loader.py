@@ -219,5 +219,5 @@ class _Jobs(torch.utils.data.Sampler[Job]):
         samples = [
             piece.sample for job in self.waiting for _, pieces in job.packs for piece in pieces
         ]
-        places = ", ".join(self.dataset.shards.location(sample) for sample in samples[:20])
-        return f"{len(samples)} samples: {places}" + (", ..." if len(samples) > 20 else "")
+        locations = ", ".join(self.dataset.shards.location(sample) for sample in samples[:20])
+        return f"{len(samples)} samples: {locations}" + (", ..." if len(samples) > 20 else "")

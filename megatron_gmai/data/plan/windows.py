@@ -25,7 +25,7 @@ from megatron_gmai.data.plan.packing import (
 # A length of 0 marks a sample that cannot be used; a cut may fall at images_end or behind it.
 LENGTH_ROW = np.dtype([("length", "<i4"), ("images_end", "<i4")])
 WINDOW = 32_768  # samples
-# What a permutation is for: the third number of its place, after seed and epoch.
+# What a permutation is for: the third number of its counter, after seed and epoch.
 SHARD_ORDER, ROW_ORDER, SAMPLE_ORDER, PACK_ORDER = 1, 2, 3, 4
 
 
@@ -103,8 +103,8 @@ class Windows:
         """Packs leave the packer sorted in some way; a step must be a fair sample of the window.
         With `group_by_length`, runs of like packs stay together and the runs are shuffled."""
         run = self.settings.run if self.settings.group_by_length else 1
-        place = (self.settings.seed, epoch, PACK_ORDER, window)
-        runs = permutation(-(-packs // run), *place)
+        counter = (self.settings.seed, epoch, PACK_ORDER, window)
+        runs = permutation(-(-packs // run), *counter)
         order = (runs[:, None] * run + np.arange(run)).ravel()
         return order[order < packs]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.images.nifti import parse_rule
-from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, parse_line, read_ledger
+from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
 from megatron_gmai.data.lock import building
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
 from megatron_gmai.data.progress import Progress
@@ -47,6 +47,7 @@ from megatron_gmai.data.shards.inputs import (
     save_inputs,
 )
 from megatron_gmai.data.shards.lengths import LengthParts
+from megatron_gmai.data.shards.parts import load_part, save_part
 from megatron_gmai.data.shards.units import Fingerprint, Unit, cut_units, unit_fingerprint
 from megatron_gmai.data.sources.mixture import Source, read_list
 from megatron_gmai.data.sources.records import parse_record
@@ -165,7 +166,7 @@ class _Build:
             own = rows[:0] if number is None else rows[counts[number] : counts[number + 1]]
             keys = map(unit.key, unit.numbers.tolist())
             rejections = [ledger[key] for key in keys if key in ledger]
-            _save_part(self.output, unit, own, rejections, old.units[unit.shard].fingerprint)
+            save_part(self.output / PARTS, unit, own, rejections, old.units[unit.shard].fingerprint)
         write_atomically(self.output / PARTS / "means.json", json.dumps(old.means).encode())
         (self.output / MANIFEST_FILE).unlink()
         wanted = {unit.shard for unit in units}
@@ -176,7 +177,7 @@ class _Build:
         """The units that have no part which is still right."""
         means_file = self.output / PARTS / "means.json"
         same_means = means_file.exists() and json.loads(means_file.read_text()) == self.means
-        parts = {unit.shard: _load_part(self.output, unit) for unit in units}
+        parts = {unit.shard: load_part(self.output / PARTS, unit) for unit in units}
         known = [unit for unit in units if parts[unit.shard] is not None]
         kept = set()
         for unit, fingerprint in self._fingerprints(known):
@@ -226,7 +227,7 @@ class _Build:
         inputs: dict[str, UnitInputs] = {}
         names = [source.name for source in self.sources]
         for unit in units:
-            part = _load_part(self.output, unit)
+            part = load_part(self.output / PARTS, unit)
             assert part is not None
             fingerprint, rejected, own = part
             inputs[unit.shard] = UnitInputs(fingerprint, len(unit.numbers), len(rejected))
@@ -300,7 +301,7 @@ def write_unit(output: Path, encoder: Encoder | None, unit: Unit, report: Report
     rows = writer.close()
     if lengths is not None:
         lengths.save(unit.shard, rows)
-    _save_part(output, unit, rows, rejections, fingerprint.value())
+    save_part(output / PARTS, unit, rows, rejections, fingerprint.value())
 
 
 def _record_id(record: object) -> str:
@@ -314,23 +315,3 @@ def _describe(unit: Unit, item: int) -> str:
         return f"the end of {unit.shard}"
     file = unit.source.original(int(unit.spans[item]["file"]))
     return f"record {unit.spans[item]['number']} of {file} ({unit.key(int(unit.numbers[item]))})"
-
-
-def _save_part(
-    output: Path, unit: Unit, rows: np.ndarray, rejections: Sequence[Rejection], fingerprint: str
-) -> None:
-    """The JSON file comes last and means: complete."""
-    write_atomically(output / PARTS / f"{unit.shard}.npy", rows.tobytes())
-    lines = [line._asdict() for line in rejections]
-    part = {"fingerprint": fingerprint, "rejections": lines}
-    write_atomically(output / PARTS / f"{unit.shard}.json", json.dumps(part).encode())
-
-
-def _load_part(output: Path, unit: Unit) -> tuple[str, list[Rejection], np.ndarray] | None:
-    """Fingerprint, rejections and rows of a unit that is complete."""
-    file = output / PARTS / f"{unit.shard}.json"
-    if not file.exists():
-        return None
-    part = json.loads(file.read_text())
-    rows = np.fromfile(output / PARTS / f"{unit.shard}.npy", dtype=ROW)
-    return part["fingerprint"], [parse_line(line) for line in part["rejections"]], rows

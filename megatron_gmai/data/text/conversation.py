@@ -68,7 +68,7 @@ def parse_conversation(record: Any, num_images: int, require_answer: bool = True
     items = record.get("conversations")
     if not isinstance(items, list) or not items:
         raise BadSample("no conversations")
-    turns = tuple(_turn(item, place) for place, item in enumerate(items))
+    turns = tuple(_turn(item, index) for index, item in enumerate(items))
     _check_order(turns, require_answer)
     conversation = Conversation(turns)
     if conversation.num_images != num_images:
@@ -77,24 +77,24 @@ def parse_conversation(record: Any, num_images: int, require_answer: bool = True
     return conversation
 
 
-def _turn(item: Any, place: int) -> Turn:
+def _turn(item: Any, index: int) -> Turn:
     if not isinstance(item, Mapping):
-        raise BadSample(f"turn {place} must be a JSON object, found {_short(item)}")
+        raise BadSample(f"turn {index} must be a JSON object, found {_short(item)}")
     speaker, text = item.get("from"), item.get("value")
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise BadSample(f"turn {place} is from {_short(speaker)}; known are {', '.join(ROLES)}")
+        raise BadSample(f"turn {index} is from {_short(speaker)}; known are {', '.join(ROLES)}")
     if not isinstance(text, str):
-        raise BadSample(f"turn {place} has no text, found {_short(text)}")
+        raise BadSample(f"turn {index} has no text, found {_short(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadSample(f"turn {place} is not valid Unicode: {error.reason}") from error
+        raise BadSample(f"turn {index} is not valid Unicode: {error.reason}") from error
     role = ROLES[speaker]
     text = place_images_first(text) if role == "user" else text.strip()
     if not text:
-        raise BadSample(f"turn {place} ({speaker}) is empty")
+        raise BadSample(f"turn {index} ({speaker}) is empty")
     if role != "user" and IMAGE_TAG in text:
-        raise BadSample(f"turn {place} ({speaker}) holds {IMAGE_TAG}; images belong to human turns")
+        raise BadSample(f"turn {index} ({speaker}) holds {IMAGE_TAG}; images belong to human turns")
     return Turn(role, text)
 
 
@@ -117,11 +117,11 @@ def place_images_first(text: str) -> str:
 
 def _check_order(turns: Sequence[Turn], require_answer: bool) -> None:
     spoken = turns[1:] if turns[0].role == "system" else turns
-    for place, turn in enumerate(spoken):
-        expected = "assistant" if place % 2 else "user"
+    for index, turn in enumerate(spoken):
+        expected = "assistant" if index % 2 else "user"
         if turn.role != expected:
-            place += len(turns) - len(spoken)
-            raise BadSample(f"turn {place} is from the {turn.role}, expected the {expected}")
+            index += len(turns) - len(spoken)
+            raise BadSample(f"turn {index} is from the {turn.role}, expected the {expected}")
     if not spoken:
         raise BadSample("no human turn")
     if require_answer and len(spoken) % 2:

@@ -16,52 +16,52 @@ def as_control(model: bytes, numbers: Collection[int]) -> bytes:
     That is what keeps them out of texts: cutting a text apart inside of them would not, because
     the model normalises characters before it looks for them, and would change the ids around.
     """
-    parts, place, piece = [], 0, 0
-    while place < len(model):
-        start = place
-        tag, place = _varint(model, place)
-        content, place = _skip(model, tag & 7, place)
+    parts, offset, piece = [], 0, 0
+    while offset < len(model):
+        start = offset
+        tag, offset = _varint(model, offset)
+        content, offset = _skip(model, tag & 7, offset)
         if tag == 1 << 3 | BYTES:
             if piece in numbers:
-                body = _without_type(model[content:place]) + bytes([3 << 3 | VARINT, CONTROL])
+                body = _without_type(model[content:offset]) + bytes([3 << 3 | VARINT, CONTROL])
                 parts.append(bytes([tag]) + _to_varint(len(body)) + body)
-                start = place
+                start = offset
             piece += 1
-        parts.append(model[start:place])
+        parts.append(model[start:offset])
     return b"".join(parts)
 
 
 def _without_type(message: bytes) -> bytes:
-    parts, place = [], 0
-    while place < len(message):
-        start = place
-        tag, place = _varint(message, place)
-        _, place = _skip(message, tag & 7, place)
+    parts, offset = [], 0
+    while offset < len(message):
+        start = offset
+        tag, offset = _varint(message, offset)
+        _, offset = _skip(message, tag & 7, offset)
         if tag >> 3 != 3:
-            parts.append(message[start:place])
+            parts.append(message[start:offset])
     return b"".join(parts)
 
 
-def _skip(data: bytes, kind: int, place: int) -> tuple[int, int]:
+def _skip(data: bytes, kind: int, offset: int) -> tuple[int, int]:
     """First byte of a field's content, and of what follows it."""
     if kind == BYTES:
-        size, place = _varint(data, place)
-        return place, place + size
+        size, offset = _varint(data, offset)
+        return offset, offset + size
     if kind == VARINT:
-        return place, _varint(data, place)[1]
+        return offset, _varint(data, offset)[1]
     if kind not in (FIXED32, FIXED64):
         raise RuntimeError(f"a field of wire type {kind}")
-    return place, place + (4 if kind == FIXED32 else 8)
+    return offset, offset + (4 if kind == FIXED32 else 8)
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[place]
+        byte = data[offset]
         value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if byte < 0x80:
-            return value, place
+            return value, offset
 
 
 def _to_varint(value: int) -> bytes:

@@ -20,7 +20,7 @@ IGNORE = -100  # label of a position that is not supervised
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around the texts. Pieces are special tokens (`<|...|>`) or plain text."""
+    """What surrounds the texts. Pieces are special tokens (`<|...|>`) or plain text."""
 
     name: str
     system: tuple[tuple[str, ...], tuple[str, ...]]
@@ -133,7 +133,7 @@ def get_template(name: str) -> Template:
 def render(
     conversation: Conversation, template: Template, tokenizer: Tokenizer, tokens_per_image: int
 ) -> Rendered:
-    """Ids, labels and image places of a conversation.
+    """Ids, labels and image positions of a conversation.
 
     A conversation that ends with a user turn gives a prompt: it ends with the opening of the
     answer to be generated, and nothing after it.

@@ -21,8 +21,8 @@ from megatron_gmai.data.images.pages import split_pages
 from megatron_gmai.data.images.privacy import stored_image, strip_metadata
 from megatron_gmai.data.ledger import BadSample
 from tests.data.files import dicom, png_16, tiff
-from tests.data.test_dicom import published
-from tests.data.test_formats import heic
+from tests.data.images.test_dicom import published
+from tests.data.images.test_formats import heic
 from tests.data.test_fuzz import mutations
 from tests.data.world import encoded, picture
 

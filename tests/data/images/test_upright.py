@@ -8,7 +8,7 @@ from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.images.privacy import stored_image
 from megatron_gmai.data.images.window import MEAN_COLOUR, window_to_8_bits
 from tests.data.files import png_16, tiff
-from tests.data.test_formats import heic
+from tests.data.images.test_formats import heic
 from tests.data.world import encoded
 
 # Four quarters of different brightness: each orientation looks different.

@@ -13,7 +13,7 @@ from megatron_gmai.data.images import sizes
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
 from tests.data.files import tiff
-from tests.data.test_upright import CORNERS
+from tests.data.images.test_upright import CORNERS
 from tests.data.world import encoded
 
 # Decodes a file as a worker that makes shards does, then as one that trains does, and prints the
