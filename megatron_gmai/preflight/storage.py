@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.remote import is_url
 from megatron_gmai.preflight.check import FAIL, PASS, WARN, Check
 from megatron_gmai.weights import weights

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.report.charts import Line, Mark, chart, number
 from megatron_gmai.report.read import RunRecord
 from megatron_gmai.report.rejected import by_reason, pictures

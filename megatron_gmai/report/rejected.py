@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection
 from megatron_gmai.data.plan.order import permutation
-from megatron_gmai.data.shards.format import Shards, StoredSample
+from megatron_gmai.data.shards.reader import Shards, StoredSample
 
 PICTURES = 4  # of each reason
 SIDE = 96  # pixels

@@ -13,7 +13,7 @@ import pytest
 from megatron_gmai.data.ledger import Rejection, read_ledger
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.data.shards.build import build_shards
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.report.charts import TOP, Line, Mark, Scale, chart, number
 from megatron_gmai.report.read import read_runs
 from megatron_gmai.report.rejected import by_reason, find_sample
