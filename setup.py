@@ -32,6 +32,9 @@ setup(
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.46"],
+        "evaluate": ["openpyxl>=3.1"],
+        "leakage": ["imagehash>=4.3"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],
     },
 )

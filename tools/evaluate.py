@@ -1,7 +1,10 @@
-"""Asks a checkpoint held-out questions and prints its accuracy per question type and class.
+"""Asks a checkpoint held-out questions; scores, compares and checks predictions.
 
-    python tools/evaluate.py --load CHECKPOINT --data HELD_OUT.json [--output FILE.json]
+    python tools/evaluate.py [predict] --load CHECKPOINT --data HELD_OUT.json [--output FILE.json]
     torchrun --nproc-per-node N tools/evaluate.py ...     the questions are shared by N ranks
+    python tools/evaluate.py score --benchmark SET.tsv --predictions FILE [--html PAGE.html]
+    python tools/evaluate.py compare --benchmark SET.tsv PREDICTIONS_A PREDICTIONS_B
+    python tools/evaluate.py leakage --benchmark SET.tsv --shards DIR
 
 CHECKPOINT is iter_NNNNNNN or a folder of checkpoints, saved in any layout. Answers are generated
 greedily from the template and the image treatment that the model was trained with, and count as
@@ -20,6 +23,7 @@ from typing import NoReturn
 from megatron_gmai.config import Config, ParallelConfig, TrainConfig
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.evaluate.commands import COMMANDS
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout
@@ -33,7 +37,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = Parser(description=(__doc__ or "").split("\n\n")[0])
+    flags = Parser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=f"Other commands: {', '.join(COMMANDS)}; evaluate.py COMMAND --help.",
+    )
     flags.add_argument("--load", type=Path, required=True, help="checkpoint, or folder of them")
     flags.add_argument("--data", type=Path, required=True, help="held-out questions (JSON)")
     flags.add_argument("--output", type=Path, help="write scores and every answer here (JSON)")
@@ -58,6 +65,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        add_flags, run, purpose = COMMANDS[words[0]]
+        command = Parser(prog=f"evaluate.py {words[0]}", description=purpose)
+        add_flags(command)
+        run(command.parse_args(words[1:]))
+        return
+    predict(words[1:] if words[:1] == ["predict"] else words)
+
+
+def predict(argv: list[str]) -> None:
+    """Asks the questions on all ranks and prints the scores."""
     flags = parser().parse_args(argv)
     if flags.batch_size < 1 or flags.max_new_tokens < 1:
         raise ValueError("--batch-size and --max-new-tokens must be at least 1")

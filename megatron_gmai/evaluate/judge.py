@@ -1,7 +1,7 @@
 """An optional judge model at any OpenAI-shaped address, with its answers kept by hash.
 
-A score that used a judge repeats without it from the file of its answers. The questions to the judge
-are this project's own, so its verdicts are not those of the toolkits' judges.
+A score that used a judge repeats without it from the file of its answers. The questions to the
+judge are this project's own, so its verdicts are not those of the toolkits' judges.
 """
 
 import hashlib
@@ -19,15 +19,16 @@ from megatron_gmai.evaluate.benchmarks.table import Item
 SECONDS = 120
 MAX_REPLY_BYTES = 1_000_000
 _LETTER = re.compile(r"\b([A-Z])\b")
-_MATCH = """Which option does the answer below mean? Reply with the option's letter alone, or with Z \
-if it means none of them or more than one.
+_MATCH = """Which option does the answer below mean? Reply with the option's letter alone, or with \
+Z if it means none of them or more than one.
 
 Question: {question}
 Options:
 {options}
 Answer: {answer}"""
-_SAME = """Does the given answer to a medical question say the same as the right one? Other words for \
-the same thing are fine; missing, wrong or contradicting content is not. Reply with yes or no alone.
+_SAME = """Does the given answer to a medical question say the same as the right one? Other words \
+for the same thing are fine; missing, wrong or contradicting content is not. Reply with yes or no \
+alone.
 
 Question: {question}
 Right answer: {truth}

@@ -1,4 +1,4 @@
-"""Scores predictions by named protocols: verdicts for each question, then a row for each protocol."""
+"""Scores predictions by named protocols: a verdict for each question, a row for each protocol."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ GROUPS = (
     "l2-category",
     "split",
 )
+_MOST_GROUPS = 100  # a column of more values tells rows apart, it does not group them
 _ROTATION = 1_000_000  # VLMEvalKit: rotations of a question have its index plus a multiple of this
 
 
@@ -195,6 +196,6 @@ def result_to_json(scored: Sequence[Scored]) -> dict[str, Any] | None:
         "groups": {
             name: {value: row_to_json(row) for value, row in rows.items()}
             for name, rows in groups.items()
-            if len(rows) > 1
+            if 1 < len(rows) <= _MOST_GROUPS
         },
     }

@@ -5,6 +5,10 @@ import base64
 import binascii
 from pathlib import Path
 
+import numpy as np
+
+from megatron_gmai.data.images.decode import decode
+from megatron_gmai.data.images.dicom import decode_dicom, is_dicom
 from megatron_gmai.data.ledger import BadSample
 
 MAX_REFERENCE = 64  # characters; VLMEvalKit takes longer cells for base64
@@ -54,3 +58,9 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadSample(f"image {path.name}: {error.strerror}") from error
+
+
+def to_pixels(data: bytes) -> np.ndarray:
+    """uint8 [height, width, 3] as training sees the image: deep ones windowed. Raises BadSample."""
+    pixels = decode_dicom(data) if is_dicom(data) else decode(data)
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
