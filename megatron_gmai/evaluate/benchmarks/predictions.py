@@ -118,20 +118,20 @@ def _xlsx(table: Sequence[Sequence[Any]]) -> bytes:
     book = _openpyxl().Workbook(write_only=True)
     sheet = book.create_sheet()
     for row in table:
-        sheet.append([_xlsx_cell(value) for value in row])
+        sheet.append([_xlsx_cell(sheet, value) for value in row])
     buffer = io.BytesIO()
     book.save(buffer)
     return buffer.getvalue()
 
 
-def _xlsx_cell(value: Any) -> Any:
+def _xlsx_cell(sheet: Any, value: Any) -> Any:
     """Text as text: openpyxl would take a leading "=" for a formula."""
     if not isinstance(value, str):
         return value
     from openpyxl.cell import WriteOnlyCell
 
     text = _NOT_IN_XLSX.sub("", value)[:_MAX_XLSX_CELL]
-    cell = WriteOnlyCell(value=text)
+    cell = WriteOnlyCell(sheet, text)
     cell.data_type = "s"
     return cell
 
