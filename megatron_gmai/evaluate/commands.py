@@ -92,7 +92,7 @@ def leakage_parser(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--benchmark", type=Path, required=True, help="TSV")
     flags.add_argument("--shards", type=Path, required=True, help="folder of training shards")
     flags.add_argument("--hashes", type=Path, help="folder for their hashes (default: the shards')")
-    flags.add_argument("--distance", type=int, default=12, help="bits of 256 that may differ (12)")
+    flags.add_argument("--distance", type=int, default=15, help="bits of 256 that may differ (15)")
     flags.add_argument("--output", type=Path, help="result (JSON), for `score --leaks`")
 
 

@@ -106,8 +106,8 @@ def choose_cases(cases: Mapping[str, Case]) -> list[str]:
     chosen = []
     for name in _CLASSES:
         members = [index for index, case in cases.items() if _class(case) == name]
-        step = max(1, -(-len(members) // CASES))
-        chosen += members[::step]
+        count = min(CASES, len(members))
+        chosen += [members[place * len(members) // count] for place in range(count)]
     return chosen
 
 

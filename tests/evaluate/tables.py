@@ -25,11 +25,14 @@ def item(
 
 
 def png(seed: int = 0, size: int = 48) -> bytes:
-    """Random blocks: every seed is another picture, also to a perceptual hash."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    image = Image.fromarray(blocks).resize((size, size), Image.Resampling.BICUBIC)
-    return encoded(image)
+    """Noise with the spectrum of photographs: every seed is another picture, also to a perceptual
+    hash."""
+    noise = np.fft.fft2(np.random.default_rng(seed).normal(size=(size, size)))
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    picture = np.fft.ifft2(noise / (frequency + 1 / size)).real
+    low, high = np.percentile(picture, (1, 99))
+    levels = np.clip((picture - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    return encoded(Image.fromarray(levels))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **settings: object) -> bytes:

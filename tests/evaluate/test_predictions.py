@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas
 import pytest
 
 from megatron_gmai.evaluate.benchmarks.predictions import read_predictions, write_predictions
@@ -35,7 +36,6 @@ def test_answers_come_back_as_they_were(benchmark: Benchmark, tmp_path: Path, su
 def test_pandas_reads_what_vlmevalkit_needs(
     benchmark: Benchmark, tmp_path: Path, suffix: str
 ) -> None:
-    pandas = pytest.importorskip("pandas")
     path = tmp_path / f"model_Set.{suffix}"
     write_predictions(path, benchmark, ANSWERS)
     readers = {

@@ -81,6 +81,9 @@ def _parts(
     shards: Shards, workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
     tasks = [(shards.folder, start) for start in range(0, len(shards), _ROWS_A_TASK)]
+    if len(tasks) < 2:  # not worth a process
+        yield from map(_hash_rows, tasks)
+        return
     context = multiprocessing.get_context("spawn")  # threads of this process must not be forked
     with context.Pool(workers or os.cpu_count() or 1) as pool:
         for number, part in enumerate(pool.imap(_hash_rows, tasks)):
