@@ -60,7 +60,7 @@ class Scores:
 def to_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A head and a row for each protocol that has a rule for any of the questions."""
     rows: list[tuple[str, ...]] = [
-        ("protocol", "n", "unanswered", "fallbacks", "judged", "accuracy", "95 % interval")
+        ("protocol", "accuracy", "95 % interval", "n", "unanswered", "fallbacks", "judged")
     ]
     for name, protocol in result["protocols"].items():
         if protocol["all"]:
@@ -84,7 +84,7 @@ def to_text(result: Mapping[str, Any]) -> str:
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["interval_95"]
     counts = (str(row[key]) for key in ("n", "unanswered", "fallbacks", "judged"))
-    return (name, *counts, f"{row['accuracy']:.4f}", f"{low:.4f} - {high:.4f}")
+    return (name, f"{row['accuracy']:.4f}", f"{low:.4f} - {high:.4f}", *counts)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -190,7 +190,8 @@ def result_to_json(scored: Sequence[Scored]) -> dict[str, Any] | None:
     """All of a protocol's rows; None where it has no rule for any of the questions."""
     if not scored:
         return None
-    groups = {name: by_group(scored, name) for name in GROUPS}
+    columns = {"kind"}.union(*(one.item.columns for one in scored))
+    groups = {name: by_group(scored, name) for name in GROUPS if name in columns}
     return {
         **row_to_json(summarise(scored)),
         "groups": {

@@ -34,7 +34,8 @@ def test_score_prints_a_row_a_protocol_and_writes_result_and_page(
     words = ["score", "--benchmark", str(benchmark), "--predictions", str(predictions)]
     main([*words, "--output", str(files[0]), "--html", str(files[1])])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split()[:6] == ["vlmevalkit", "40", "1", "0", "0", "0.9500"]
+    assert lines[2].split()[:2] == ["vlmevalkit", "0.9500"]
+    assert lines[2].split()[-4:] == ["40", "1", "0", "0"]
     assert "no rule for these questions: llava-med, lmms-eval" in lines
     result = json.loads(files[0].read_text())
     assert result["protocols"]["mmmu"]["all"]["accuracy"] == pytest.approx(38.25 / 40)
@@ -68,8 +69,8 @@ def test_leakage_and_scores_without_it(
     words = ["score", "--benchmark", str(benchmark), "--predictions", str(predictions)]
     main([*words, "--protocol", "vlmevalkit", "--leaks", str(leaks)])
     with_all, without = capsys.readouterr().out.splitlines()[2:4]
-    assert with_all.split()[1:6] == ["40", "0", "0", "0", "0.9500"]
-    assert without.split()[-9:-3] == ["images", "32", "0", "0", "0", "1.0000"]
+    assert with_all.split()[1] == "0.9500" and with_all.split()[-4] == "40"
+    assert without.split()[3] == "1.0000" and without.split()[-4] == "32"
 
 
 @pytest.mark.parametrize(
