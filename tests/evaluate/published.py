@@ -169,7 +169,7 @@ def omnimedvqa(folder: Path) -> None:
 
 def mmmu(folder: Path, subjects: Sequence[str]) -> None:
     for number, subject in enumerate(subjects):
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "id": f"validation_{subject}_1",
                 "question": "Compare <image 1> with <image 2>. Which?",

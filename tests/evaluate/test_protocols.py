@@ -15,8 +15,9 @@ def judge(
     answer: str,
     options: dict[str, str] | None = None,
     benchmark: str = "Set",
-    **columns: str,
+    answer_type: str = "",
 ) -> Verdict:
+    columns = {"answer_type": answer_type} if answer_type else {}
     verdict = PROTOCOLS[protocol].rule(item(truth, options, **columns), answer, benchmark)
     assert verdict is not None
     return verdict
@@ -187,10 +188,13 @@ class TestMedEvalKit:
         assert judge("medevalkit", truth, answer, benchmark="VQA-RAD").score == score
 
     def test_slake_knows_only_lower_case_truths_as_yes_or_no(self) -> None:
-        closed = {"answer_type": "CLOSED", "benchmark": "SLAKE"}
-        assert judge("medevalkit", "Yes", "yes, it is", **closed).score == 0
-        assert judge("medevalkit", "Yes", "Yes.", **closed).score == 1
-        assert judge("medevalkit", "yes", "yes, it is", **closed).score == 1
+        for truth, answer, score in (
+            ("Yes", "yes, it is", 0),
+            ("Yes", "Yes.", 1),
+            ("yes", "yes, it is", 1),
+        ):
+            verdict = judge("medevalkit", truth, answer, None, "SLAKE", "CLOSED")
+            assert verdict.score == score
 
     def test_an_open_answer_must_be_equal(self) -> None:
         assert judge("medevalkit", "Left lung", "LEFT LUNG").score == 1
@@ -226,9 +230,8 @@ class TestLLaVAMed:
         assert judge("llava-med", truth, answer).score == score
 
     def test_closed_that_is_not_yes_or_no_needs_one_of_the_words(self) -> None:
-        closed = {"answer_type": "CLOSED"}
-        assert judge("llava-med", "Left", "left", **closed).unanswered
-        assert judge("llava-med", "Left", "No, the left one", **closed).score == 1
+        assert judge("llava-med", "Left", "left", answer_type="CLOSED").unanswered
+        assert judge("llava-med", "Left", "No, the left one", answer_type="CLOSED").score == 1
 
     @pytest.mark.parametrize(
         ("truth", "answer", "score"),
