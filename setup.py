@@ -13,6 +13,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megatron_gmai", "megatron_gmai.*"]), *KERNEL_PACKAGES],
     package_dir={"gmai_kernels": "kernels"},
+    package_data={"megatron_gmai.evaluate.server": ["page/*"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.20",

@@ -13,7 +13,6 @@ right when they equal the expected ones but for case, spaces and a final full st
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -22,12 +21,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_gmai.config import Config, ParallelConfig, TrainConfig
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.evaluate.benchmarks.predictions import FORMATS, write_predictions
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
 from megatron_gmai.evaluate.commands import COMMANDS
+from megatron_gmai.evaluate.loading import for_evaluation, tokenizer_for
 from megatron_gmai.evaluate.prompts import STYLES
 from megatron_gmai.evaluate.report import questions_hash, settings_path, software
 from megatron_gmai.runtime.quiet import quiet_libraries
@@ -212,28 +210,6 @@ def predict_benchmark(
     write_atomically(settings_path(flags.output), text.encode())
     shutil.rmtree(answers)
     print(f"{len(texts)} predictions, {len(skipped)} of questions not asked: {flags.output}")
-
-
-def for_evaluation(config: Config, tensor_parallel: int) -> Config:
-    """The trained model and its treatment of data, in another layout and without training."""
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
-    return dataclasses.replace(config, parallel=parallel, train=TrainConfig())
-
-
-def tokenizer_for(config: Config, given: str | None) -> Tokenizer:
-    """The tokenizer that was given or that the run used. Raises ValueError for another model's."""
-    path = given or config.data.tokenizer
-    if path is None:
-        raise ValueError("the checkpoint names no tokenizer; give --tokenizer FILE")
-    tokenizer, model = load_tokenizer(path), config.model
-    too_large = tokenizer.vocab_size > model.language.vocab_size
-    if too_large or tokenizer.image_token_id != model.image_token_id:
-        raise ValueError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} ids and <image> as number "
-            f"{tokenizer.image_token_id}; the model has {model.language.vocab_size} and "
-            f"{model.image_token_id}. Give --tokenizer the file that the model was trained with."
-        )
-    return tokenizer
 
 
 class Progress:
