@@ -55,11 +55,11 @@ def _decode(data: bytes) -> np.ndarray:
         return convert_color_space(pixels, colours, "RGB", per_frame=True).astype(np.uint8)
     if pixels.shape != (height, width):
         raise BadSample(f"a DICOM file of shape {pixels.shape}, not {height} x {width}")
-    levels = window_to_8_bits(apply_modality_lut(pixels, file), _window(file))
+    levels = window_to_8_bits(apply_modality_lut(pixels, file), file_window(file))
     return 255 - levels if colours == "MONOCHROME1" else levels
 
 
-def _window(file: Any) -> tuple[float, float] | None:
+def file_window(file: Any) -> tuple[float, float] | None:
     """Lower and upper end of the first window of the file."""
     centre, width = file.get("WindowCenter"), file.get("WindowWidth")
     if centre is None or width is None:

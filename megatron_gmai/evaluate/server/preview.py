@@ -7,13 +7,19 @@ moved window is what the model gets.
 import base64
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from megatron_gmai.data.images.decode import DEEP_MODES, check_size, window_to_8_bits
-from megatron_gmai.data.images.dicom import is_dicom
+from megatron_gmai.data.images.decode import (
+    DEEP_MODES,
+    WINDOW_PERCENTILES,
+    check_size,
+    window_to_8_bits,
+)
+from megatron_gmai.data.images.dicom import file_window, is_dicom
 from megatron_gmai.data.images.privacy import encode_png
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.evaluate.benchmarks.cells import to_pixels
@@ -23,23 +29,27 @@ MOST_SIDE = 2048  # of what is sent back; the model takes far less
 
 
 def preview(data: bytes, query: Mapping[str, str]) -> dict[str, Any]:
-    """`{"image": data URL, "range": [low, high] or null}`; `low` and `high` in the query are the
-    window. Raises BadRequest."""
+    """`{"image": data URL, "range": [least, greatest], "window": [low, high]}`, the last two null
+    for images that have no window; `low` and `high` in the query are another window. Raises
+    BadRequest."""
     try:
         deep = _deep_values(data)
         if deep is None or "low" not in query:
             pixels = to_pixels(data)
         else:
-            values, inverted = deep
-            levels = window_to_8_bits(values, _window(query))
-            pixels = 255 - levels if inverted else levels
+            deep = replace(deep, window=_window(query))
+            levels = window_to_8_bits(deep.values, deep.window)
+            pixels = 255 - levels if deep.inverted else levels
     except BadSample as error:
         raise BadRequest(str(error)) from error
     image = Image.fromarray(pixels)
     image.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
     encoded = base64.b64encode(encode_png(np.asarray(image))).decode()
-    ends = None if deep is None else [float(deep[0].min()), float(deep[0].max())]
-    return {"image": f"data:image/png;base64,{encoded}", "range": ends}
+    return {
+        "image": f"data:image/png;base64,{encoded}",
+        "range": [float(deep.values.min()), float(deep.values.max())] if deep else None,
+        "window": list(deep.window) if deep else None,
+    }
 
 
 def _window(query: Mapping[str, str]) -> tuple[float, float]:
@@ -52,8 +62,17 @@ def _window(query: Mapping[str, str]) -> tuple[float, float]:
     return low, high
 
 
-def _deep_values(data: bytes) -> tuple[np.ndarray, bool] | None:
-    """Grey values of a deep image and whether its smallest is white; None for others."""
+@dataclass(frozen=True)
+class _Deep:
+    """Grey values, the window that training shows them in, and whether the smallest is white."""
+
+    values: np.ndarray
+    window: tuple[float, float]
+    inverted: bool = False
+
+
+def _deep_values(data: bytes) -> _Deep | None:
+    """None for images of 8 bits."""
     if is_dicom(data):
         return _dicom_values(data)
     try:
@@ -64,10 +83,18 @@ def _deep_values(data: bytes) -> tuple[np.ndarray, bool] | None:
         raise
     except Exception as error:  # Pillow's plugins raise anything on damaged files
         raise BadSample(f"cannot decode: {error}") from error
-    return None if values is None else (np.nan_to_num(values.astype(np.float32)), False)
+    if values is None:
+        return None
+    numbers = np.nan_to_num(values.astype(np.float32))
+    return _Deep(numbers, _usual_window(numbers))
 
 
-def _dicom_values(data: bytes) -> tuple[np.ndarray, bool] | None:
+def _usual_window(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, WINDOW_PERCENTILES)
+    return float(low), float(high)
+
+
+def _dicom_values(data: bytes) -> _Deep | None:
     to_pixels(data)  # refuses what training refuses: sizes, frames, damage
     import pydicom
     from pydicom.pixels import apply_modality_lut
@@ -77,4 +104,5 @@ def _dicom_values(data: bytes) -> tuple[np.ndarray, bool] | None:
     if pixels.ndim != 2:
         return None
     inverted = file.PhotometricInterpretation == "MONOCHROME1"
-    return apply_modality_lut(pixels, file).astype(np.float32), inverted
+    values = apply_modality_lut(pixels, file).astype(np.float32)
+    return _Deep(values, file_window(file) or _usual_window(values), inverted)

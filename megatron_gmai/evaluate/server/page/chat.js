@@ -27,7 +27,7 @@ async function checked(answer) {
 }
 
 async function preview(image) {
-  const moved = image.low === undefined ? "" : `?low=${image.low}&high=${image.high}`;
+  const moved = !image.moved ? "" : `?low=${image.low}&high=${image.high}`;
   const type = "application/octet-stream";
   const answer = await checked(
     await ask(`/preview${moved}`, () => ({ method: "POST", headers: headers(type), body: image.file })),
@@ -35,6 +35,7 @@ async function preview(image) {
   const told = await answer.json();
   image.url = told.image;
   image.range = told.range;
+  [image.low, image.high] = told.window ?? [];
 }
 
 async function add(files) {
@@ -55,11 +56,10 @@ function slider(image, end, picture) {
   const input = document.createElement("input");
   const [low, high] = image.range;
   Object.assign(input, { type: "range", min: low, max: high, step: (high - low) / 200 });
-  input.value = end === "low" ? low : high;
+  input.value = image[end];
   input.addEventListener("change", async () => {
-    const other = end === "low" ? "high" : "low";
     image[end] = Number(input.value);
-    image[other] ??= end === "low" ? high : low;
+    image.moved = true;
     try {
       await preview(image);
       picture.src = image.url;
@@ -150,7 +150,8 @@ async function send() {
       words.data += event.choices[0]?.delta?.content ?? "";
       element.scrollIntoView({ block: "end" });
     }
-    messages.push({ role: "assistant", content: words.data || " " });
+    words.data ||= "(no answer)";
+    messages.push({ role: "assistant", content: words.data });
   } catch (error) {
     messages.pop();
     problem(error.message);
