@@ -102,10 +102,17 @@ function turn(role, text, urls = []) {
     element.append(picture);
   }
   const words = document.createTextNode(text);
-  element.append(words);
+  const paragraph = document.createElement("div");
+  paragraph.append(words);
+  element.append(paragraph);
   $("talk").append(element);
-  element.scrollIntoView({ block: "end" });
+  showEnd();
   return { element, words };
+}
+
+// The form stays at the bottom and would hide an element that is scrolled to.
+function showEnd() {
+  window.scrollTo(0, document.body.scrollHeight);
 }
 
 function problem(text) {
@@ -137,6 +144,7 @@ async function send() {
   turn("user", text, urls);
   $("text").value = "";
   $("send").disabled = true;
+  $("examples").hidden = true;
   problem("");
   showWaiting();
   const { element, words } = turn("assistant", "");
@@ -148,7 +156,7 @@ async function send() {
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
       words.data += event.choices[0]?.delta?.content ?? "";
-      element.scrollIntoView({ block: "end" });
+      showEnd();
     }
     words.data ||= "(no answer)";
     messages.push({ role: "assistant", content: words.data });
@@ -201,6 +209,7 @@ document.addEventListener("drop", (event) => {
 $("again").addEventListener("click", () => {
   messages.length = 0;
   $("talk").replaceChildren();
+  $("examples").hidden = $("examples").children.length === 0;
 });
 
 fetch("/health")
