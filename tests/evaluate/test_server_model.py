@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import openai
@@ -42,14 +43,13 @@ def request(
 
 def answers(generator: ModelGenerator, requests: Sequence[Request]) -> list[tuple[str, str, int]]:
     """Text, finish and tokens of each, put together from the pieces."""
-    told = [["", "", 0] for _ in requests]
+    told = [("", "", 0) for _ in requests]
     for pieces in generator.generate(requests):
         for piece in pieces:
-            assert not told[piece.place][1], "nothing comes behind the last piece"
-            told[piece.place][0] += piece.text  # type: ignore[operator]
-            told[piece.place][1] = piece.finish or ""
-            told[piece.place][2] += piece.tokens  # type: ignore[operator]
-    return [tuple(one) for one in told]  # type: ignore[misc]
+            text, finish, tokens = told[piece.place]
+            assert not finish, "nothing comes behind the last piece"
+            told[piece.place] = (text + piece.text, piece.finish or "", tokens + piece.tokens)
+    return told
 
 
 def mixed(generator: ModelGenerator) -> list[Request]:
@@ -127,7 +127,7 @@ def test_the_openai_client_gets_the_models_answer(generator: ModelGenerator, add
         {"type": "text", "text": "is a lung shown"},
     ]
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    ask = client.chat.completions.create
+    ask: Any = client.chat.completions.create
     messages = [{"role": "user", "content": content}]
     whole = ask(model="tiny", messages=messages, max_tokens=NEW)
     streamed = ask(model="tiny", messages=messages, max_tokens=NEW, stream=True)

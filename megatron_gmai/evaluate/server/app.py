@@ -5,7 +5,6 @@ import contextlib
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.evaluate.server.answers import Answer, error_response
 from megatron_gmai.evaluate.server.batching import Batcher, Busy, Job
 from megatron_gmai.evaluate.server.generator import Generator, Piece
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES, BadRequest, Chat, parse_chat
@@ -87,13 +87,13 @@ class _Server:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             key = self.settings.api_key
             if key and not hmac.compare_digest(given.encode(), key.encode()):
-                return _error("a valid API key is needed", 401)
+                return error_response("a valid API key is needed", 401)
             try:
                 return await handler(request)
             except BadRequest as error:
-                return _error(str(error), error.status, error.param)
+                return error_response(str(error), error.status, error.param)
             except Busy:
-                return _error("too many requests are waiting; try again", 503)
+                return error_response("too many requests are waiting; try again", 503)
 
         return guard
 
@@ -140,7 +140,7 @@ class _Server:
 
         job = Job(chat.request, deliver)
         self.batcher.submit(job)
-        answer = _Answer(self.generator.name, prompt_tokens)
+        answer = Answer(self.generator.name, prompt_tokens)
         if chat.stream:
             events = answer.events(pieces, job, chat.include_usage)
             return StreamingResponse(events, media_type="text/event-stream")
@@ -175,84 +175,6 @@ async def _body(request: HttpRequest) -> bytes:
     return b"".join(parts)
 
 
-class _Answer:
-    """Turns the pieces of one answer into OpenAI's objects."""
-
-    def __init__(self, model: str, prompt_tokens: int) -> None:
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self.prompt_tokens, self.tokens = prompt_tokens, 0
-
-    async def events(
-        self, pieces: asyncio.Queue[Piece], job: Job, include_usage: bool
-    ) -> AsyncIterator[str]:
-        """Server-sent events; the job is left when the client is."""
-        try:
-            yield self._chunk({"role": "assistant", "content": ""}, None)
-            finish = None
-            while finish is None:
-                piece = await pieces.get()
-                finish = piece.finish
-                self.tokens += piece.tokens
-                if finish == "error":
-                    yield f"data: {json.dumps(_error_body('the model failed', 500))}\n\n"
-                    return
-                yield self._chunk({"content": piece.text} if piece.text else {}, finish)
-            if include_usage:
-                yield self._event("chat.completion.chunk", choices=[], usage=self._usage())
-            yield "data: [DONE]\n\n"
-        finally:
-            job.left.set()
-
-    async def whole(self, pieces: asyncio.Queue[Piece], job: Job, request: HttpRequest) -> Response:
-        gone = asyncio.create_task(_until_gone(request))
-        try:
-            texts, finish = [], None
-            while finish is None:
-                piece_task = asyncio.create_task(pieces.get())
-                await asyncio.wait({piece_task, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not piece_task.done():
-                    piece_task.cancel()
-                    return _error("the client has left", 499)
-                piece = piece_task.result()
-                texts.append(piece.text)
-                finish = piece.finish
-                self.tokens += piece.tokens
-        finally:
-            gone.cancel()
-            job.left.set()
-        if finish == "error":
-            return _error("the model failed", 500)
-        message = {"role": "assistant", "content": "".join(texts)}
-        choice = {"index": 0, "message": message, "finish_reason": finish}
-        return JSONResponse(
-            {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
-        )
-
-    def _chunk(self, delta: dict[str, str], finish: str | None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return self._event("chat.completion.chunk", choices=[choice])
-
-    def _event(self, kind: str, **fields: Any) -> str:
-        return f"data: {json.dumps({**self.head, 'object': kind, **fields})}\n\n"
-
-    def _usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.tokens,
-            "total_tokens": self.prompt_tokens + self.tokens,
-        }
-
-
-async def _until_gone(request: HttpRequest) -> None:
-    """Returns when the client has closed the connection; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _page_file(name: str) -> Handler:
     path = _PAGE / name
 
@@ -261,12 +183,3 @@ def _page_file(name: str) -> Handler:
         return Response(path.read_bytes(), media_type=_TYPES[path.suffix], headers=headers)
 
     return send
-
-
-def _error(message: str, status: int, param: str | None = None) -> JSONResponse:
-    return JSONResponse(_error_body(message, status, param), status_code=status)
-
-
-def _error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
