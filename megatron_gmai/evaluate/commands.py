@@ -16,7 +16,7 @@ from megatron_gmai.evaluate.page import render_page
 from megatron_gmai.evaluate.protocols.registry import PROTOCOLS
 from megatron_gmai.evaluate.protocols.verdict import Protocol
 from megatron_gmai.evaluate.report import Scores, to_table, to_text
-from megatron_gmai.evaluate.scores import join, judge_all
+from megatron_gmai.evaluate.scores import GROUPS, join, judge_all
 from megatron_gmai.evaluate.statistics import paired_test
 
 JUDGE_KEY = "JUDGE_API_KEY"  # environment variable
@@ -25,7 +25,10 @@ JUDGE_KEY = "JUDGE_API_KEY"  # environment variable
 def score_parser(flags: argparse.ArgumentParser) -> None:
     _add_common(flags)
     flags.add_argument("--predictions", type=Path, required=True, help="tsv, json or xlsx")
-    flags.add_argument("--output", type=Path, help="result (JSON)")
+    flags.add_argument(
+        "--by", action="append", default=[], choices=GROUPS, help="rows for each of its values too"
+    )
+    flags.add_argument("--output", type=Path, help="result (JSON); has all groups")
     flags.add_argument("--html", type=Path, help="page of cases with their pictures")
     flags.add_argument("--leaks", type=Path, help="result of `leakage`: scores without it as well")
     flags.add_argument("--judge-model", help="a judge model decides what rules leave open")
@@ -47,12 +50,12 @@ def score(flags: argparse.Namespace) -> None:
     leaked = None if flags.leaks is None else _read_leaks(flags.leaks, benchmark)
     scores = Scores(benchmark, flags.predictions, verdicts, flags.judge_model, leaked)
     result = scores.to_json()
-    print(to_text(result))
+    print(to_text(result, flags.by))
     if flags.output:
         _write(flags.output, json.dumps(result, indent=1) + "\n")
     if flags.html:
         title = f"{benchmark.name}: {flags.predictions.stem}"
-        _write(flags.html, render_page(benchmark, verdicts, to_table(result), title))
+        _write(flags.html, render_page(benchmark, verdicts, to_table(result, flags.by), title))
 
 
 def compare_parser(flags: argparse.ArgumentParser) -> None:

@@ -57,8 +57,9 @@ class Scores:
         return [one for one in scored if one.item.index not in (self.leaked or ())]
 
 
-def to_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A head and a row for each protocol that has a rule for any of the questions."""
+def to_table(result: Mapping[str, Any], by: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """A head and a row for each protocol that has a rule for any of the questions, with rows below
+    it for each value of the columns `by`."""
     rows: list[tuple[str, ...]] = [
         ("protocol", "accuracy", "95 % interval", "n", "unanswered", "fallbacks", "judged")
     ]
@@ -67,12 +68,15 @@ def to_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rows.append(_cells(name, protocol["all"]))
         if protocol.get("without_leaked"):
             rows.append(_cells("  without leaked images", protocol["without_leaked"]))
+        groups = (protocol["all"] or {}).get("groups", {})
+        for column in by:
+            rows += [_cells(f"  {value}", row) for value, row in groups.get(column, {}).items()]
     return rows
 
 
-def to_text(result: Mapping[str, Any]) -> str:
+def to_text(result: Mapping[str, Any], by: Sequence[str] = ()) -> str:
     """The table for a terminal; protocols without a rule for any question are named below it."""
-    rows = to_table(result)
+    rows = to_table(result, by)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
     silent = [name for name, protocol in result["protocols"].items() if not protocol["all"]]

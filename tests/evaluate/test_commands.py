@@ -44,6 +44,30 @@ def test_score_prints_a_row_a_protocol_and_writes_result_and_page(
     assert page.count("<article") == 26 and page.count("data:image/jpeg;base64") == 26
 
 
+def test_rows_by_group_stand_below_their_protocol(
+    benchmark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [dict(row, modality="CT" if i < 10 else "MR") for i, row in enumerate(choices(40))]
+    write_tsv(benchmark, rows)
+    predictions = predicted(benchmark, "model", {0: "B", 11: "A"})
+    words = ["score", "--benchmark", str(benchmark), "--predictions", str(predictions)]
+    main([*words, "--protocol", "vlmevalkit", "--by", "modality"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(line[0], line[1], line[-4]) for line in lines] == [
+        ("vlmevalkit", "0.9500", "40"),
+        ("CT", "0.9000", "10"),
+        ("MR", "0.9667", "30"),
+    ]
+
+
+def test_the_older_form_and_predict_take_the_same_flags() -> None:
+    for words in ([], ["predict"]):
+        with pytest.raises(ValueError, match="--load"):
+            main(words)
+    with pytest.raises(ValueError, match="--benchmark needs --output"):
+        main(["predict", "--load", "x", "--benchmark", "Set.tsv", "--output", "p.csv"])
+
+
 def test_compare_tells_two_models_apart(
     benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

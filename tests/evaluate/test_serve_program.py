@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,13 +21,18 @@ __all__ = ["checkpoints"]
 
 def test_a_checkpoint_is_served_to_the_openai_client(checkpoints: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     program = [sys.executable, str(ROOT / "tools" / "serve.py"), "--load", str(checkpoints)]
-    words = [*program, "--port", "18431", "--name", "tiny", "--device", "cpu"]
+    words = [*program, "--port", port, "--name", "tiny", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
     try:
-        client = openai.OpenAI(base_url="http://127.0.0.1:18431/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+        )
         for _ in range(240):
             assert process.poll() is None, log.read_text()
             try:
@@ -44,7 +50,7 @@ def test_a_checkpoint_is_served_to_the_openai_client(checkpoints: Path, tmp_path
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-    assert re.search(r"iter_\d+ as tiny: http://127.0.0.1:18431", log.read_text())
+    assert re.search(r"iter_\d+ as tiny: http://127.0.0.1:" + port, log.read_text())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from megatron_gmai.evaluate.judge import openai_ask
 from megatron_gmai.evaluate.server.app import Settings
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
 from tests.evaluate.serving import Reader, serving
@@ -366,3 +367,15 @@ class TestThePage:
             assert self.get(address, "/examples/a.png")[0] == 200
             for name in ("link.png", "..%2Fsecret.png", "../secret.png", "none"):
                 assert self.get(address, f"/examples/{name}")[0] == 404
+
+
+class TestAJudgeBehindTheServer:
+    def test_it_is_asked_over_the_same_interface(self, address: str) -> None:
+        ask = openai_ask(f"{address}/v1/", "reader", key=None)
+        assert ask("is it the same") == "is it the same turns=1 images="
+
+    def test_its_failures_are_told(self, address: str) -> None:
+        with pytest.raises(ValueError, match="gave no answer: HTTP Error 404"):
+            openai_ask(f"{address}/v1", "another", key="k")("x")
+        with pytest.raises(ValueError, match="gave no answer"):
+            openai_ask("http://127.0.0.1:9/v1", "reader", key=None)("x")
