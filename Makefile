@@ -11,7 +11,8 @@ CORE := tests/kernels tests/runtime tests/model \
 	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slurm test-latest test-lowest lint bench bench-kernels bench-data clean
+.PHONY: help train test test-slurm test-latest test-lowest lint clean
+.PHONY: bench bench-kernels bench-data bench-evaluation
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -44,7 +45,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: bench-kernels bench-data  ## all benchmarks, results under runs/bench
+bench: bench-kernels bench-data bench-evaluation  ## all benchmarks, results under runs/bench
 
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
@@ -52,6 +53,9 @@ bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 bench-data: $(VENV)/.bench  ## making shards, loader, packing and planning
 	$(RUN) benchmarks/data_build.py
 	$(RUN) benchmarks/data.py $(ARGS)
+
+bench-evaluation: $(VENV)/.dev  ## scoring and the search for leakage
+	$(RUN) benchmarks/evaluation.py $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs
 	rm -rf runs/quickstart runs/bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

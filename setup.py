@@ -13,7 +13,10 @@ setup(
     python_requires=">=3.11",  # tested: 3.11, 3.12, 3.13
     packages=[*find_packages(include=["megatron_gmai", "megatron_gmai.*"]), *KERNEL_PACKAGES],
     package_dir={"gmai_kernels": "kernels"},
-    package_data={"megatron_gmai.report": ["style.css"]},
+    package_data={
+        "megatron_gmai.report": ["style.css"],
+        "megatron_gmai.evaluate.server": ["page/*"],
+    },
     # The lowest versions are those of requirements/lowest.txt, which `make test-lowest` tests.
     install_requires=[
         "torch>=2.10",  # the first with addmm(out_dtype=float32) into an fp32 matrix
@@ -37,6 +40,9 @@ setup(
         "nifti": ["nibabel>=5"],
         "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.46"],
+        "evaluate": ["openpyxl>=3.1"],
+        "leakage": ["imagehash>=4.3"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],
     },
 )

@@ -1,7 +1,11 @@
-"""Asks a checkpoint held-out questions and prints its accuracy per question type and class.
+"""Asks a checkpoint held-out questions; scores, compares and checks predictions.
 
-    python tools/evaluate.py --load CHECKPOINT --data HELD_OUT.json [--output FILE.json]
+    python tools/evaluate.py [predict] --load CHECKPOINT --data HELD_OUT.json [--output FILE.json]
+    python tools/evaluate.py predict --load CHECKPOINT --benchmark SET.tsv --output MODEL_SET.tsv
     torchrun --nproc-per-node N tools/evaluate.py ...     the questions are shared by N ranks
+    python tools/evaluate.py score --benchmark SET.tsv --predictions FILE [--html PAGE.html]
+    python tools/evaluate.py compare --benchmark SET.tsv PREDICTIONS_A PREDICTIONS_B
+    python tools/evaluate.py leakage --benchmark SET.tsv --shards DIR
 
 CHECKPOINT is iter_NNNNNNN or a folder of checkpoints, saved in any layout. Answers are generated
 greedily from the template and the image treatment that the model was trained with, and count as
@@ -9,20 +13,30 @@ right when they equal the expected ones but for case, spaces and a final full st
 """
 
 import argparse
-import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_gmai.config import Config, ParallelConfig, TrainConfig
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.evaluate.benchmarks.predictions import FORMATS, write_predictions
+from megatron_gmai.evaluate.benchmarks.table import read_benchmark
+from megatron_gmai.evaluate.commands import COMMANDS
+from megatron_gmai.evaluate.loading import for_evaluation, tokenizer_for
+from megatron_gmai.evaluate.prompts import STYLES
+from megatron_gmai.evaluate.report import questions_hash, settings_path, software
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout
+
+if TYPE_CHECKING:
+    from megatron_gmai.evaluate.predict import BenchmarkQuestions
+    from megatron_gmai.evaluate.questions import HeldOut
+    from megatron_gmai.model.gmai_vl import GMAIVL
+    from megatron_gmai.runtime.world import World
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,10 +47,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = Parser(description=(__doc__ or "").split("\n\n")[0])
+    flags = Parser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=f"Other commands: {', '.join(COMMANDS)}; evaluate.py COMMAND --help.",
+    )
     flags.add_argument("--load", type=Path, required=True, help="checkpoint, or folder of them")
-    flags.add_argument("--data", type=Path, required=True, help="held-out questions (JSON)")
-    flags.add_argument("--output", type=Path, help="write scores and every answer here (JSON)")
+    asked = flags.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--data", type=Path, help="held-out questions (JSON)")
+    asked.add_argument("--benchmark", type=Path, help="benchmark (TSV); answers are not scored")
+    flags.add_argument(
+        "--output",
+        type=Path,
+        help="scores and answers (JSON); with --benchmark, predictions (tsv, json or xlsx)",
+    )
+    flags.add_argument(
+        "--prompt", choices=list(STYLES), default="vlmevalkit", help="how a benchmark is asked"
+    )
     flags.add_argument("--tokenizer", help="sentencepiece model (default: the run's own)")
     flags.add_argument("--batch-size", type=int, default=64, help="questions together (64)")
     flags.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (32)")
@@ -58,67 +84,119 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        add_flags, run, purpose = COMMANDS[words[0]]
+        command = Parser(prog=f"evaluate.py {words[0]}", description=purpose)
+        add_flags(command)
+        run(command.parse_args(words[1:]))
+        return
+    predict(words[1:] if words[:1] == ["predict"] else words)
+
+
+def predict(argv: list[str]) -> None:
+    """Asks the questions on all ranks and prints the scores."""
     flags = parser().parse_args(argv)
     if flags.batch_size < 1 or flags.max_new_tokens < 1:
         raise ValueError("--batch-size and --max-new-tokens must be at least 1")
+    if flags.benchmark and (not flags.output or flags.output.suffix[1:] not in FORMATS):
+        raise ValueError(f"--benchmark needs --output FILE.{{{','.join(FORMATS)}}}")
     quiet_libraries()
-    from megatron_gmai.evaluate.benchmark import evaluate
+    from megatron_gmai.evaluate.predict import BenchmarkQuestions
     from megatron_gmai.evaluate.questions import HeldOut
-    from megatron_gmai.model.gmai_vl import build_chunks
     from megatron_gmai.runtime.world import close_world, open_world
-    from megatron_gmai.training.checkpoint import load_checkpoint, open_checkpoint
+    from megatron_gmai.training.checkpoint import open_checkpoint
+    from megatron_gmai.training.setup import load_for_inference
 
     checkpoint = open_checkpoint(flags.load)
-    config = for_evaluation(checkpoint.config, flags)
+    tensor_parallel = flags.tensor_model_parallel_size
+    config = for_evaluation(checkpoint.config, flags.device, flags.dtype, tensor_parallel)
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = tokenizer_for(config, flags.tokenizer)
-    held_out = HeldOut(flags.data, config.data, config.model, tokenizer, flags.max_new_tokens)
+    treatment = (config.data, config.model, tokenizer, flags.max_new_tokens)
+    questions: HeldOut | BenchmarkQuestions
+    if flags.benchmark:
+        questions = BenchmarkQuestions(read_benchmark(flags.benchmark), flags.prompt, *treatment)
+    else:
+        questions = HeldOut(flags.data, *treatment)
 
     world = open_world(config)
-    (model,) = build_chunks(config, world)
-    model.requires_grad_(False).eval()
-    load_checkpoint(checkpoint, [model], optimizer=None)
+    model = load_for_inference(checkpoint, config, world)
+    if isinstance(questions, HeldOut):
+        score_held_out(model, questions, world, flags, checkpoint.path)
+    else:
+        predict_benchmark(model, questions, world, flags, checkpoint.path)
+    close_world()
+
+
+def score_held_out(
+    model: "GMAIVL", questions: "HeldOut", world: "World", flags: argparse.Namespace, load: Path
+) -> None:
+    """Asks, scores and prints; with --output also writes scores and answers."""
+    from megatron_gmai.evaluate.benchmark import evaluate
 
     first = world.is_first_rank
     report = evaluate(
         model,
-        held_out,
-        tokenizer,
+        questions,
+        questions.tokenizer,
         world.groups,
         flags.batch_size,
         flags.max_new_tokens,
         Progress() if first else lambda done, total: None,
     )
     if first:
-        print(f"{checkpoint.path} on {flags.data}, {report.seconds:.1f} s\n\n{report.to_text()}")
-        if flags.output:
-            told = {"load": str(checkpoint.path), "data": str(flags.data), **report.to_json()}
-            flags.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(flags.output, (json.dumps(told, indent=1) + "\n").encode())
-    close_world()
+        print(f"{load} on {flags.data}, {report.seconds:.1f} s\n\n{report.to_text()}")
+    if first and flags.output:
+        told = {"load": str(load), "data": str(flags.data), **report.to_json()}
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(flags.output, (json.dumps(told, indent=1) + "\n").encode())
 
 
-def for_evaluation(config: Config, flags: argparse.Namespace) -> Config:
-    """The trained model and its treatment of data, in another layout and without training."""
-    parallel = ParallelConfig(tensor_model_parallel_size=flags.tensor_model_parallel_size)
-    run = dataclasses.replace(config.run, device=flags.device, dtype=flags.dtype)
-    return dataclasses.replace(config, parallel=parallel, train=TrainConfig(), run=run)
+def predict_benchmark(
+    model: "GMAIVL",
+    questions: "BenchmarkQuestions",
+    world: "World",
+    flags: argparse.Namespace,
+    load: Path,
+) -> None:
+    """Writes predictions, and beside them how they came about."""
+    from megatron_gmai.evaluate.predict import claim, files_hash
+    from megatron_gmai.evaluate.predict import predict as predict_all
 
-
-def tokenizer_for(config: Config, given: str | None) -> Tokenizer:
-    """The tokenizer that was given or that the run used. Raises ValueError for another model's."""
-    path = given or config.data.tokenizer
-    if path is None:
-        raise ValueError("the checkpoint names no tokenizer; give --tokenizer FILE")
-    tokenizer, model = load_tokenizer(path), config.model
-    too_large = tokenizer.vocab_size > model.language.vocab_size
-    if too_large or tokenizer.image_token_id != model.image_token_id:
-        raise ValueError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} ids and <image> as number "
-            f"{tokenizer.image_token_id}; the model has {model.language.vocab_size} and "
-            f"{model.image_token_id}. Give --tokenizer the file that the model was trained with."
-        )
-    return tokenizer
+    first, answers = world.is_first_rank, flags.output.with_suffix(".answers")
+    settings: dict[str, Any] = {
+        "software": software(),
+        "checkpoint": str(load.resolve()),
+        "benchmark_sha256": questions_hash(questions.benchmark),
+        "prompt": flags.prompt,
+        "decoding": "greedy",
+        "max_new_tokens": flags.max_new_tokens,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "image_size": questions.vision.image_size,
+        "pad_to_square": questions.pad_to_square,
+    }
+    if first:
+        claim(answers, settings)
+    predicted = predict_all(
+        model,
+        questions,
+        world.groups,
+        flags.batch_size,
+        flags.max_new_tokens,
+        answers,
+        Progress() if first else lambda done, total: None,
+    )
+    if not first:
+        return
+    texts = {index: answer["prediction"] for index, answer in predicted.items()}
+    write_predictions(flags.output, questions.benchmark, texts)
+    skipped = {i: answer["skipped"] for i, answer in predicted.items() if "skipped" in answer}
+    settings |= {"weights_sha256": files_hash(load), "skipped": skipped}
+    text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(settings_path(flags.output), text.encode())
+    shutil.rmtree(answers)
+    print(f"{len(texts)} predictions, {len(skipped)} of questions not asked: {flags.output}")
 
 
 class Progress:

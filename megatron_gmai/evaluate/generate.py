@@ -5,7 +5,7 @@ Prompts are padded on the left, so that all answers begin at the same place of t
 shifts a prompt's positions, which rotary embeddings do not notice: only differences count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,13 @@ class Prompt:
     pixels: Tensor  # uint8 [n, 3, I, I]
 
 
-@torch.no_grad()
+Choose = Callable[[Tensor], Tensor]  # logits [B, vocabulary] -> token ids [B]
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
 def generate(
     model: GMAIVL, prompts: Sequence[Prompt], stop_id: int, pad_id: int, max_new_tokens: int
 ) -> list[list[int]]:
@@ -33,6 +39,29 @@ def generate(
     All tensor-parallel ranks call it with the same prompts and get the same answers. The model must
     hold every layer (one pipeline stage) and be in eval mode; the longest prompt and the answer
     together must not exceed the positions that it knows.
+    """
+    device = next(model.parameters()).device
+    answers = torch.full((len(prompts), max_new_tokens), stop_id, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step, chosen in enumerate(generate_steps(model, prompts, pad_id, max_new_tokens)):
+        answers[:, step] = chosen.masked_fill(finished, stop_id)
+        finished |= chosen == stop_id
+        if finished.all():
+            break
+    return [_until(stop_id, ids) for ids in answers.tolist()]
+
+
+@torch.no_grad()
+def generate_steps(
+    model: GMAIVL,
+    prompts: Sequence[Prompt],
+    pad_id: int,
+    max_new_tokens: int,
+    choose: Choose = most_probable,
+) -> Iterator[Tensor]:
+    """The next token of every answer, int64 [B], step by step; whoever asks knows when to end.
+
+    All tensor-parallel ranks must choose alike.
     """
     language = model.language_model
     device = next(model.parameters()).device
@@ -44,9 +73,7 @@ def generate(
 
     pixels = torch.cat([prompt.pixels for prompt in prompts]).to(device)
     embeddings = _embed(model, tokens.to(device), pixels, image_starts.to(device))  # [S, B, H]
-    answers = torch.full((batch, max_new_tokens), stop_id, device=device)
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         hidden = language.decoder(
             hidden_states=embeddings,
             attention_mask=real_keys,
@@ -54,13 +81,9 @@ def generate(
             inference_context=context,
         )
         context.sequence_len_offset += embeddings.size(0)
-        chosen = language.output_layer(hidden[-1:])[0].argmax(dim=-1)  # [B]
-        answers[:, step] = chosen.masked_fill(finished, stop_id)
-        finished |= chosen == stop_id
-        if finished.all():
-            break
-        embeddings = language.embed(answers[:, step : step + 1])  # [1, B, H]
-    return [_until(stop_id, ids) for ids in answers.tolist()]
+        chosen = choose(language.output_layer(hidden[-1:])[0])  # [B]
+        yield chosen
+        embeddings = language.embed(chosen[:, None])  # [1, B, H]
 
 
 def _left_padded(

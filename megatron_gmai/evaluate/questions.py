@@ -5,10 +5,10 @@ assistant turn is the expected answer, everything before it is the prompt. Two f
 `question_type` and `class`, group the scores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -123,7 +123,15 @@ class HeldOut:
         )
 
 
-def batches(held_out: HeldOut, numbers: range, size: int) -> Iterator[list[Asked | Skipped]]:
+class Questions(Protocol):
+    """Questions that are made into prompts one at a time."""
+
+    def ask(self, number: int) -> Asked | Skipped: ...
+
+
+def batches(
+    held_out: Questions, numbers: Sequence[int], size: int
+) -> Iterator[list[Asked | Skipped]]:
     """The questions of these places, `size` of like length together.
 
     They are sorted within windows of many batches, so memory does not grow with the file. What is

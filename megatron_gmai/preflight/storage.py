@@ -115,7 +115,7 @@ def shards(folder: str | None, rank: int, world: int) -> Iterator[Check]:
         try:
             read += sum(map(len, found.read(int(sample)).images))
         except BadSample:
-            damaged.append(found.place(int(sample)))
+            damaged.append(found.location(int(sample)))
     speed = read / (time.monotonic() - began) / 1e6
     told = (
         f"{len(found)} samples in {len(found.manifest.shards)} shard(s), read at {speed:,.0f} MB/s"

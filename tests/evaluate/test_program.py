@@ -9,12 +9,13 @@ import pytest
 
 from megatron_gmai.config import Config, DataConfig
 from megatron_gmai.data.text.tokenizer import load_tokenizer
+from megatron_gmai.evaluate.loading import tokenizer_for
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from tests.evaluate.models import build, config_for
 from tests.parallel.cases import Processes
 from tests.parallel.world import run_world
 from tests.training.command import ROOT, finish, launcher, run
-from tools.evaluate import main, tokenizer_for
+from tools.evaluate import main
 
 
 def save_from_two_ranks(folder: Path, tokenizer_file: Path) -> None:

@@ -89,7 +89,7 @@ def _frame(file: Any, number: int) -> np.ndarray:
         return pixels if pixels.dtype == np.uint8 else window_to_8_bits(pixels)
     if pixels.shape != (height, width):
         raise BadSample(f"a DICOM file of shape {pixels.shape}, not {height} x {width}")
-    window = _window(file)
+    window = file_window(file)
     plain = pixels.dtype == np.uint8 and file.BitsStored == 8 and window is None
     levels = pixels if plain else window_to_8_bits(apply_modality_lut(pixels, file), window)
     return 255 - levels if colours == "MONOCHROME1" else levels
@@ -102,7 +102,7 @@ def _upper_8_bits(colours: np.ndarray) -> np.ndarray:
     return (colours[:, :, :3] >> 8).astype(np.uint8)
 
 
-def _window(file: Any) -> tuple[float, float] | None:
+def file_window(file: Any) -> tuple[float, float] | None:
     """Lower and upper end of the first window of the file."""
     centre, width = file.get("WindowCenter"), file.get("WindowWidth")
     if centre is None or width is None:

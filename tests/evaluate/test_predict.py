@@ -1,0 +1,145 @@
+"""Predicting a benchmark: the same answers from any ranks, and after a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_gmai.config import DataConfig
+from megatron_gmai.data.images.decode import load_image
+from megatron_gmai.data.text.tokenizer import Tokenizer
+from megatron_gmai.evaluate.benchmarks.predictions import read_predictions
+from megatron_gmai.evaluate.benchmarks.table import read_benchmark
+from megatron_gmai.evaluate.predict import (
+    BenchmarkQuestions,
+    append_answers,
+    claim,
+    files_hash,
+    predict,
+    read_answers,
+)
+from megatron_gmai.evaluate.questions import Asked, HeldOut, Skipped
+from megatron_gmai.evaluate.report import read_settings
+from tests.evaluate.models import build, config_for
+from tests.evaluate.tables import cell, png, write_tsv
+from tests.evaluate.test_program import checkpoints, evaluate
+from tests.parallel.cases import World
+from tools.make_benchmark import main as make_benchmark
+
+__all__ = ["checkpoints"]
+NEW = 5
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Six questions; the image of the last is broken."""
+    both = repr([cell(png(1)), cell(png(2))])
+    rows = [
+        {"index": 0, "image": cell(png(1)), "question": "is a lung shown", "answer": "yes"},
+        {"index": 1, "image": "0", "question": "what is shown", "A": "a brain", "B": "a lung",
+         "answer": "A"},
+        {"index": 2, "image": both, "question": "left right", "answer": "left"},
+        {"index": 3, "image": cell(png(3)), "question": "is a brain shown here", "answer": "no"},
+        {"index": 4, "image": cell(png(4)), "question": "scan", "answer": "no"},
+        {"index": 5, "image": cell(b"broken" * 20), "question": "scan", "answer": "no"},
+    ]  # fmt: skip
+    return write_tsv(tmp_path / "Set.tsv", rows)
+
+
+def questions(table: Path, tokenizer: Tokenizer) -> BenchmarkQuestions:
+    model = config_for(tokenizer).model
+    return BenchmarkQuestions(read_benchmark(table), "plain", DataConfig(), model, tokenizer, NEW)
+
+
+def test_a_question_is_the_prompt_that_training_would_have_shown(
+    tmp_path: Path, tokenizer: Tokenizer, held_out_file: Path
+) -> None:
+    """Held-out records by themselves, and by way of a table."""
+    model = config_for(tokenizer).model
+    held_out = HeldOut(held_out_file, DataConfig(), model, tokenizer, NEW)
+    words = ["records", "--source", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert make_benchmark(words) == 0
+    table = questions(tmp_path / "out" / "records.tsv", tokenizer)
+    keys = [item.columns.get("id", "") for item in table.benchmark.items]
+    assert keys[1] == "two"
+    for number, before in ((0, 0), (1, 2), (2, 4)):
+        ours, theirs = table.ask(number), held_out.ask(before)
+        assert isinstance(ours, Asked) and isinstance(theirs, Asked)
+        assert ours.prompt.tokens.tolist() == theirs.prompt.tokens.tolist()
+        assert ours.prompt.image_starts.tolist() == theirs.prompt.image_starts.tolist()
+        assert torch.equal(ours.prompt.pixels, theirs.prompt.pixels)
+
+
+def test_what_cannot_be_asked_has_a_reason(table: Path, tokenizer: Tokenizer) -> None:
+    asked = [questions(table, tokenizer).ask(number) for number in range(6)]
+    assert [type(one) for one in asked] == [Asked] * 5 + [Skipped]
+    assert isinstance(asked[2], Asked) and len(asked[2].prompt.pixels) == 2
+    expected = torch.from_numpy(load_image(png(2), 28, True))
+    assert torch.equal(asked[2].prompt.pixels[1], expected)
+
+
+def test_only_what_is_not_answered_yet_is_asked(
+    table: Path, tokenizer: Tokenizer, alone: World, tmp_path: Path
+) -> None:
+    model = build(alone, config_for(tokenizer))
+    ours, folder = questions(table, tokenizer), tmp_path / "answers"
+
+    def answer() -> tuple[dict[str, dict[str, str]], list[tuple[int, int]]]:
+        counts: list[tuple[int, int]] = []
+        told = predict(
+            model, ours, model.groups, 2, NEW, folder, lambda d, t: counts.append((d, t))
+        )
+        return told, counts
+
+    whole, counts = answer()
+    assert counts == [(2, 6), (4, 6), (6, 6)] and "skipped" in whole["5"]
+    assert len({one["prediction"] for one in whole.values()}) > 2
+    (file,) = folder.glob("*.jsonl")
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.strip()]
+    file.write_text("".join(lines[:2]) + lines[2][:9])
+    again, counts = answer()
+    assert again == whole and counts[-1] == (4, 4)
+    assert read_answers(folder) == whole
+
+
+def test_answers_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
+    claim(tmp_path / "a", {"prompt": "plain"})
+    claim(tmp_path / "a", {"prompt": "plain"})
+    with pytest.raises(ValueError, match="other settings; delete it"):
+        claim(tmp_path / "a", {"prompt": "llava"})
+
+
+def test_stored_answers_come_back(tmp_path: Path) -> None:
+    answers = {"1": {"prediction": "a\n肺"}, "2": {"prediction": "", "skipped": "why"}}
+    append_answers(tmp_path / "x" / "0.jsonl", answers)
+    assert read_answers(tmp_path / "x") == answers and read_answers(tmp_path / "none") == {}
+
+
+def test_a_hash_of_files_knows_names_and_contents(tmp_path: Path) -> None:
+    for name, content in (("a", "1"), ("b", "1"), ("a", "2")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{name}.x").write_text(content)
+    first = files_hash(tmp_path / "a")
+    assert first != files_hash(tmp_path / "b")
+    (tmp_path / "a" / "a.x").write_text("3")
+    assert files_hash(tmp_path / "a") != first
+
+
+def test_one_process_and_two_ranks_predict_the_same(
+    checkpoints: Path, table: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / "one_Set.tsv", tmp_path / "two_Set.json"]
+    for ranks, file, extra in ((1, files[0], []), (2, files[1], ["--tp", 2])):
+        flags = ["--load", checkpoints, "--benchmark", table, "--output", file, *extra]
+        status, output = evaluate(ranks, *flags, "--batch-size", 2, "--max-new-tokens", NEW)
+        assert status == 0, output
+        assert "6 predictions, 1 of questions not asked" in output
+    one, two = map(read_predictions, files)
+    assert one == two and one["5"] == ""
+    settings = read_settings(files[0])
+    assert settings is not None and settings["prompt"] == "vlmevalkit"
+    assert len(settings["weights_sha256"]) == 64 and list(settings["skipped"]) == ["5"]
+    assert settings == read_settings(files[1])
+    assert not list(tmp_path.glob("*.answers"))
+    assert json.loads(files[1].read_text())[0]["question"] == "is a lung shown"

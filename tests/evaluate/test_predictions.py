@@ -1,0 +1,94 @@
+"""Predictions go to VLMEvalKit's three file formats and come back as they were."""
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+
+from megatron_gmai.evaluate.benchmarks.predictions import read_predictions, write_predictions
+from megatron_gmai.evaluate.benchmarks.table import Benchmark, read_benchmark
+from tests.evaluate.tables import choices, write_tsv
+
+ANSWERS = {
+    "0": "B",
+    "1": "=SUM(A1)",
+    "2": 'a "b"\tc\nd',
+    "3": "None",
+    "4": "",
+    "5": "肺 1e3",
+}
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Benchmark:
+    return read_benchmark(write_tsv(tmp_path / "Set.tsv", choices(6, category="x")))
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "json", "xlsx"])
+def test_answers_come_back_as_they_were(benchmark: Benchmark, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "out" / f"model_Set.{suffix}"
+    write_predictions(path, benchmark, ANSWERS)
+    assert read_predictions(path) == ANSWERS
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "json", "xlsx"])
+def test_pandas_reads_what_vlmevalkit_needs(
+    benchmark: Benchmark, tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"model_Set.{suffix}"
+    write_predictions(path, benchmark, ANSWERS)
+    readers = {
+        "tsv": lambda: pandas.read_csv(path, sep="\t"),
+        "json": lambda: pandas.DataFrame(json.loads(path.read_text())),
+        "xlsx": lambda: pandas.read_excel(path),
+    }
+    table = readers[suffix]()
+    assert list(table["index"]) == [0, 1, 2, 3, 4, 5]
+    assert {"question", "A", "B", "C", "D", "answer", "category"} <= set(table.columns)
+    assert "image" not in table and str(table["prediction"][1]) == "=SUM(A1)"
+
+
+def test_characters_that_a_workbook_cannot_hold_are_left_out(
+    benchmark: Benchmark, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.xlsx"
+    write_predictions(path, benchmark, ANSWERS | {"0": "a\x00\x0bb"})
+    assert read_predictions(path)["0"] == "ab"
+
+
+def test_only_answered_rows_are_written_in_the_benchmarks_order(
+    benchmark: Benchmark, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    write_predictions(path, benchmark, {"3": "x", "1": "y"})
+    assert [record["index"] for record in json.loads(path.read_text())] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "index,prediction", "known are"),
+        ("p.tsv", "index\tanswer\n1\tx\n", "without index or prediction"),
+        ("p.tsv", "index\tprediction\n1\tx\n1\ty\n", "stands there twice"),
+        ("p.json", "{}", "list of objects"),
+        ("p.json", "[1]", "list of objects"),
+        ("p.json", "[", "not JSON"),
+        ("p.xlsx", "no workbook", "not a workbook"),
+    ],
+)
+def test_files_that_hold_no_predictions_are_refused(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_predictions(tmp_path / name)
+
+
+def test_a_missing_file_and_an_unknown_format_are_told(
+    benchmark: Benchmark, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="cannot read predictions"):
+        read_predictions(tmp_path / "none.tsv")
+    with pytest.raises(ValueError, match="must end in"):
+        write_predictions(tmp_path / "p.csv", benchmark, {})

@@ -1,0 +1,70 @@
+"""tools/serve.py, started as a user starts it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.evaluate.test_program import checkpoints
+from tests.training.command import ROOT
+from tools.serve import KEY, main
+
+__all__ = ["checkpoints"]
+
+
+def test_a_checkpoint_is_served_to_the_openai_client(checkpoints: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = [sys.executable, str(ROOT / "tools" / "serve.py"), "--load", str(checkpoints)]
+    words = [*program, "--port", port, "--name", "tiny", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
+    try:
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+        )
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()
+            try:
+                assert [model.id for model in client.models.list()] == ["tiny"]
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.5)
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "is a lung shown"}],
+            max_tokens=5,
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens <= 5
+        assert answer.choices[0].finish_reason in ("stop", "length")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    assert re.search(r"iter_\d+ as tiny: http://127.0.0.1:" + port, log.read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], f"set \\${KEY} to a key"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--examples", "none"], "no such folder"),
+        ([], "not a whole checkpoint"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_built(
+    tmp_path: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    with pytest.raises(ValueError, match=message):
+        main(["--load", str(tmp_path), *flags])

@@ -1,0 +1,381 @@
+"""The server, asked by the `openai` client and by clients that mean no good."""
+
+import base64
+import http.client
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+from megatron_gmai.evaluate.judge import openai_ask
+from megatron_gmai.evaluate.server.app import Settings
+from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
+from tests.evaluate.serving import Reader, serving
+from tests.evaluate.tables import encoded
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving(Reader()) as address:
+        yield address
+
+
+def client(address: str, key: str = "none") -> Any:
+    """The real client; its types ask for more than these tests say."""
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def grey(level: int, kind: str = "PNG") -> dict[str, Any]:
+    data = encoded(Image.new("RGB", (20, 10), (level,) * 3), kind)
+    url = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    return [{"role": "user", "content": content}]
+
+
+def raw(
+    address: str, body: bytes, path: str = "/v1/chat/completions", **headers: str
+) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a request as it stands."""
+    place = urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+    sent = {"Content-Type": "application/json"} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
+    try:
+        connection.request("POST", path, body, sent)
+        answer = connection.getresponse()
+        data = answer.read()
+    finally:
+        connection.close()
+    try:
+        return answer.status, json.loads(data)
+    except ValueError:
+        return answer.status, {}
+
+
+class TestTheOpenAIClient:
+    def test_an_answer(self, address: str) -> None:
+        answer = client(address).chat.completions.create(
+            model="reader", messages=user("what is it", grey(7), grey(99)), temperature=0
+        )
+        choice = answer.choices[0]
+        assert choice.message.content == "<image> <image> what is it turns=1 images=7,99"
+        assert (choice.finish_reason, answer.usage.completion_tokens) == ("stop", 7)
+
+    def test_images_first_stand_first(self, address: str) -> None:
+        messages = user(grey(7, "JPEG"), "what is it")
+        answer = client(address).chat.completions.create(model="reader", messages=messages)
+        assert answer.choices[0].message.content == "<image> what is it turns=1 images=7"
+
+    def test_a_stream_says_the_same(self, address: str) -> None:
+        stream = client(address).chat.completions.create(
+            model="reader",
+            messages=user(grey(7), "what is it"),
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+        assert "".join(texts) == "<image> what is it turns=1 images=7" and len(texts) > 4
+        assert chunks[-2].choices[0].finish_reason == "stop"
+        assert chunks[-1].usage.completion_tokens == 6
+
+    def test_follow_up_questions(self, address: str) -> None:
+        messages = [
+            {"role": "system", "content": "be brief"},
+            *user(grey(3), "first"),
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "second"},
+        ]
+        answer = client(address).chat.completions.create(model="reader", messages=messages)
+        assert answer.choices[0].message.content == "second turns=4 images=3"
+
+    def test_an_answer_that_is_cut_says_so(self, address: str) -> None:
+        answer = client(address).chat.completions.create(
+            model="reader", messages=user("one two three"), max_tokens=2
+        )
+        assert answer.choices[0].message.content == "one two"
+        assert answer.choices[0].finish_reason == "length"
+
+    def test_models_and_health(self, address: str) -> None:
+        assert [model.id for model in client(address).models.list()] == ["reader"]
+
+    def test_errors_are_the_clients_own(self, address: str) -> None:
+        with pytest.raises(openai.NotFoundError, match="the model here is reader"):
+            client(address).chat.completions.create(model="other", messages=user("x"))
+        with pytest.raises(openai.BadRequestError, match="data URLs"):
+            part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
+            client(address).chat.completions.create(model="reader", messages=user(part))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "JSON object"),
+        (b"{}", "messages must be a list"),
+        (b'{"messages": []}', "messages must be a list"),
+        (b'{"messages": ["x"]}', "must be an object"),
+        (b'{"messages": [{"role": "user", "content": 1}]}', "a text or a list"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "known are"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "expected the user"),
+        (b'{"messages": [{"role": "user", "content": ""}]}', "is empty"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}', "text or image_url"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', "a number"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_p": NaN}', "a number"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "a number"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "not supported"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "Unicode"),
+    ],
+)
+def test_malformed_requests_get_a_reason(address: str, body: bytes, said: str) -> None:
+    status, answer = raw(address, body)
+    assert status == 400 and said in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("data:image/png;base64,AAAA", "not an image"),
+        ("data:image/png;base64,!!!!", ""),
+        ("data:image/png,plain", "must be in base64"),
+        ("file:///etc/passwd", "must be data URLs"),
+        (None, "must be data URLs"),
+    ],
+)
+def test_images_that_are_none_are_refused(address: str, url: str | None, said: str) -> None:
+    body = {"messages": user({"type": "image_url", "image_url": {"url": url}})}
+    status, answer = raw(address, json.dumps(body).encode())
+    assert status == 400 and said in answer["error"]["message"]
+
+
+def test_a_small_file_of_a_giant_image_is_refused_undecoded(address: str) -> None:
+    data = encoded(Image.new("1", (20_000, 20_000)))
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    body = {"messages": user({"type": "image_url", "image_url": {"url": url}}, "x")}
+    begun = time.monotonic()
+    status, answer = raw(address, json.dumps(body).encode())
+    assert status == 400 and "exceeds" in answer["error"]["message"]
+    assert time.monotonic() - begun < 10
+
+
+def test_a_body_beyond_the_bound_is_not_read_to_its_end(address: str) -> None:
+    status, answer = raw(address, b" " * (MAX_BODY_BYTES + 1))
+    assert status == 413 and "larger than" in answer["error"]["message"]
+
+
+def test_too_many_images_are_refused(address: str) -> None:
+    body = {"messages": user(*[grey(1)] * 17, "x")}
+    status, answer = raw(address, json.dumps(body).encode())
+    assert status == 400 and "more than 16 images" in answer["error"]["message"]
+
+
+class TestStrangers:
+    """Pages of other sites in the user's browser, and people without the key."""
+
+    BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+
+    def test_a_form_of_another_site_is_refused(self, address: str) -> None:
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):
+            assert raw(address, self.BODY, Content_Type=kind)[0] == 415
+        assert raw(address, b"x", "/preview", Content_Type="text/plain")[0] == 415
+
+    def test_another_name_for_this_machine_is_refused(self, address: str) -> None:
+        assert raw(address, self.BODY, Host="evil.example")[0] == 400
+        assert raw(address, self.BODY, Host="localhost:1")[0] == 200
+
+    def test_a_key_is_needed_where_one_is_set(self) -> None:
+        with serving(Reader(), Settings(api_key="s3cret")) as address:
+            with pytest.raises(openai.AuthenticationError):
+                client(address, "wrong").models.list()
+            assert raw(address, self.BODY)[0] == 401
+            assert raw(address, b"x", "/preview", Content_Type="application/octet-stream")[0] == 401
+            answer = client(address, "s3cret").chat.completions.create(
+                model="reader", messages=user("x")
+            )
+            assert answer.choices[0].message.content == "x turns=1 images="
+
+
+class TestUnderLoad:
+    def ask(self, address: str, text: str) -> str:
+        answer = client(address).chat.completions.create(model="reader", messages=user(text))
+        return answer.choices[0].message.content or ""
+
+    def test_500_requests_20_at_a_time_are_answered_in_batches_and_memory_is_flat(self) -> None:
+        reader = Reader(0.01)
+        with serving(reader, Settings(batch_size=16)) as address, ThreadPoolExecutor(20) as pool:
+            shared = client(address)
+
+            def ask(number: int) -> str:
+                messages = user(f"question {number}", grey(number % 250))
+                answer = shared.chat.completions.create(model="reader", messages=messages)
+                return answer.choices[0].message.content or ""
+
+            list(pool.map(ask, range(50)))
+            before = psutil.Process().memory_info().rss
+            said = list(pool.map(ask, range(500)))
+            grown = psutil.Process().memory_info().rss - before
+        assert said == [f"<image> question {n} turns=1 images={n % 250}" for n in range(500)]
+        assert grown < 30e6
+        # One at a time each answer takes its steps alone; together they share them.
+        assert sum(reader.batches) / len(reader.batches) > 3
+
+    def test_a_failing_batch_is_an_error_and_the_server_goes_on(
+        self, address: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(openai.InternalServerError, match="the model failed"):
+            self.ask(address, "fail")
+        stream = client(address).chat.completions.create(
+            model="reader", messages=user("fail"), stream=True
+        )
+        with pytest.raises(openai.APIError, match="the model failed"):
+            list(stream)
+        assert self.ask(address, "next") == "next turns=1 images="
+        assert "a planted failure" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("streamed", [True, False])
+    def test_a_client_that_leaves_frees_its_place(self, streamed: bool) -> None:
+        reader = Reader(0.005)
+        with serving(reader, Settings(batch_size=1, most_tokens=100_000)) as address:
+            place = urlsplit(address)
+            connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+            body = {"messages": user("forever"), "stream": streamed, "max_tokens": 100_000}
+            connection.request(
+                "POST",
+                "/v1/chat/completions",
+                json.dumps(body),
+                {"Content-Type": "application/json"},
+            )
+            if streamed:
+                connection.getresponse().read(400)
+            else:
+                time.sleep(0.3)
+            connection.close()
+            begun = time.monotonic()
+            assert self.ask(address, "next") == "next turns=1 images="
+            assert time.monotonic() - begun < 20 and reader.steps < 5_000
+
+    def test_too_many_waiting_are_told_to_come_again(self) -> None:
+        settings = Settings(batch_size=1, most_waiting=1, most_tokens=300)
+        with serving(Reader(0.01), settings) as address:
+            statuses: list[int] = []
+            body = json.dumps({"messages": user("forever"), "max_tokens": 300}).encode()
+            threads = [
+                threading.Thread(target=lambda: statuses.append(raw(address, body)[0]))
+                for _ in range(6)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert sorted(set(statuses)) == [200, 503]
+
+
+class TestPreview:
+    def look(self, address: str, data: bytes, query: str = "") -> tuple[int, dict[str, Any]]:
+        return raw(address, data, f"/preview{query}", Content_Type="application/octet-stream")
+
+    def pixels(self, told: dict[str, Any]) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(told["image"].split(",")[1]))))
+
+    def test_a_deep_image_is_windowed_as_in_training_and_can_be_windowed_anew(
+        self, address: str
+    ) -> None:
+        deep = np.linspace(0, 4000, 10_000).astype(np.uint16).reshape(100, 100)
+        data = encoded(Image.fromarray(deep))
+        status, told = self.look(address, data)
+        assert status == 200 and told["range"] == [0, 4000]
+        assert told["window"] == pytest.approx([20, 3980], abs=1)
+        usual = self.pixels(told)[..., 0]
+        _, told = self.look(address, data, "?low=1000&high=1400")
+        moved = self.pixels(told)
+        assert told["window"] == [1000, 1400]
+        assert moved[20, 0] < 20 and moved[40, 0] > 235 and 60 < usual[30, 0] < 110
+
+    def test_a_plain_image_has_no_window(self, address: str) -> None:
+        status, told = self.look(address, encoded(Image.new("RGB", (9, 5), (1, 2, 3))))
+        assert status == 200 and told["window"] is None and self.pixels(told).shape == (5, 9, 3)
+
+    def test_a_dicom_file_is_shown_in_its_own_window(self, address: str) -> None:
+        from pydicom.data import get_testdata_file
+
+        path = get_testdata_file("CT_small.dcm")
+        assert isinstance(path, str)
+        with open(path, "rb") as file:
+            data = file.read()
+        status, told = self.look(address, data)
+        assert status == 200 and told["range"][0] < told["window"][0] < told["window"][1]
+        _, moved = self.look(address, data, "?low=0&high=200")
+        assert (self.pixels(moved) != self.pixels(told)[..., 0]).any()
+
+    @pytest.mark.parametrize(
+        "query", ["?low=1", "?low=2&high=1", "?low=a&high=b", "?low=nan&high=1"]
+    )
+    def test_a_window_that_is_none_is_refused(self, address: str, query: str) -> None:
+        deep = np.arange(100, dtype=np.uint16).reshape(10, 10)
+        assert self.look(address, encoded(Image.fromarray(deep)), query)[0] == 400
+
+    def test_files_that_are_no_images_are_refused(self, address: str) -> None:
+        for data in (b"", b"text", b"\0" * 128 + b"DICM" + b"\1" * 50):
+            assert self.look(address, data)[0] == 400
+
+
+class TestThePage:
+    def get(self, address: str, path: str) -> tuple[int, str, str]:
+        place = urlsplit(address)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return (
+            answer.status,
+            answer.headers.get("Content-Security-Policy", ""),
+            answer.read().decode("utf-8", "replace"),
+        )
+
+    def test_it_says_that_it_is_no_medical_device_and_loads_nothing_from_elsewhere(
+        self, address: str
+    ) -> None:
+        status, policy, page = self.get(address, "/")
+        assert status == 200 and "not a medical device" in page and "default-src 'self'" in policy
+        for path in ("/", "/chat.js", "/chat.css"):
+            status, _, text = self.get(address, path)
+            assert status == 200 and "http://" not in text and "https://" not in text
+
+    def test_examples_come_from_their_folder_alone(self, tmp_path: Any) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.png").write_bytes(encoded(Image.new("L", (4, 4))))
+        (tmp_path / "secret.png").write_bytes(b"secret")
+        (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
+        with serving(Reader(), Settings(examples=tmp_path / "in")) as address:
+            assert json.loads(self.get(address, "/examples")[2]) == ["a.png"]
+            assert self.get(address, "/examples/a.png")[0] == 200
+            for name in ("link.png", "..%2Fsecret.png", "../secret.png", "none"):
+                assert self.get(address, f"/examples/{name}")[0] == 404
+
+
+class TestAJudgeBehindTheServer:
+    def test_it_is_asked_over_the_same_interface(self, address: str) -> None:
+        ask = openai_ask(f"{address}/v1/", "reader", key=None)
+        assert ask("is it the same") == "is it the same turns=1 images="
+
+    def test_its_failures_are_told(self, address: str) -> None:
+        with pytest.raises(ValueError, match="gave no answer: HTTP Error 404"):
+            openai_ask(f"{address}/v1", "another", key="k")("x")
+        with pytest.raises(ValueError, match="gave no answer"):
+            openai_ask("http://127.0.0.1:9/v1", "reader", key=None)("x")

@@ -1,0 +1,90 @@
+"""Serves a checkpoint behind OpenAI's chat-completions interface, with a chat page at its root.
+
+    python tools/serve.py --load CHECKPOINT [--port 8000] [--examples FOLDER]
+
+Bound to this machine alone unless --host says otherwise; other addresses need a key in
+$GMAI_API_KEY, which clients send as "Authorization: Bearer KEY". Research only: no medical device.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_gmai.evaluate.loading import for_evaluation, tokenizer_for
+from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.training.resilience import run_guarded
+from megatron_gmai.validation import validate_layout
+
+if TYPE_CHECKING:
+    from megatron_gmai.evaluate.server.model import ModelGenerator
+
+KEY = "GMAI_API_KEY"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises where argparse would print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists every flag)")
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = Parser(description=(__doc__ or "").split("\n\n")[0])
+    flags.add_argument("--load", type=Path, required=True, help="checkpoint, or folder of them")
+    flags.add_argument("--name", default="gmai-vl", help="the model's name for clients (gmai-vl)")
+    flags.add_argument("--tokenizer", help="sentencepiece model (default: the run's own)")
+    flags.add_argument("--host", default="127.0.0.1", help="address to bind to (127.0.0.1)")
+    flags.add_argument("--port", type=int, default=8000)
+    flags.add_argument("--batch-size", type=int, default=16, help="requests together (16)")
+    flags.add_argument("--max-tokens", type=int, default=1024, help="longest answer (1024)")
+    flags.add_argument("--examples", type=Path, help="folder of example images for the page")
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser().parse_args(argv)
+    if flags.batch_size < 1 or flags.max_tokens < 1:
+        raise ValueError("--batch-size and --max-tokens must be at least 1")
+    if flags.examples and not flags.examples.is_dir():
+        raise ValueError(f"--examples {flags.examples}: no such folder")
+    try:
+        import uvicorn
+
+        from megatron_gmai.evaluate.server.app import LOOPBACK, Settings, build_app
+    except ImportError as error:
+        raise ValueError("serving needs: pip install 'megatron-gmai[serve]'") from error
+    key = os.environ.get(KEY)
+    if flags.host not in LOOPBACK and not key:
+        raise ValueError(f"--host {flags.host} lets others in: set ${KEY} to a key for them")
+    settings = Settings(
+        api_key=key,
+        batch_size=flags.batch_size,
+        most_tokens=flags.max_tokens,
+        examples=flags.examples,
+    )
+    app = build_app(load_generator(flags), settings)
+    uvicorn.run(app, host=flags.host, port=flags.port, log_level="warning", access_log=False)
+
+
+def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
+    """The model of a checkpoint, in this process."""
+    quiet_libraries()
+    from megatron_gmai.evaluate.server.model import ModelGenerator
+    from megatron_gmai.runtime.world import open_world
+    from megatron_gmai.training.checkpoint import open_checkpoint
+    from megatron_gmai.training.setup import load_for_inference
+
+    checkpoint = open_checkpoint(flags.load)
+    config = for_evaluation(checkpoint.config, flags.device, flags.dtype)
+    validate_layout(config, 1)
+    tokenizer = tokenizer_for(config, flags.tokenizer)
+    model = load_for_inference(checkpoint, config, open_world(config))
+    print(f"{checkpoint.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
+    return ModelGenerator(flags.name, model, config, tokenizer)
+
+
+if __name__ == "__main__":
+    run_guarded(main)
