@@ -139,6 +139,10 @@ def _tokenizer_config(
         "processor_class": "LlavaProcessor",
         **names,
         "added_tokens_decoder": entries,
+        # Llava takes no token_type_ids, which transformers 4 would make by default; a batch of
+        # prompts has to end together, or generation goes on from padding.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.language.max_position_embeddings,
     }

@@ -1,6 +1,7 @@
 """Checkpoints: Megatron's distributed format in folders that are either whole or refused.
 
     SAVE/iter_0000100/     tensors of all ranks, in any layout's reach
+                      carried.safetensors   parts of CLIP that are never run, for an export
                       manifest.json   written last: the size of every file, the position, the config
     SAVE/latest            name of the newest whole checkpoint
 
@@ -9,6 +10,7 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,9 +21,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
+from megatron_gmai.convert.carried import write_carried
+from megatron_gmai.convert.manifest import LATEST, MANIFEST, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
@@ -29,9 +34,6 @@ from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
 from megatron_gmai.training.rng import restore_rng, sharded_rng
 from megatron_gmai.training.safe_metadata import check_metadata
-
-MANIFEST = "manifest.json"
-LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,11 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None,
     config: Config,
     groups: Groups,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/iter_N` from all ranks; earlier checkpoints stay as they are.
+
+    Rank 0 also writes what the run carries along for an export (`convert.carried`).
 
     Raises:
         CheckpointError: writing failed (a full disk, say). What was written is removed.
@@ -81,7 +86,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
 
     def finish() -> None:
-        _write_manifest(temporary, position, config, has_optimizer=optimizer is not None)
+        write_carried(temporary, carried or {})
+        write_manifest(temporary, asdict(position), config, has_optimizer=optimizer is not None)
         pointer.write_text(final.name, encoding="utf-8")
         _remove(final)  # of an earlier run; nothing from here on needs space
         temporary.rename(final)
@@ -235,17 +241,6 @@ def _sharded_state(
         state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
         state["rng"] = sharded_rng(groups)
     return state
-
-
-def _write_manifest(folder: Path, position: Position, config: Config, has_optimizer: bool) -> None:
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    manifest = {
-        "position": asdict(position),
-        "has_optimizer": has_optimizer,
-        "files": files,
-        "config": json.loads(config.to_json()),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

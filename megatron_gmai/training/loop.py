@@ -51,7 +51,7 @@ def save(run: Run, iteration: int) -> None:
         run.dataset.bookmark(consumed),
     )
     path = save_checkpoint(
-        Path(config.run.save), position, run.model, optimizer, config, run.groups
+        Path(config.run.save), position, run.model, optimizer, config, run.groups, run.carried
     )
     if dist.get_rank() == 0:
         print(f"saved {path}", flush=True)

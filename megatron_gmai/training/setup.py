@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 
 from megatron_gmai.config import Config, ModelConfig
+from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.huggingface import open_pretrained
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
@@ -31,7 +34,7 @@ from megatron_gmai.training.checkpoint import (
 )
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.step import TrainStep
-from megatron_gmai.training.weights import SeededWeights, fill
+from megatron_gmai.training.weights import fill
 from megatron_gmai.validation import tokenizer_path
 
 Log = Callable[[str], None]
@@ -53,6 +56,14 @@ class Start:
             return checkpoint.config.model
         return None if self.llava is None else open_pretrained(self.llava).model
 
+    def carried(self) -> Mapping[str, Tensor]:
+        """Parts of CLIP that never run, which go from checkpoint to checkpoint to an export."""
+        checkpoint = self.resume or self.load
+        if checkpoint is not None:
+            return read_carried(checkpoint.path, checkpoint.config.model)
+        leftovers = {} if self.llava is None else open_pretrained(self.llava).leftovers
+        return {name: tensor.clone() for name, tensor in leftovers.items()}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,6 +79,7 @@ class Run:
     batches: Iterator[MicroBatch]
     position: Position
     total_iterations: int
+    carried: Mapping[str, Tensor]  # on rank 0, which saves it; empty elsewhere
 
 
 def find_start(config: Config, log: Log) -> Start:
@@ -162,6 +174,7 @@ def build_run(
         batches=open_batches(config, dataset, groups, position, packs),
         position=position,
         total_iterations=total_iterations(config, packs, position),
+        carried=start.carried() if first else {},
     )
 
 

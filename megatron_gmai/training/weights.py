@@ -1,14 +1,10 @@
-"""Fill a model's weights: from a seed or from whole tensors, the same in every layout."""
+"""Fill a model's weights from whole tensors, the same in every layout."""
 
-import hashlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from megatron_gmai.config import ModelConfig
-from megatron_gmai.convert.mapping import canonical_shapes
 from megatron_gmai.convert.sharding import shard
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.model.language import padded_vocab_size
@@ -35,42 +31,3 @@ def fill(model: GMAIVL, weights: Mapping[str, Tensor]) -> None:
                     f"the model wants {tuple(parameter.shape)}"
                 )
             parameter.copy_(piece)
-
-
-class SeededWeights(Mapping[str, Tensor]):
-    """Whole random tensors by canonical name, a pure function of seed, name and shape.
-
-    Matrices are normal with standard deviation sqrt(2 / (5 · fan_in)) (Nguyen & Salazar, 2019), in
-    the vision tower 1 / sqrt(fan_in) (LeCun et al., 1998). Projections that write to the residual
-    stream of L layers are divided by sqrt(2 L).
-    """
-
-    def __init__(self, model: ModelConfig, seed: int) -> None:
-        self.shapes, self.seed = canonical_shapes(model), seed
-        self.model = model
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        if name.endswith("bias"):
-            return torch.zeros(shape)
-        if "norm" in name or "ln_pre" in name:
-            return torch.ones(shape)
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.empty(shape).normal_(0, self._std(name, shape), generator=generator)
-
-    def _std(self, name: str, shape: tuple[int, ...]) -> float:
-        if name == "vision_model.position_embeddings.weight":
-            return 0.3  # of the patch embeddings, which have 1
-        vision = name.startswith("vision_model.")
-        gain = 1.0 if vision else math.sqrt(2 / 5)
-        layers = self.model.vision.layers_used if vision else self.model.language.num_layers
-        if ".decoder." in name and ("linear_proj" in name or "linear_fc2" in name):
-            gain /= math.sqrt(2 * layers)
-        return gain / math.sqrt(math.prod(shape[1:]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)

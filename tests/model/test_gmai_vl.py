@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.config import ParallelConfig, TrainConfig
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.model.language import padded_vocab_size
 from megatron_gmai.training.optimizer import wrap_for_training
-from megatron_gmai.training.weights import SeededWeights, fill
+from megatron_gmai.training.weights import fill
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, losses_of, make_pack
 from tests.parallel.cases import STAGES, World
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.config import ParallelConfig
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.training.weights import SeededWeights, fill
+from megatron_gmai.training.weights import fill
 from tests.parallel.batches import BOUNDS, CONFIG, LENGTH, MODEL, join, losses_of, make_pack
 from tests.parallel.cases import World
 

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_gmai.config import Config, ParallelConfig
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.convert.sharding import cut_of, unshard
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.gmai_vl import GMAIVL
@@ -32,7 +33,7 @@ from megatron_gmai.runtime.groups import (
 )
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.step import StepResult, TrainStep
-from megatron_gmai.training.weights import SeededWeights, fill
+from megatron_gmai.training.weights import fill
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from megatron_gmai.convert.huggingface import write_pretrained
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.presets import preset
-from megatron_gmai.training.weights import SeededWeights
 from tests.training.command import finish, launcher, losses, run
 
 FLAGS = """
