@@ -11,18 +11,22 @@ unless told otherwise. `verify` exits with 1 where the two differ.
 """
 
 import argparse
+import json
 import math
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import psutil
 import torch
 
-from megatron_gmai.config import Config, DataConfig
+from megatron_gmai.config import Config, DataConfig, ModelConfig
 from megatron_gmai.convert.carried import read_carried
+from megatron_gmai.convert.compare import Side, card, compare, table
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import (
     Pretrained,
@@ -31,13 +35,18 @@ from megatron_gmai.convert.huggingface import (
     open_separate,
     write_pretrained,
 )
-from megatron_gmai.convert.mapping import canonical_shapes
+from megatron_gmai.convert.manifest import read_manifest
+from megatron_gmai.convert.mapping import Flavour, canonical_shapes
 from megatron_gmai.convert.output import Progress
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.convert.write import export_shapes
+from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.text.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from megatron_gmai.runtime.quiet import quiet_libraries
 
+_TRAINING = "training checkpoint"
+_FINAL_NORM = "language_model.decoder.final_layernorm.weight"
+_LOGITS_TOLERANCE = 1e-5  # of the largest logit, in fp32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -97,19 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--tokenizer", help="sentencepiece model (default: the folder's own)")
     back.add_argument("--dtype", choices=DTYPES, help="default: that of each tensor")
     back.add_argument("--seed", type=int, default=42, help="of a new projector (42)")
+    both = directions.add_parser("verify", help="compare two checkpoints, of whichever kind")
+    both.set_defaults(command=verify)
+    both.add_argument("a", type=Path, help="training checkpoint or Hugging Face folder")
+    both.add_argument("b", type=Path, help="another one")
+    both.add_argument("--tolerance", type=float, default=0.0, help="largest difference allowed (0)")
+    both.add_argument(
+        "--card", type=Path, help="default: B/card.json if B is a Hugging Face folder"
+    )
     return parser
 
 
 def to_hf(flags: argparse.Namespace) -> int:
     """Training checkpoint -> Hugging Face folder. Raises ValueError for the user's mistakes."""
-    # Here, not above: Megatron takes seconds to import, and from-hf needs none of it.
-    from megatron_gmai.training.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(Path(flags.load))
+    checkpoint = read_manifest(Path(flags.load))
     config = checkpoint.config
     weights = CheckpointWeights(checkpoint.path, config.model)
     file = tokenizer_file(flags.tokenizer or config.data.tokenizer)
-    flavour = "transformers" if flags.flavour == "transformers" else "original"
+    flavour: Flavour = "original" if flags.flavour == "gmai-vl" else "transformers"
     dtype = DTYPES[flags.dtype] if flags.dtype else weights.dtype
     count = sum(map(math.prod, export_shapes(config.model).values()))
     write_pretrained(
@@ -187,6 +201,101 @@ def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
     return open_separate(
         flags.llm, flags.vision, tokenizer.vocab_size, tokenizer.image_token_id, flags.seed
     )
+
+
+def verify(flags: argparse.Namespace) -> int:
+    """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
+    a, b = open_side(flags.a), open_side(flags.b)
+    count = sum(map(math.prod, canonical_shapes(a.model).values()))
+    groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
+    print(table(groups))
+    same = all(group.largest_difference <= flags.tolerance for group in groups)
+    rounded = any(len(set(group.dtypes)) > 1 for group in groups)
+    ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b)
+    print(ran if isinstance(ran, str) else f"run on {ran['samples']} samples: {ran}")
+    same &= isinstance(ran, str) or ran["same"]
+    file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
+    if file is not None:
+        content = card(sys.argv, (a, b), flags.tolerance, groups, ran)
+        write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"wrote {file}")
+    print("the same" if same else "they differ")
+    return 0 if same else 1
+
+
+def open_side(path: Path) -> Side:
+    """A Hugging Face folder of either flavour, or a training checkpoint."""
+    if (path / "config.json").is_file():
+        source = open_pretrained(path)
+        kind = "transformers" if source.flavour == "transformers" else "gmai-vl"
+        return Side(path, kind, source.model, source.weights, source.leftovers)
+    checkpoint = read_manifest(path)
+    model = checkpoint.config.model
+    carried = read_carried(checkpoint.path, model)
+    weights = CheckpointWeights(checkpoint.path, model)
+    return Side(checkpoint.path, _TRAINING, model, weights, carried)
+
+
+def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | None:
+    """Why the two are not asked for logits; None if they are."""
+    if not same or rounded:
+        return "not run: the weights differ, or one side was cast"
+    if find_spec("transformers") is None:
+        return "not run: transformers is not installed"
+    needed = 6 * sum(map(math.prod, canonical_shapes(model).values()))  # fp32, and room to work
+    if needed > psutil.virtual_memory().available:
+        return f"not run: it takes {needed / 1e9:.0f} GB of memory"
+    return None
+
+
+def run_both(a: Side, b: Side) -> dict[str, Any]:
+    """Logits and greedy tokens of the two, in fp32 on the CPU: the transformers flavour through
+    transformers, everything else through the training model."""
+    from megatron_gmai.evaluate.agreement import difference, run_megatron, run_transformers, samples
+
+    prompts = samples(a.model)
+    ran = []
+    for side in (a, b):
+        if side.kind == "transformers":
+            ran.append(run_transformers(side.path, prompts))
+        else:
+            with _training_model(side) as model:
+                ran.append(run_megatron(model, prompts))
+    largest, agreeing, tokens = difference(*ran)
+    scale = max(1.0, *(float(logits.abs().max()) for logits in ran[0].logits))
+    return {
+        "samples": len(prompts),
+        "logits_difference": largest,
+        "largest_logit": scale,
+        "logits_tolerance": _LOGITS_TOLERANCE * scale,
+        "greedy_tokens_agreeing": f"{agreeing} of {tokens}",
+        "same": largest <= _LOGITS_TOLERANCE * scale and agreeing == tokens,
+    }
+
+
+@contextmanager
+def _training_model(side: Side) -> Iterator[Any]:
+    from megatron_gmai.model.gmai_vl import GMAIVL
+    from megatron_gmai.runtime.device import choose_device
+    from megatron_gmai.runtime.groups import (
+        build_groups,
+        destroy_groups,
+        initialize_distributed,
+        seed_everything,
+    )
+    from megatron_gmai.training.weights import fill
+
+    config = Config(model=side.model)
+    device = choose_device("cpu", "fp32")
+    initialize_distributed(device, config.run.distributed_timeout_minutes)
+    groups = build_groups(config.parallel, config.run.distributed_timeout_minutes)
+    seed_everything(config.train.seed)
+    try:
+        model = GMAIVL(config, device, groups).requires_grad_(False).eval()
+        fill(model, side.weights)
+        yield model
+    finally:
+        destroy_groups()
 
 
 def tokenizer_file(path: str | None) -> Path:

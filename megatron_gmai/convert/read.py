@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.configs import Described, read_config, read_separate_configs
 from megatron_gmai.convert.files import TensorFolder, weight_files
-from megatron_gmai.convert.mapping import Row, Shape, leftover_shapes, rows
+from megatron_gmai.convert.mapping import Flavour, Row, Shape, leftover_shapes, rows
 from megatron_gmai.convert.seeded import SeededWeights
 
 _SHOWN = 8  # problems listed in one message
@@ -31,6 +31,7 @@ class Pretrained:
     """
 
     model: ModelConfig
+    flavour: Flavour
     weights: Mapping[str, Tensor]
     leftovers: Mapping[str, Tensor]
     num_bytes: int  # of the source's weight files
@@ -68,7 +69,7 @@ def open_pretrained(folder: str | Path) -> Pretrained:
     table = _table(described)
     _check(f"{folder} is not a whole {described.flavour} checkpoint", described, table, tensors)
     makers = {row.canonical: _maker(row, tensors) for row in table}
-    return _pretrained(described.model, makers, tensors, [folder])
+    return _pretrained(described, makers, tensors, [folder])
 
 
 def open_separate(
@@ -106,7 +107,7 @@ def open_separate(
         for name in projector
         if name.startswith(_PROJECTOR)
     }
-    return _pretrained(model, makers, tensors, [llm, vision])
+    return _pretrained(replace(described, model=model), makers, tensors, [llm, vision])
 
 
 def check_tokenizer(model: ModelConfig, vocab_size: int, image_token_id: int) -> None:
@@ -130,15 +131,16 @@ def _folder(path: str | Path) -> Path:
 
 
 def _pretrained(
-    model: ModelConfig,
+    described: Described,
     makers: dict[str, Callable[[], Tensor]],
     tensors: TensorFolder,
     folders: list[Path],
 ) -> Pretrained:
-    leftovers = {name: partial(tensors.tensor, name) for name in leftover_shapes(model)}
+    leftovers = {name: partial(tensors.tensor, name) for name in leftover_shapes(described.model)}
     complete = all(name in tensors for name in leftovers)
     return Pretrained(
-        model,
+        described.model,
+        described.flavour,
         LazyTensors(makers),
         LazyTensors(leftovers if complete else {}),
         sum(path.stat().st_size for folder in folders for path in weight_files(folder)),

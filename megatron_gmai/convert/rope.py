@@ -33,8 +33,7 @@ def read_rope(text: Mapping[str, Any]) -> tuple[Rope, list[str]]:
             thetas.append(section["rope_theta"])
         factor, problem = _factor(section)
         problems += [f"{key} {problem}"] * bool(problem)
-        # transformers 5 writes its defaults beside the old spelling: a plain entry says nothing.
-        factors += [factor] * (factor != 1.0)
+        factors.append(factor)
     if "rope_theta" in text:
         thetas.append(text["rope_theta"])
     problems += [
@@ -42,9 +41,11 @@ def read_rope(text: Mapping[str, Any]) -> tuple[Rope, list[str]]:
         for theta in thetas
         if not _is_positive(theta)
     ]
-    for name, values in (("base", thetas), ("scaling", factors)):
+    for name, values in (("bases", thetas), ("scalings", factors)):
         if len(set(map(str, map(_plain, values)))) > 1:
-            problems.append(f"rope_theta, rope_scaling and rope_parameters give two {name}s")
+            problems.append(
+                f"rope_theta, rope_scaling and rope_parameters give two different {name}"
+            )
     if problems:
         return Rope(_DEFAULT_THETA, 1.0), problems
     theta = float(thetas[0]) if thetas else _DEFAULT_THETA
@@ -64,7 +65,7 @@ def _factor(section: Mapping[str, Any]) -> tuple[float, str]:
         return 1.0, ""
     if kind != "dynamic":
         return 1.0, f"asks for {kind!r} RoPE, only plain and dynamic work"
-    factor = section.get("factor")
+    factor: Any = section.get("factor")
     if not _is_positive(factor) or factor < 1:
         return 1.0, f"has the factor {factor!r}, expected a number of 1 or more"
     return float(factor), ""

@@ -8,7 +8,6 @@
 A checkpoint is written under a temporary name and renamed when its manifest is in place.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,14 +25,13 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
-from megatron_gmai.convert.manifest import LATEST, MANIFEST, write_manifest
+from megatron_gmai.convert.manifest import LATEST, read_manifest, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
 from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
 from megatron_gmai.training.rng import restore_rng, sharded_rng
-from megatron_gmai.training.safe_metadata import check_metadata
 
 
 @dataclass(frozen=True)
@@ -116,34 +114,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: nothing there, a file missing or of the wrong size, a manifest that does
             not read, or metadata that would run code when it is loaded.
     """
-    if (path / LATEST).is_file():
-        path = path / Path((path / LATEST).read_text(encoding="utf-8").strip()).name
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: it has no {MANIFEST}. "
-            "Give a folder iter_NNNNNNN that a run has finished writing, or its parent."
-        )
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        position = _position(**manifest["position"])
-        config = Config.from_json(json.dumps(manifest["config"]))
-        has_optimizer = bool(manifest["has_optimizer"])
+        found = read_manifest(path)
+        position = _position(**found.position)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    for name, size in files.items():
-        file = path / name
-        if file.parent != path or not file.is_file() or file.stat().st_size != size:
-            found = file.stat().st_size if file.is_file() else "no file"
-            raise CheckpointError(
-                f"{path} is damaged: {name} should have {size} bytes, found {found}. "
-                "Use an earlier checkpoint."
-            )
-    try:
-        names = check_metadata(path / ".metadata")
-    except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return Checkpoint(path, position, config, has_optimizer, names)
+    return Checkpoint(found.path, position, found.config, found.has_optimizer, found.names)
 
 
 def _position(bookmark: dict[str, Any] | None = None, **numbers: Any) -> Position:
