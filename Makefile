@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench bench-kernels bench-data clean
+.PHONY: help train test lint verify bench bench-kernels bench-data bench-convert clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -27,13 +27,19 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: bench-kernels bench-data  ## all benchmarks, results under runs/bench
+verify: $(VENV)/.dev  ## the quick start's export against the checkpoint that it came from
+	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/stage3/checkpoints runs/quickstart/hf $(ARGS)
+
+bench: bench-kernels bench-data bench-convert  ## all benchmarks, results under runs/bench
 
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
 
 bench-data: $(VENV)/.bench  ## loader, packing and planning
 	$(RUN) benchmarks/data.py $(ARGS)
+
+bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
+	$(RUN) benchmarks/convert.py $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs
 	rm -rf runs/quickstart runs/bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,16 +5,19 @@ are stored under their canonical names with the offsets of each rank's part, so 
 a whole tensor together.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.files import check_finite
@@ -23,14 +26,37 @@ from megatron_gmai.convert.sharding import cut_of
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the table of contents once, not for every tensor again."""
+    """Reads whole tensors; the table of contents once. torch's `load` reads it for every call, and
+    copies a tensor once more even where it was stored whole."""
 
     @cached_property
-    def _table(self) -> Metadata:
-        return super().read_metadata()
+    def table(self) -> Metadata:
+        return self.read_metadata()
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._table
+    def tensor(self, name: str, stored: TensorStorageMetadata) -> Tensor:
+        if len(stored.chunks) == 1:
+            return self._chunk(name, stored.chunks[0])
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        for chunk in stored.chunks:
+            place = tuple(
+                slice(start, start + size)
+                for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
+            whole[place] = self._chunk(name, chunk)
+        return whole
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self.table.storage_data[MetadataIndex(name, chunk.offsets)]
+        path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
+        with path.open("rb") as file:
+            tensor = torch.load(
+                self._slice_file(file, info),  # type: ignore[arg-type]  # a file that seeks
+                map_location="cpu",
+                weights_only=True,
+            )
+        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            raise ValueError(f"{path} is damaged: it holds something else in the place of {name}")
+        return tensor
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -47,20 +73,16 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self.folder = folder
         self._shapes = canonical_shapes(model)
         self._reader = _Reader(folder)
-        stored = self._reader.read_metadata().state_dict_metadata
+        stored = self._reader.table.state_dict_metadata
         self._stored = {n: m for n, m in stored.items() if isinstance(m, TensorStorageMetadata)}
         problems = [problem for name in self._shapes if (problem := self._problem(name))]
         if problems:
             raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:8])}")
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, stored = self._shapes[name], self._stored[name]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*load in a single process.*")
-            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        tensor = self._reader.tensor(name, self._stored[name])
         check_finite(f"{self.folder}: {name}", tensor)
-        return tensor[: shape[0]]
+        return tensor[: self._shapes[name][0]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -6,7 +6,7 @@ torch's own writer (`torch.distributed.checkpoint.save`) keeps every tensor unti
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
 from megatron_gmai.convert.manifest import LATEST, write_manifest
 from megatron_gmai.convert.output import Advance, new_folder, not_counted, sync
+from megatron_gmai.convert.read_ahead import read_ahead
 from megatron_gmai.convert.sharding import cut_of
 
 _VOCABULARY_MULTIPLE = 128  # rows, as Megatron pads them for one tensor-parallel rank
@@ -56,9 +57,8 @@ def write_training_checkpoint(
         checkpoint = partial / "iter_0000000"
         checkpoint.mkdir()
         writer = _Writer(checkpoint, advance)
-        for name in weights:
-            tensor = _padded(name, weights[name])
-            writer.write(name, tensor if dtype is None else tensor.to(dtype))
+        for name, tensor in read_ahead(_stored(weights, dtype)):
+            writer.write(name, tensor)
         writer.finish()
         torch.save({}, checkpoint / "common.pt")
         write_carried(checkpoint, carried)
@@ -68,6 +68,22 @@ def write_training_checkpoint(
             sync(path)
         sync(checkpoint)
         (partial / LATEST).write_text(checkpoint.name, encoding="utf-8")
+
+
+def _stored(
+    weights: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors as the checkpoint holds them."""
+    for name in weights:
+        tensor = _padded(name, weights[name].detach().cpu())
+        yield name, _alone((tensor if dtype is None else tensor.to(dtype)).contiguous())
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own: torch.save writes all of a tensor's storage, which
+    for a tensor of a mapped file is the file."""
+    values = tensor.flatten().view(torch.uint8).numpy()
+    return torch.from_numpy(values).view(tensor.dtype).view(tensor.shape)
 
 
 def _padded(name: str, tensor: Tensor) -> Tensor:
@@ -88,9 +104,6 @@ class _Writer:
         self._file = self._next_file()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save writes all of the memory that a view looks at
         if self._file.tell() and self._file.tell() + tensor.nbytes > _MAX_FILE_BYTES:
             self._file.close()
             self._file = self._next_file()

@@ -20,6 +20,7 @@ from megatron_gmai.convert.export_readme import readme
 from megatron_gmai.convert.mapping import VISION, Flavour, Shape, leftover_shapes, rows
 from megatron_gmai.convert.output import Advance, new_folder, not_counted
 from megatron_gmai.convert.processor import processor_files
+from megatron_gmai.convert.read_ahead import read_ahead
 from megatron_gmai.convert.safetensors_file import write_safetensors
 
 
@@ -76,7 +77,7 @@ def write_pretrained(
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         shutil.copyfile(tokenizer_model, partial / "tokenizer.model")
-        tensors = _export_tensors(model, weights, leftovers, flavour)
+        tensors = read_ahead(_export_tensors(model, weights, leftovers, flavour))
         _write_shards(partial, shapes, tensors, dtype, max_shard_bytes, advance)
 
 
