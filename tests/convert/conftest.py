@@ -126,11 +126,12 @@ def export(
         chat_template: str = "internlm2",
         sentencepiece: dict[str, Any] | None = None,
         folder: str = "export",
+        language: LanguageConfig = MODEL.language,
         **settings: Any,
     ) -> Export:
         tokenizer_model = train_sentencepiece(**(sentencepiece or {}))
         tokenizer = load_tokenizer(tokenizer_model)
-        language = replace(MODEL.language, vocab_size=tokenizer.vocab_size)
+        language = replace(language, vocab_size=tokenizer.vocab_size)
         model = replace(MODEL, language=language, image_token_id=tokenizer.image_token_id)
         weights = random_weights(model)
         write_pretrained(
