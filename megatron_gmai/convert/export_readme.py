@@ -26,8 +26,8 @@ The model alone also loads in transformers 4.46 to 4.48, which cannot read the i
 _ORIGINAL = """\
 This is GMAI-VL's own flavour (`model_type: enhanced_llava`, InternLM2 names). Its classes are not
 part of transformers and not part of this folder. Copy these files here from a GMAI-VL release, or
-from `xtuner/_lite/modelings/` of https://github.com/uni-medical/GMAI-VL (`llava` and `internlm2`),
-read them, and load with `trust_remote_code=True`:
+from `xtuner/_lite/modelings/llava/` of https://github.com/uni-medical/GMAI-VL, read them, and load
+with transformers 4.46 to 4.49, `einops` installed and `trust_remote_code=True`:
 
 {files}
 
@@ -45,6 +45,21 @@ That code puts the features of an image in the place of one `<image>` token.
 _PADDED = """\
 Pad to a square with CLIP's mean colour (122, 116, 104), then resize to {side} × {side}, bicubic.
 The image processor in this folder does so (`LlavaImageProcessor`: transformers 4.49 or newer).
+"""
+_TO_PAD = """\
+Training padded each image to a square with CLIP's mean colour and resized it to {side} × {side},
+bicubic. The image processor in this folder does not pad, because the transformers that this
+flavour needs has none that does. Pad before:
+
+```python
+from PIL import Image
+
+def pad(image):
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+```
 """
 _CROPPED = """\
 Resize the shorter side to {side}, bicubic, then cut out the middle {side} × {side}, as CLIP does.
@@ -95,7 +110,8 @@ def readme(model: ModelConfig, flavour: Flavour, pad_to_square: bool, has_leftov
     """
     files = "\n".join(f"- `{name}`" for name in REMOTE_CODE)
     loading = _TRANSFORMERS if flavour == "transformers" else _ORIGINAL.format(files=files)
-    images = (_PADDED if pad_to_square else _CROPPED).format(side=model.vision.image_size)
+    padded = _PADDED if flavour == "transformers" else _TO_PAD
+    images = (padded if pad_to_square else _CROPPED).format(side=model.vision.image_size)
     last = model.vision.num_layers - 1
     unused = (
         "are those of the CLIP that training began with."

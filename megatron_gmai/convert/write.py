@@ -62,7 +62,9 @@ def write_pretrained(
     """
     leftovers = leftovers or {}
     _check_names(model, weights, leftovers)
-    files = processor_files(model, tokenizer_model, special_tokens, chat_template, pad_to_square)
+    # The original code runs where transformers has no image processor that pads.
+    pads = pad_to_square and flavour == "transformers"
+    files = processor_files(model, tokenizer_model, special_tokens, chat_template, pads)
     config = transformers_config if flavour == "transformers" else original_config
     json_files = {
         "config.json": config(model, str(dtype).removeprefix("torch."), files.special_ids),
