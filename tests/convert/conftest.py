@@ -127,11 +127,16 @@ def export(
         sentencepiece: dict[str, Any] | None = None,
         folder: str = "export",
         language: LanguageConfig = MODEL.language,
+        rope_scaling_factor: float = 1.0,
         **settings: Any,
     ) -> Export:
         tokenizer_model = train_sentencepiece(**(sentencepiece or {}))
         tokenizer = load_tokenizer(tokenizer_model)
-        language = replace(language, vocab_size=tokenizer.vocab_size)
+        language = replace(
+            language,
+            vocab_size=tokenizer.vocab_size,
+            rope_scaling_factor=rope_scaling_factor,
+        )
         model = replace(MODEL, language=language, image_token_id=tokenizer.image_token_id)
         weights = random_weights(model)
         write_pretrained(
