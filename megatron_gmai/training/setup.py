@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.carried import read_carried
-from megatron_gmai.convert.huggingface import open_pretrained
+from megatron_gmai.convert.huggingface import check_tokenizer, open_pretrained
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
@@ -120,6 +120,8 @@ def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Toke
     )
     assert data.tokenizer is not None
     tokenizer = load_tokenizer(data.tokenizer)
+    if config.model.image_token_id >= 0:  # of start weights
+        check_tokenizer(config.model, tokenizer.vocab_size, tokenizer.image_token_id)
     language = dataclasses.replace(
         config.model.language,
         vocab_size=max(config.model.language.vocab_size, tokenizer.vocab_size),
