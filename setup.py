@@ -31,7 +31,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7,<2.9"],
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=15"],
-        "hf": ["transformers>=4.46"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],
+        "hf": ["transformers>=4.49"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.49"],
     },
 )
