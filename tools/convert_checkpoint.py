@@ -26,7 +26,7 @@ import torch
 
 from megatron_gmai.config import Config, DataConfig, ModelConfig
 from megatron_gmai.convert.carried import read_carried
-from megatron_gmai.convert.compare import Side, card, compare, table
+from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import (
     Pretrained,
@@ -209,10 +209,12 @@ def verify(flags: argparse.Namespace) -> int:
     count = sum(map(math.prod, canonical_shapes(a.model).values()))
     groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
     print(table(groups))
+    if missing := only_in_one(a, b):
+        print(missing)
     same = all(group.largest_difference <= flags.tolerance for group in groups)
     rounded = any(len(set(group.dtypes)) > 1 for group in groups)
     ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b)
-    print(ran if isinstance(ran, str) else f"run on {ran['samples']} samples: {ran}")
+    print(ran if isinstance(ran, str) else ran_in_words(ran))
     same &= isinstance(ran, str) or ran["same"]
     file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
     if file is not None:
@@ -271,6 +273,15 @@ def run_both(a: Side, b: Side) -> dict[str, Any]:
         "greedy_tokens_agreeing": f"{agreeing} of {tokens}",
         "same": largest <= _LOGITS_TOLERANCE * scale and agreeing == tokens,
     }
+
+
+def ran_in_words(ran: dict[str, Any]) -> str:
+    """What `run_both` found, as a line for a terminal."""
+    return (
+        f"run on {ran['samples']} samples: logits differ by {ran['logits_difference']:.2g} "
+        f"({ran['logits_tolerance']:.2g} is allowed), "
+        f"{ran['greedy_tokens_agreeing']} greedy tokens agree"
+    )
 
 
 @contextmanager

@@ -62,6 +62,14 @@ def compare(a: Side, b: Side, advance: Callable[[int], None]) -> list[Group]:
     return list(groups.values())
 
 
+def only_in_one(a: Side, b: Side) -> str | None:
+    """A sentence on what cannot be compared because one side lacks it; None if nothing."""
+    if bool(a.leftovers) == bool(b.leftovers):
+        return None
+    lacking = b if a.leftovers else a
+    return f"{lacking.path} carries no last CLIP layer and final norm: those were not compared"
+
+
 def table(groups: list[Group]) -> str:
     """The groups as lines for a terminal."""
     width = max(len(group.name) for group in groups)
@@ -88,6 +96,7 @@ def card(
         "tolerance": tolerance,
         "largest_difference": max(group.largest_difference for group in groups),
         "groups": [asdict(group) for group in groups],
+        "not_compared": only_in_one(*sides),
         "run": ran,
     }
 

@@ -50,7 +50,7 @@ class _Reader(dcp.FileSystemReader):
         path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
         with path.open("rb") as file:
             tensor = torch.load(
-                self._slice_file(file, info),  # type: ignore[arg-type]  # a file that seeks
+                self._slice_file(file, info),
                 map_location="cpu",
                 weights_only=True,
             )

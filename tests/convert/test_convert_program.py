@@ -257,6 +257,12 @@ class TestVerify:
         (line,) = lines
         assert line.startswith("language_model.decoder.layers.*.mlp.linear_fc2.weight")
 
+    def test_what_only_one_side_has_is_told(
+        self, source: Export, bare: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["verify", str(source.folder), str(bare)]) == 0
+        assert "bare/iter_0000000 carries no last CLIP layer" in capsys.readouterr().out
+
     def test_a_cast_is_compared_after_rounding(self, source: Export, tmp_path: Path) -> None:
         assert from_hf(source.folder, tmp_path / "ck") == 0
         assert to_hf(tmp_path / "ck", tmp_path / "half", "--dtype", "bf16") == 0
