@@ -20,8 +20,7 @@ def main() -> None:
     quiet_libraries()
     import torch.distributed as dist
 
-    from megatron_gmai.runtime.device import choose_device
-    from megatron_gmai.runtime.groups import build_groups, initialize_distributed, seed_everything
+    from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
     from megatron_gmai.training.setup import build_run, find_start, with_data, with_sizes
     from megatron_gmai.validation import validate
@@ -37,19 +36,15 @@ def main() -> None:
     start = find_start(config, log)
     config = with_sizes(config, start)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    device = choose_device(config.run.device, config.run.dtype)
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
-    initialize_distributed(device, config.run.distributed_timeout_minutes)
-    groups = build_groups(config.parallel, config.run.distributed_timeout_minutes)
-    seed_everything(config.train.seed)
+    world = open_world(config)
     config, tokenizer = with_data(config, dist.barrier)
     if first:
         save_config(config)
-    run = build_run(config, tokenizer, start, device, groups)
-    log(f"{run.total_iterations} steps, {dist.get_world_size()} processes on {device.kind}")
+    run = build_run(config, tokenizer, start, world)
+    log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")
     train(run)
-    dist.barrier()
-    dist.destroy_process_group()
+    close_world()
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.huggingface import write_pretrained
-from megatron_gmai.convert.mapping import canonical_shapes
 from megatron_gmai.data.text.tokenizer import load_tokenizer
+from megatron_gmai.weights import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = """\
@@ -46,7 +46,7 @@ class RandomWeights(Mapping[str, Tensor]):
     """bf16 weights of the scale of a trained model's, made when they are asked for."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self.shapes = canonical_shapes(model)
+        self.shapes = {name: weight.shape for name, weight in weights(model).items()}
         self.block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -78,12 +78,9 @@ def make_model(folder: Path, gigabytes: float) -> None:
     file = prefix.with_suffix(".model")
     tokenizer = load_tokenizer(file)
     model = ModelConfig(VisionConfig(), LanguageConfig(num_layers=1, vocab_size=92544))
-    one = sum(torch.Size(shape).numel() for shape in canonical_shapes(model).values())
-    layer = sum(
-        torch.Size(shape).numel()
-        for name, shape in canonical_shapes(model).items()
-        if name.startswith("language_model.decoder.layers.0.")
-    )
+    sizes = {name: torch.Size(weight.shape).numel() for name, weight in weights(model).items()}
+    one = sum(sizes.values())
+    layer = sum(n for name, n in sizes.items() if name.startswith("language_model.decoder.layers"))
     layers = max(1, 1 + round((gigabytes * 1e9 / 2 - one) / layer))
     language = dataclasses.replace(model.language, num_layers=layers)
     model = dataclasses.replace(model, language=language, image_token_id=tokenizer.image_token_id)

@@ -19,6 +19,7 @@ SECTIONS = {
     "data": "data",
     "train": "training",
     "parallel": "parallelism",
+    "lora": "adapters",
 }
 # Megatron's switches that stand for one value of a field: flag -> (section, field, value)
 CONSTANTS = {

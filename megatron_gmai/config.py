@@ -2,7 +2,7 @@
 
 `cli.py` makes the command line from these fields: `metadata["flags"]` lists the spellings besides
 `--field-name`, `metadata["help"]` is the line that `--help` shows. The defaults are GMAI-VL's sizes
-and the recipe's third stage; `presets.py` names complete sets, `validation.py` judges a set.
+and the recipe's third phase; `presets.py` names complete sets, `validation.py` judges a set.
 """
 
 import json
@@ -106,6 +106,16 @@ class DataConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", "--tp")
     pipeline_model_parallel_size: int = option(1, "pipeline stages", "--pp")
+    context_parallel_size: int = option(1, "ranks that share the tokens of a micro-batch", "--cp")
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, "chunks of layers per pipeline rank, run interleaved", "--vpp"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "the same, said by the decoder layers of a chunk"
+    )
+    pipeline_layout: str | None = option(
+        None, "decoder layers of each chunk in model order, as 6,9,9,8 (default: even)"
+    )
     sequence_parallel: bool = option(False, "split activations over the TP ranks between layers")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP ranks (ZeRO-1)")
     shard_strategy: str | None = option(
@@ -115,6 +125,9 @@ class ParallelConfig:
     )
     overlap_grad_reduce: bool = option(False, "reduce gradients during the backward pass")
     overlap_param_gather: bool = option(False, "gather parameters during the forward pass")
+    ddp_bucket_size: int | None = option(
+        None, "parameters per bucket of an overlapped reduction (default: Megatron's, 40 million)"
+    )
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,9 @@ class TrainConfig:
     selective_recompute: float = option(
         0.0, "share of the decoder layers, 0 to 1, that are recomputed in the backward pass"
     )
+    vit_micro_batch_size: int = option(
+        32, "images that the vision tower encodes at once; of more, activations are recomputed"
+    )
     recompute_granularity: str | None = option(
         None, "Megatron's activation recomputation", choices=("full", "selective")
     )
@@ -163,7 +179,7 @@ class RunConfig:
     )
     work_dir: str = option("runs/train", "metrics, checkpoints, logs and the saved config")
     save: str | None = option(None, "checkpoint folder (default: WORK_DIR/checkpoints)")
-    load: str | None = option(None, "start a new stage from the weights of this checkpoint")
+    load: str | None = option(None, "start a new phase from the weights of this checkpoint")
     llava: str | None = option(None, "start from Hugging Face weights (original or transformers)")
     resume: bool = option(
         False,
@@ -183,8 +199,27 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the language model, whose own weights then stay as they are."""
+
+    llm_use_lora: bool = option(False, "train low-rank adapters in the language model's place")
+    lora_rank: int = option(16, "rank of the adapters", "--lora-r")
+    lora_alpha: float = option(32.0, "the adapters' output is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, "dropout before the adapters")
+    lora_targets: str = option(
+        "qkv,proj,fc1,fc2", "linears with an adapter: qkv, proj (attention), fc1, fc2 (MLP)"
+    )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The linears that have an adapter; none without `--llm-use-lora`."""
+        return tuple(self.lora_targets.split(",")) if self.llm_use_lora else ()
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()

@@ -6,21 +6,12 @@ Each rule is a line: what was given, why it cannot work, what to change.
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gmai.config import Config
-from megatron_gmai.layout import Layout
-
-
-@dataclass(frozen=True)
-class Problem:
-    given: str
-    reason: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.given}: {self.reason}; {self.remedy}"
+from megatron_gmai.layout import layers_of_chunks
+from megatron_gmai.layout_rules import Problem, batch_problems, layout_problems
+from megatron_gmai.weights import LORA_TARGETS
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -30,7 +21,7 @@ def validate(config: Config, world_size: int) -> None:
     ValueError that lists all problems.
     """
     _judge(
-        (_ranges, _model_sizes, _parallel_sizes, _batch, _inputs, _start, _memory),
+        (_ranges, _model_sizes, layout_problems, batch_problems, _inputs, _start, _memory, _lora),
         config,
         world_size,
     )
@@ -38,7 +29,7 @@ def validate(config: Config, world_size: int) -> None:
 
 def validate_layout(config: Config, world_size: int) -> None:
     """Checks only that model and processes divide by the layout: for programs that do not train."""
-    _judge((_parallel_sizes,), config, world_size)
+    _judge((layout_problems,), config, world_size)
 
 
 def _judge(
@@ -68,6 +59,7 @@ def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
     bounds = [  # flag, value, lowest, highest
         ("--micro-batch-size", train.micro_batch_size, 1, math.inf),
         ("--global-batch-size", train.global_batch_size, 1, math.inf),
+        ("--vit-micro-batch-size", train.vit_micro_batch_size, 1, math.inf),
         ("--train-iters", train.train_iters, 1, math.inf),
         ("--wd", train.wd, 0, math.inf),
         ("--min-lr", train.min_lr, 0, math.inf),
@@ -147,63 +139,6 @@ def _model_sizes(config: Config, world_size: int) -> Iterator[Problem]:
             f"--max-length {length}",
             f"the language model knows {language.max_position_embeddings} positions",
             "give a shorter pack",
-        )
-
-
-def _parallel_sizes(config: Config, world_size: int) -> Iterator[Problem]:
-    parallel, language = config.parallel, config.model.language
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if tensor < 1 or stages < 1:
-        given = f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {stages}"
-        yield Problem(given, "out of range", "give numbers of at least 1")
-        return
-    if world_size % (tensor * stages):
-        yield Problem(
-            f"TP {tensor} x PP {stages} = {tensor * stages} ranks per model",
-            f"does not divide the {world_size} processes of this run",
-            "start a multiple of TP x PP processes (torchrun --nproc-per-node) or lower TP or PP",
-        )
-    sizes = [
-        ("attention heads", language.num_attention_heads),
-        ("query groups", language.num_query_groups),
-        ("feed-forward size", language.ffn_hidden_size),
-    ]
-    if parallel.sequence_parallel:
-        sizes.append(("tokens per pack (--max-length)", config.data.max_length))
-    for name, size in sizes:
-        if size % tensor:
-            yield Problem(
-                f"--tensor-model-parallel-size {tensor}",
-                f"does not divide the {name}, {size}",
-                f"choose a divisor of {size}",
-            )
-    if language.num_layers % stages:
-        yield Problem(
-            f"--pipeline-model-parallel-size {stages}",
-            f"does not divide the {language.num_layers} decoder layers",
-            f"choose a divisor of {language.num_layers}",
-        )
-    if parallel.sequence_parallel and tensor == 1:
-        yield Problem(
-            "--sequence-parallel",
-            "there are no tensor-parallel ranks to share the sequence",
-            "leave it out, or give --tensor-model-parallel-size 2 or more",
-        )
-
-
-def _batch(config: Config, world_size: int) -> Iterator[Problem]:
-    train = config.train
-    try:
-        data_ranks = Layout.of(config.parallel, world_size).data
-    except ValueError:
-        return  # told by _parallel_sizes; the batch cannot be judged without it
-    together = train.micro_batch_size * data_ranks
-    if together > 0 and train.global_batch_size % together:
-        yield Problem(
-            f"--global-batch-size {train.global_batch_size}",
-            f"is no multiple of micro-batch {train.micro_batch_size} x DP {data_ranks} "
-            f"= {together} packs",
-            f"choose a multiple of {together}, or another --micro-batch-size",
         )
 
 
@@ -307,13 +242,36 @@ def _memory(config: Config, world_size: int) -> Iterator[Problem]:
     yield from _recompute_layers(config)
 
 
+def _lora(config: Config, world_size: int) -> Iterator[Problem]:
+    lora = config.lora
+    for target in lora.targets:
+        if target not in LORA_TARGETS:
+            yield Problem(
+                f"--lora-targets {lora.lora_targets}",
+                f"{target!r} is no linear of a decoder layer",
+                f"choose from {','.join(LORA_TARGETS)}",
+            )
+    if lora.lora_rank < 1:
+        yield Problem(
+            f"--lora-rank {lora.lora_rank}", "out of range", "give a number of at least 1"
+        )
+    if not 0 <= lora.lora_dropout < 1:
+        yield Problem(
+            f"--lora-dropout {lora.lora_dropout}", "out of range", "give a number from 0 to below 1"
+        )
+    if not lora.lora_alpha > 0:
+        yield Problem(f"--lora-alpha {lora.lora_alpha}", "out of range", "give a number above 0")
+
+
 def _recompute_layers(config: Config) -> Iterator[Problem]:
     count = config.train.recompute_num_layers
-    stages = max(1, config.parallel.pipeline_model_parallel_size)
-    most = config.model.language.num_layers // stages
+    try:
+        most = max(layers_of_chunks(config.parallel, config.model.language.num_layers))
+    except ValueError:
+        return  # told by layout_problems
     if count is not None and not 1 <= count <= most:
         yield Problem(
             f"--recompute-num-layers {count}",
-            f"a pipeline stage has {most} layers",
+            f"a pipeline stage has {most} layers" if most > 1 else "a pipeline stage has 1 layer",
             f"give a number from 1 to {most}",
         )

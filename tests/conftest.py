@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.parallel.cases import World
+    from tests.parallel.cases import Processes
 
 # Threads that wait by spinning make several processes on few cores very slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
-def alone() -> Iterator["World"]:
+def alone() -> Iterator["Processes"]:
     """A world of this process alone on the emulated device; torch is itself again afterwards."""
-    from tests.parallel.cases import World  # here, so that other tests need not wait for Megatron
+    from tests.parallel.cases import (
+        Processes,  # here, so that other tests need not wait for Megatron
+    )
 
-    world = World()
+    world = Processes()
     yield world
     world.close()

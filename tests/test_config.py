@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from megatron_gmai.config import Config, TrainConfig
-from megatron_gmai.layout import Layout, Recompute
 from megatron_gmai.presets import preset
 from megatron_gmai.validation import tokenizer_path, validate
 
@@ -82,50 +81,6 @@ class TestJson:
             Config.from_json("{")
 
 
-class TestLayout:
-    def test_a_world_is_tensor_times_pipeline_times_data(self) -> None:
-        parallel = change(
-            Config(),
-            parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-        ).parallel
-        layout = Layout.of(parallel, world_size=16)
-        assert (layout.model, layout.data) == (4, 4)
-
-    def test_recipe_stage_1_accumulates_twice(self) -> None:
-        train = TrainConfig(micro_batch_size=8, global_batch_size=512)
-        assert Layout(world_size=32, tensor=1, pipeline=1).micro_batches(train) == 2
-
-    def test_layers_spread_over_the_stages(self) -> None:
-        assert Layout(world_size=4, tensor=1, pipeline=4).layers_per_stage(32) == 8
-
-    def test_remainders_are_errors(self) -> None:
-        with pytest.raises(ValueError, match="6 processes do not divide by 4"):
-            _ = Layout(world_size=6, tensor=2, pipeline=2).data
-        with pytest.raises(ValueError, match="9 packs"):
-            Layout(world_size=2, tensor=1, pipeline=1).micro_batches(
-                TrainConfig(global_batch_size=9)
-            )
-        with pytest.raises(ValueError, match="32 layers"):
-            Layout(world_size=3, tensor=1, pipeline=3).layers_per_stage(32)
-
-
-class TestRecompute:
-    def test_nothing_is_recomputed_unless_asked(self) -> None:
-        assert Recompute.of(Config()) == Recompute(None, None, None)
-
-    def test_a_share_becomes_a_number_of_layers_of_each_stage(self) -> None:
-        config = change(
-            Config(),
-            train={"selective_recompute": 0.5},
-            parallel={"pipeline_model_parallel_size": 4},
-        )
-        assert Recompute.of(config) == Recompute("full", "block", 4)
-
-    def test_megatrons_own_settings_pass_through(self) -> None:
-        config = change(Config(), train={"recompute_granularity": "selective"})
-        assert Recompute.of(config) == Recompute("selective", None, None)
-
-
 class TestTokenizerPath:
     def test_the_flag_comes_before_the_shards(self, tiny: Config, tmp_path: Path) -> None:
         other = tmp_path / "other.model"
@@ -171,7 +126,7 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
             "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
             "data": {"max_length": 511},
         },
-        "2: does not divide the tokens per pack .*511",
+        "--max-length 511: 511 tokens of a micro-batch do not divide by TP = 2",
     ),
     (2, {"train": {"global_batch_size": 9}}, "9: is no multiple of micro-batch 1 x DP 2 = 2"),
     (1, {"data": {"shards": None}}, "no data: nothing to train on"),
@@ -221,6 +176,72 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         },
         "--recompute-num-layers 3: a pipeline stage has 2 layers",
     ),
+    (
+        4,
+        {"parallel": {"context_parallel_size": 4, "tensor_model_parallel_size": 2}},
+        "TP 2 x CP 4 x PP 1 = 8 ranks per model: does not divide the 4 processes",
+    ),
+    (
+        3,
+        {"parallel": {"context_parallel_size": 3}},
+        "--context-parallel-size 3: does not divide the 4 attention heads and 2 query groups",
+    ),
+    (
+        4,
+        {
+            "parallel": {
+                "context_parallel_size": 2,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+            "data": {"max_length": 510},
+        },
+        "--max-length 510: 510 tokens of a micro-batch do not divide by TP x CP = 4",
+    ),
+    (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 3,
+            }
+        },
+        "PP x 3 virtual stages = 6 does not divide the 4 decoder layers",
+    ),
+    (
+        1,
+        {"parallel": {"num_virtual_stages_per_pipeline_rank": 2}},
+        "2 virtual stages: there is one pipeline rank",
+    ),
+    (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+            },
+            "train": {"global_batch_size": 3},
+        },
+        "2 virtual stages with 3 micro-batches a step: .* multiples of PP 2; choose "
+        "--global-batch-size as a multiple of 2",
+    ),
+    (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "num_layers_per_virtual_pipeline_stage": 1,
+            }
+        },
+        "two ways to say one thing",
+    ),
+    (
+        2,
+        {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layout": "3,x"}},
+        "--pipeline-layout 3,x: 2 numbers .* that sum to 4 layers are needed",
+    ),
+    (1, {"parallel": {"ddp_bucket_size": 0}}, "--ddp-bucket-size 0: out of range"),
 ]
 
 # (tower, its fields, part of the message): sizes come from files of start weights, not from flags

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from megatron_gmai.config import Config, DataConfig, ModelConfig
+from megatron_gmai.config import Config, DataConfig, ModelConfig, RunConfig
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
 from megatron_gmai.convert.distributed import CheckpointWeights
@@ -36,13 +36,14 @@ from megatron_gmai.convert.huggingface import (
     write_pretrained,
 )
 from megatron_gmai.convert.manifest import read_manifest
-from megatron_gmai.convert.mapping import Flavour, canonical_shapes
+from megatron_gmai.convert.mapping import Flavour
 from megatron_gmai.convert.output import Progress
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.convert.write import export_shapes
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.text.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.weights import weights as table_of_weights
 
 _TRAINING = "training checkpoint"
 _FINAL_NORM = "language_model.decoder.final_layernorm.weight"
@@ -178,7 +179,7 @@ def from_hf(flags: argparse.Namespace) -> int:
     config = Config(model=source.model, data=DataConfig(tokenizer=str(file.absolute())))
     num_bytes = source.num_bytes
     if flags.dtype:
-        count = sum(map(math.prod, canonical_shapes(source.model).values()))
+        count = parameters(source.model)
         num_bytes = count * DTYPES[flags.dtype].itemsize
     write_training_checkpoint(
         Path(flags.output),
@@ -206,7 +207,7 @@ def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
 def verify(flags: argparse.Namespace) -> int:
     """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
     a, b = open_side(flags.a), open_side(flags.b)
-    count = sum(map(math.prod, canonical_shapes(a.model).values()))
+    count = parameters(a.model)
     groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
     print(table(groups))
     if missing := only_in_one(a, b):
@@ -244,7 +245,7 @@ def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | No
         return "not run: the weights differ, or one side was cast"
     if find_spec("transformers") is None:
         return "not run: transformers is not installed"
-    needed = 6 * sum(map(math.prod, canonical_shapes(model).values()))  # fp32, and room to work
+    needed = 6 * parameters(model)  # fp32, and room to work
     if needed > psutil.virtual_memory().available:
         return f"not run: it takes {needed / 1e9:.0f} GB of memory"
     return None
@@ -286,27 +287,23 @@ def ran_in_words(ran: dict[str, Any]) -> str:
 
 @contextmanager
 def _training_model(side: Side) -> Iterator[Any]:
-    from megatron_gmai.model.gmai_vl import GMAIVL
-    from megatron_gmai.runtime.device import choose_device
-    from megatron_gmai.runtime.groups import (
-        build_groups,
-        destroy_groups,
-        initialize_distributed,
-        seed_everything,
-    )
+    from megatron_gmai.model.gmai_vl import build_chunks
+    from megatron_gmai.runtime.groups import destroy_groups
+    from megatron_gmai.runtime.world import open_world
     from megatron_gmai.training.weights import fill
 
-    config = Config(model=side.model)
-    device = choose_device("cpu", "fp32")
-    initialize_distributed(device, config.run.distributed_timeout_minutes)
-    groups = build_groups(config.parallel, config.run.distributed_timeout_minutes)
-    seed_everything(config.train.seed)
+    config = Config(model=side.model, run=RunConfig(device="cpu", dtype="fp32"))
+    (model,) = build_chunks(config, open_world(config))
     try:
-        model = GMAIVL(config, device, groups).requires_grad_(False).eval()
-        fill(model, side.weights)
-        yield model
+        fill([model], side.weights)
+        yield model.requires_grad_(False).eval()
     finally:
         destroy_groups()
+
+
+def parameters(model: ModelConfig) -> int:
+    """Values in all weights that are run."""
+    return sum(math.prod(weight.shape) for weight in table_of_weights(model).values())
 
 
 def tokenizer_file(path: str | None) -> Path:

@@ -62,35 +62,29 @@ def main(argv: list[str] | None = None) -> None:
     if flags.batch_size < 1 or flags.max_new_tokens < 1:
         raise ValueError("--batch-size and --max-new-tokens must be at least 1")
     quiet_libraries()
-    import torch.distributed as dist
-
     from megatron_gmai.evaluate.benchmark import evaluate
     from megatron_gmai.evaluate.questions import HeldOut
-    from megatron_gmai.model.gmai_vl import GMAIVL
-    from megatron_gmai.runtime.device import choose_device
-    from megatron_gmai.runtime.groups import build_groups, initialize_distributed, seed_everything
-    from megatron_gmai.training.checkpoint import load_weights, open_checkpoint
+    from megatron_gmai.model.gmai_vl import build_chunks
+    from megatron_gmai.runtime.world import close_world, open_world
+    from megatron_gmai.training.checkpoint import load_checkpoint, open_checkpoint
 
     checkpoint = open_checkpoint(flags.load)
-    config = for_evaluation(checkpoint.config, flags.tensor_model_parallel_size)
+    config = for_evaluation(checkpoint.config, flags)
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = tokenizer_for(config, flags.tokenizer)
     held_out = HeldOut(flags.data, config.data, config.model, tokenizer, flags.max_new_tokens)
 
-    device = choose_device(flags.device, flags.dtype)
-    minutes = config.run.distributed_timeout_minutes
-    initialize_distributed(device, minutes)
-    groups = build_groups(config.parallel, minutes)
-    seed_everything(config.train.seed)
-    model = GMAIVL(config, device, groups).requires_grad_(False).eval()
-    load_weights(checkpoint, model, groups)
+    world = open_world(config)
+    (model,) = build_chunks(config, world)
+    model.requires_grad_(False).eval()
+    load_checkpoint(checkpoint, [model], optimizer=None)
 
-    first = dist.get_rank() == 0
+    first = world.is_first_rank
     report = evaluate(
         model,
         held_out,
         tokenizer,
-        groups,
+        world.groups,
         flags.batch_size,
         flags.max_new_tokens,
         Progress() if first else lambda done, total: None,
@@ -101,14 +95,14 @@ def main(argv: list[str] | None = None) -> None:
             told = {"load": str(checkpoint.path), "data": str(flags.data), **report.to_json()}
             flags.output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(flags.output, (json.dumps(told, indent=1) + "\n").encode())
-    dist.barrier()
-    dist.destroy_process_group()
+    close_world()
 
 
-def for_evaluation(config: Config, tensor_parallel: int) -> Config:
+def for_evaluation(config: Config, flags: argparse.Namespace) -> Config:
     """The trained model and its treatment of data, in another layout and without training."""
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
-    return dataclasses.replace(config, parallel=parallel, train=TrainConfig())
+    parallel = ParallelConfig(tensor_model_parallel_size=flags.tensor_model_parallel_size)
+    run = dataclasses.replace(config.run, device=flags.device, dtype=flags.dtype)
+    return dataclasses.replace(config, parallel=parallel, train=TrainConfig(), run=run)
 
 
 def tokenizer_for(config: Config, given: str | None) -> Tokenizer:

@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.files import check_finite
-from megatron_gmai.convert.mapping import Shape, canonical_shapes
-from megatron_gmai.convert.sharding import cut_of
+from megatron_gmai.weights import Shape, Weight, weights
 
 
 class _Reader(dcp.FileSystemReader):
@@ -71,39 +70,39 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder = folder
-        self._shapes = canonical_shapes(model)
+        self._weights = weights(model)
         self._reader = _Reader(folder)
         stored = self._reader.table.state_dict_metadata
         self._stored = {n: m for n, m in stored.items() if isinstance(m, TensorStorageMetadata)}
-        problems = [problem for name in self._shapes if (problem := self._problem(name))]
+        problems = [problem for name in self._weights if (problem := self._problem(name))]
         if problems:
             raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:8])}")
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._reader.tensor(name, self._stored[name])
         check_finite(f"{self.folder}: {name}", tensor)
-        return tensor[: self._shapes[name][0]]
+        return tensor[: self._weights[name].shape[0]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._weights)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that holds every weight exactly."""
-        found = {self._stored[name].properties.dtype for name in self._shapes}
+        found = {self._stored[name].properties.dtype for name in self._weights}
         return found.pop() if len(found) == 1 else torch.float32
 
     def _problem(self, name: str) -> str | None:
         if name not in self._stored:
             return f"{name} is missing"
-        wanted, found = self._shapes[name], tuple(self._stored[name].size)
-        return None if _fits(name, wanted, found) else f"{name} has shape {found}, not {wanted}"
+        weight, found = self._weights[name], tuple(self._stored[name].size)
+        return None if _fits(weight, found) else f"{name} has shape {found}, not {weight.shape}"
 
 
-def _fits(name: str, wanted: Shape, found: Shape) -> bool:
-    if cut_of(name) == "vocabulary":  # may be stored with its padding rows
-        return found[0] >= wanted[0] and found[1:] == wanted[1:]
-    return found == wanted
+def _fits(weight: Weight, found: Shape) -> bool:
+    if weight.cut == "vocabulary":  # may be stored with its padding rows
+        return found[0] >= weight.shape[0] and found[1:] == weight.shape[1:]
+    return found == weight.shape

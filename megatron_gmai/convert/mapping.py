@@ -1,54 +1,74 @@
-"""The weights' names and layouts: one table and four tensor rules, used in both directions.
+"""The weights' names in Hugging Face checkpoints, and the tensor rules between them and ours.
 
-Canonical names are those of the single-process Megatron model; each row of the table pairs one of
-them with its tensors in a Hugging Face checkpoint, of which there are two flavours:
+`megatron_gmai.weights` says which weights there are; here each is paired with its tensors in a
+Hugging Face checkpoint, of which there are two flavours:
 
 - `transformers`: `model_type: llava`, Llama names for the language model;
 - `original`: GMAI-VL's `enhanced_llava`, InternLM2 names (fused `wqkv`).
-
-Letters in shapes: `H` language hidden, `Hv` vision hidden, `F` feed-forward, `V` vocabulary,
-`P` patch, `D` head size, `G` query groups (key-value heads), `R` query heads per group.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
+from megatron_gmai.weights import Shape, Weight, weights
 
 Flavour = Literal["transformers", "original"]
-Shape = tuple[int, ...]
 
 VISION = "vision_tower.vision_model"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one canonical tensor is made from its sources (`merge`) and cut again (`split`)."""
+    """How one of our tensors is made from its sources (`merge`) and cut again (`split`);
+    `shapes` are those of the sources."""
 
     merge: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], list[Tensor]]
+    shapes: Callable[[Shape], tuple[Shape, ...]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One canonical tensor and where a Hugging Face checkpoint keeps it."""
+    """One weight and where a Hugging Face checkpoint keeps it."""
 
-    canonical: str
-    shape: Shape
+    weight: Weight
     sources: tuple[str, ...]
-    source_shapes: tuple[Shape, ...]
     rule: Rule
 
+    @property
+    def canonical(self) -> str:
+        return self.weight.name
 
-COPY = Rule(merge=lambda parts: parts[0], split=lambda tensor: [tensor])
+    @property
+    def shape(self) -> Shape:
+        return self.weight.shape
+
+    @property
+    def source_shapes(self) -> tuple[Shape, ...]:
+        return self.rule.shapes(self.weight.shape)
+
+
+COPY = Rule(
+    merge=lambda parts: parts[0], split=lambda tensor: [tensor], shapes=lambda shape: (shape,)
+)
 # Megatron's fused first MLP layer: the gate's rows, then the up projection's.  [2F, H]
-GATE_UP = Rule(merge=lambda parts: torch.cat(list(parts)), split=lambda t: list(t.chunk(2)))
+GATE_UP = Rule(
+    merge=lambda parts: torch.cat(list(parts)),
+    split=lambda tensor: list(tensor.chunk(2)),
+    shapes=lambda shape: ((shape[0] // 2, *shape[1:]),) * 2,
+)
 # CLIP stores [Hv]; Megatron's class token broadcasts over batch and sequence: [1, 1, Hv].
-CLASS_TOKEN = Rule(merge=lambda parts: parts[0].view(1, 1, -1), split=lambda t: [t.view(-1)])
+CLASS_TOKEN = Rule(
+    merge=lambda parts: parts[0].view(1, 1, -1),
+    split=lambda tensor: [tensor.view(-1)],
+    shapes=lambda shape: (shape[2:],),
+)
 
 
 def qkv_rule(groups: int, queries_per_group: int) -> Rule:
@@ -70,11 +90,16 @@ def qkv_rule(groups: int, queries_per_group: int) -> Rule:
         key, value = grouped[:, queries_per_group], grouped[:, queries_per_group + 1]
         return [part.reshape(-1, *columns) for part in (query, key, value)]
 
-    return Rule(merge, split)
+    def shapes(shape: Shape) -> tuple[Shape, ...]:
+        head = shape[0] // (groups * (queries_per_group + 2))
+        key = (groups * head, *shape[1:])
+        return ((groups * queries_per_group * head, *shape[1:]), key, key)
+
+    return Rule(merge, split, shapes)
 
 
 def rows(model: ModelConfig, flavour: Flavour) -> tuple[Row, ...]:
-    """The table of a model: every canonical tensor once, with the sources it comes from.
+    """The table of a model: every weight once, with the sources it comes from.
 
     Only the vision layers that run are in it; `leftover_shapes` names the rest of CLIP.
     Raises ValueError for an unknown flavour.
@@ -83,13 +108,7 @@ def rows(model: ModelConfig, flavour: Flavour) -> tuple[Row, ...]:
         raise ValueError(
             f"unknown checkpoint flavour {flavour!r}; use 'transformers' or 'original'"
         )
-    language = _llama_rows if flavour == "transformers" else _internlm2_rows
-    return (*_vision_rows(model), *_projector_rows(model), *language(model))
-
-
-def canonical_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Shape of every canonical tensor, unsharded, vocabulary not padded."""
-    return {row.canonical: row.shape for row in rows(model, "transformers")}
+    return tuple(_row(model, weight, flavour) for weight in weights(model).values())
 
 
 def leftover_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -97,173 +116,89 @@ def leftover_shapes(model: ModelConfig) -> dict[str, Shape]:
 
     Their names are the same in both flavours.
     """
-    prefix = f"{VISION}.encoder.layers.{model.vision.num_layers - 1}"
-    layer = _vision_layer_rows(model, prefix, "")
-    shapes = {
+    last = model.vision.num_layers - 1
+    whole = replace(model, vision=replace(model.vision, num_layers=last + 2))
+    prefix = f"{VISION}.encoder.layers.{last}."
+    layer = {
         name: shape
-        for row in layer
+        for row in rows(whole, "transformers")
         for name, shape in zip(row.sources, row.source_shapes, strict=True)
+        if name.startswith(prefix)
     }
     hidden = (model.vision.hidden_size,)
     norm = f"{VISION}.post_layernorm"
-    return {**shapes, f"{norm}.weight": hidden, f"{norm}.bias": hidden}
+    return {**layer, f"{norm}.weight": hidden, f"{norm}.bias": hidden}
 
 
-def _one(canonical: str, source: str, shape: Shape) -> Row:
-    return Row(canonical, shape, (source,), (shape,), COPY)
-
-
-def _affine(canonical: str, source: str, shape: Shape) -> Iterator[Row]:
-    """Weight of the given shape and a bias over its first dimension."""
-    yield _one(f"{canonical}.weight", f"{source}.weight", shape)
-    yield _one(f"{canonical}.bias", f"{source}.bias", shape[:1])
-
-
-def _vision_rows(model: ModelConfig) -> Iterator[Row]:
-    vision, hidden = model.vision, model.vision.hidden_size
-    source, target = f"{VISION}.embeddings", "vision_model"
-    yield Row(
-        f"{target}.class_token",
-        (1, 1, hidden),
-        (f"{source}.class_embedding",),
-        ((hidden,),),
-        CLASS_TOKEN,
-    )
-    patch = (hidden, 3, vision.patch_size, vision.patch_size)
-    yield _one(f"{target}.conv1.weight", f"{source}.patch_embedding.weight", patch)
-    positions = (vision.tokens_per_image + 1, hidden)
-    position = f"{target}.position_embeddings.weight"
-    yield _one(position, f"{source}.position_embedding.weight", positions)
-    # The misspelling is CLIP's own.
-    yield from _affine(f"{target}.ln_pre", f"{VISION}.pre_layrnorm", (hidden,))
-    for layer in range(vision.layers_used):
-        yield from _vision_layer_rows(
-            model, f"{VISION}.encoder.layers.{layer}", f"{target}.decoder.layers.{layer}"
-        )
-
-
-def _vision_layer_rows(model: ModelConfig, source: str, target: str) -> Iterator[Row]:
-    vision, hidden = model.vision, model.vision.hidden_size
-    rule = qkv_rule(vision.num_attention_heads, 1)
-    for kind, columns in (("weight", (hidden,)), ("bias", ())):
-        yield Row(
-            f"{target}.self_attention.linear_qkv.{kind}",
-            (3 * hidden, *columns),
-            tuple(f"{source}.self_attn.{part}_proj.{kind}" for part in "qkv"),
-            ((hidden, *columns),) * 3,
-            rule,
-        )
-    ffn = vision.ffn_hidden_size
-    for name, theirs, shape in (
-        ("self_attention.linear_proj", "self_attn.out_proj", (hidden, hidden)),
-        ("input_layernorm", "layer_norm1", (hidden,)),
-        ("pre_mlp_layernorm", "layer_norm2", (hidden,)),
-        ("mlp.linear_fc1", "mlp.fc1", (ffn, hidden)),
-        ("mlp.linear_fc2", "mlp.fc2", (hidden, ffn)),
-    ):
-        yield from _affine(f"{target}.{name}", f"{source}.{theirs}", shape)
-
-
-def _projector_rows(model: ModelConfig) -> Iterator[Row]:
-    inside, outside = model.vision.hidden_size, model.language.hidden_size
-    source = "multi_modal_projector"
-    yield from _affine("projector.linear_fc1", f"{source}.linear_1", (outside, inside))
-    yield from _affine("projector.linear_fc2", f"{source}.linear_2", (outside, outside))
-
-
-@dataclass(frozen=True)
-class _LanguageNames:
-    """The two spellings of the language model; the names below a layer are relative to it."""
-
-    embedding: str
-    norm: str
-    output: str
-    input_layernorm: str
-    proj: str
-    pre_mlp_layernorm: str
-    gate_up: tuple[str, str]
-    fc2: str
-    qkv: tuple[str, ...]  # (q, k, v), or one fused tensor in Megatron's own order
-
-
-_LLAMA = _LanguageNames(
-    embedding="embed_tokens",
-    norm="norm",
-    output="language_model.lm_head",
-    input_layernorm="input_layernorm",
-    proj="self_attn.o_proj",
-    pre_mlp_layernorm="post_attention_layernorm",
-    gate_up=("mlp.gate_proj", "mlp.up_proj"),
-    fc2="mlp.down_proj",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-)
-_INTERNLM2 = _LanguageNames(
-    embedding="tok_embeddings",
-    norm="norm",
-    output="language_model.output",
-    input_layernorm="attention_norm",
-    proj="attention.wo",
-    pre_mlp_layernorm="ffn_norm",
-    gate_up=("feed_forward.w1", "feed_forward.w3"),
-    fc2="feed_forward.w2",
-    qkv=("attention.wqkv",),
+# Our name, without the tower and the layer in front and `.weight` or `.bias` behind -> theirs.
+_VISION_NAMES: dict[str, tuple[str, ...]] = {
+    "class_token": ("embeddings.class_embedding",),
+    "conv1": ("embeddings.patch_embedding",),
+    "position_embeddings": ("embeddings.position_embedding",),
+    "ln_pre": ("pre_layrnorm",),  # the misspelling is CLIP's own
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj": ("self_attn.out_proj",),
+    "input_layernorm": ("layer_norm1",),
+    "pre_mlp_layernorm": ("layer_norm2",),
+    "mlp.linear_fc1": ("mlp.fc1",),
+    "mlp.linear_fc2": ("mlp.fc2",),
+}
+_PROJECTOR_NAMES: dict[str, tuple[str, ...]] = {
+    "linear_fc1": ("multi_modal_projector.linear_1",),
+    "linear_fc2": ("multi_modal_projector.linear_2",),
+}
+_LLAMA_NAMES: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings": ("model.embed_tokens",),
+    "decoder.final_layernorm": ("model.norm",),
+    "output_layer": ("lm_head",),
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "input_layernorm": ("input_layernorm",),
+    "pre_mlp_layernorm": ("post_attention_layernorm",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+}
+_INTERNLM2_NAMES: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings": ("model.tok_embeddings",),
+    "decoder.final_layernorm": ("model.norm",),
+    "output_layer": ("output",),
+    "self_attention.linear_qkv": ("attention.wqkv",),  # in Megatron's own order
+    "self_attention.linear_proj": ("attention.wo",),
+    "input_layernorm": ("attention_norm",),
+    "pre_mlp_layernorm": ("ffn_norm",),
+    "mlp.linear_fc1": ("feed_forward.w1", "feed_forward.w3"),  # gate, up
+    "mlp.linear_fc2": ("feed_forward.w2",),
+}
+_NAME = re.compile(
+    r"(?P<tower>\w+)\.(?:decoder\.layers\.(?P<layer>\d+)\.)?(?P<stem>.+?)(?P<kind>\.weight|\.bias)?"
 )
 
 
-def _llama_rows(model: ModelConfig) -> Iterator[Row]:
-    return _language_rows(model, _LLAMA)
+def _row(model: ModelConfig, weight: Weight, flavour: Flavour) -> Row:
+    found = _NAME.fullmatch(weight.name)
+    assert found is not None
+    stem, layer, kind = found["stem"], found["layer"], found["kind"] or ""
+    if weight.tower == "projector":
+        names, prefix = _PROJECTOR_NAMES, ""
+    elif weight.tower == "vision_model":
+        names = _VISION_NAMES
+        prefix = f"{VISION}." if layer is None else f"{VISION}.encoder.layers.{layer}."
+    else:
+        names = _LLAMA_NAMES if flavour == "transformers" else _INTERNLM2_NAMES
+        prefix = "language_model." if layer is None else f"language_model.model.layers.{layer}."
+    sources = tuple(f"{prefix}{name}{kind}" for name in names[stem])
+    return Row(weight, sources, _rule(model, weight, stem, len(sources)))
 
 
-def _internlm2_rows(model: ModelConfig) -> Iterator[Row]:
-    return _language_rows(model, _INTERNLM2)
-
-
-def _language_rows(model: ModelConfig, names: _LanguageNames) -> Iterator[Row]:
-    language, target = model.language, "language_model"
-    source = "language_model.model"
-    vocabulary = (language.vocab_size, language.hidden_size)
-    yield _one(
-        f"{target}.embedding.word_embeddings.weight",
-        f"{source}.{names.embedding}.weight",
-        vocabulary,
-    )
-    for layer in range(language.num_layers):
-        yield from _language_layer_rows(
-            model, names, f"{source}.layers.{layer}", f"{target}.decoder.layers.{layer}"
-        )
-    final = f"{target}.decoder.final_layernorm.weight"
-    yield _one(final, f"{source}.{names.norm}.weight", (language.hidden_size,))
-    yield _one(f"{target}.output_layer.weight", f"{names.output}.weight", vocabulary)
-
-
-def _language_layer_rows(
-    model: ModelConfig, names: _LanguageNames, source: str, target: str
-) -> Iterator[Row]:
-    language, hidden = model.language, model.language.hidden_size
-    ffn, heads = language.ffn_hidden_size, language.num_attention_heads
+def _rule(model: ModelConfig, weight: Weight, stem: str, sources: int) -> Rule:
+    if stem == "class_token":
+        return CLASS_TOKEN
+    if sources == 1:
+        return COPY
+    if sources == 2:
+        return GATE_UP
+    if weight.tower == "vision_model":
+        return qkv_rule(model.vision.num_attention_heads, 1)
+    language = model.language
     groups = language.num_query_groups
-    per_group, head = heads // groups, hidden // heads
-    q, kv = (heads * head, hidden), (groups * head, hidden)
-    fused = ((heads + 2 * groups) * head, hidden)
-    separate = len(names.qkv) == 3
-    yield Row(
-        f"{target}.self_attention.linear_qkv.weight",
-        fused,
-        tuple(f"{source}.{name}.weight" for name in names.qkv),
-        (q, kv, kv) if separate else (fused,),
-        qkv_rule(groups, per_group) if separate else COPY,
-    )
-    yield Row(
-        f"{target}.mlp.linear_fc1.weight",
-        (2 * ffn, hidden),
-        tuple(f"{source}.{name}.weight" for name in names.gate_up),
-        ((ffn, hidden),) * 2,
-        GATE_UP,
-    )
-    for name, theirs, shape in (
-        ("input_layernorm", names.input_layernorm, (hidden,)),
-        ("self_attention.linear_proj", names.proj, (hidden, heads * head)),
-        ("pre_mlp_layernorm", names.pre_mlp_layernorm, (hidden,)),
-        ("mlp.linear_fc2", names.fc2, (hidden, ffn)),
-    ):
-        yield _one(f"{target}.{name}.weight", f"{source}.{theirs}.weight", shape)
+    return qkv_rule(groups, language.num_attention_heads // groups)

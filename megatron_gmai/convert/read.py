@@ -11,8 +11,9 @@ from torch import Tensor
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.configs import Described, read_config, read_separate_configs
 from megatron_gmai.convert.files import TensorFolder, weight_files
-from megatron_gmai.convert.mapping import Flavour, Row, Shape, leftover_shapes, rows
+from megatron_gmai.convert.mapping import Flavour, Row, leftover_shapes, rows
 from megatron_gmai.convert.seeded import SeededWeights
+from megatron_gmai.weights import Shape
 
 _SHOWN = 8  # problems listed in one message
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"

@@ -7,25 +7,29 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from megatron_gmai.config import ModelConfig
-from megatron_gmai.convert.mapping import canonical_shapes
+from megatron_gmai.config import LoraConfig, ModelConfig
+from megatron_gmai.weights import weights
 
 
 class SeededWeights(Mapping[str, Tensor]):
-    """Whole random tensors by canonical name, a pure function of seed, name and shape.
+    """Whole random tensors by name, a pure function of seed, name and shape.
 
     Matrices are normal with standard deviation sqrt(2 / (5 · fan_in)) (Nguyen & Salazar, 2019), in
     the vision tower 1 / sqrt(fan_in) (LeCun et al., 1998). Projections that write to the residual
     stream of L layers are divided by sqrt(2 L).
     """
 
-    def __init__(self, model: ModelConfig, seed: int) -> None:
-        self.shapes, self.seed = canonical_shapes(model), seed
-        self.model = model
+    def __init__(
+        self,
+        model: ModelConfig,
+        seed: int,
+        lora: LoraConfig = LoraConfig(),  # noqa: B008
+    ) -> None:
+        self.table, self.seed, self.model = weights(model, lora), seed, model
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        if name.endswith("bias"):
+        shape = self.table[name].shape
+        if name.endswith(("bias", ".lora.b")):  # an adapter begins without effect
             return torch.zeros(shape)
         if "norm" in name or "ln_pre" in name:
             return torch.ones(shape)
@@ -44,7 +48,7 @@ class SeededWeights(Mapping[str, Tensor]):
         return gain / math.sqrt(math.prod(shape[1:]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
+        return iter(self.table)
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self.table)

@@ -26,9 +26,7 @@ from megatron_gmai.convert.carried import write_carried
 from megatron_gmai.convert.manifest import LATEST, write_manifest
 from megatron_gmai.convert.output import Advance, new_folder, not_counted, sync
 from megatron_gmai.convert.read_ahead import read_ahead
-from megatron_gmai.convert.sharding import cut_of
 
-_VOCABULARY_MULTIPLE = 128  # rows, as Megatron pads them for one tensor-parallel rank
 _MAX_FILE_BYTES = 4 * 10**9
 
 
@@ -60,7 +58,6 @@ def write_training_checkpoint(
         for name, tensor in read_ahead(_stored(weights, dtype)):
             writer.write(name, tensor)
         writer.finish()
-        torch.save({}, checkpoint / "common.pt")
         write_carried(checkpoint, carried)
         position = {"iteration": 0, "consumed_packs": 0, "optimizer_steps": 0, "bookmark": None}
         write_manifest(checkpoint, position, config, has_optimizer=False)
@@ -75,7 +72,7 @@ def _stored(
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors as the checkpoint holds them."""
     for name in weights:
-        tensor = _padded(name, weights[name].detach().cpu())
+        tensor = weights[name].detach().cpu()
         yield name, _alone((tensor if dtype is None else tensor.to(dtype)).contiguous())
 
 
@@ -84,13 +81,6 @@ def _alone(tensor: Tensor) -> Tensor:
     for a tensor of a mapped file is the file."""
     values = tensor.flatten().view(torch.uint8).numpy()
     return torch.from_numpy(values).view(tensor.dtype).view(tensor.shape)
-
-
-def _padded(name: str, tensor: Tensor) -> Tensor:
-    missing = -tensor.shape[0] % _VOCABULARY_MULTIPLE
-    if cut_of(name) != "vocabulary" or not missing:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])])
 
 
 class _Writer:
@@ -124,11 +114,6 @@ class _Writer:
         self._file.close()
         metadata = Metadata(self._tensors, storage_data=self._places)
         (self._folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        (self._folder / "metadata.json").write_text(
-            '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
-            '"common_backend": "torch", "common_backend_version": 1}',
-            encoding="utf-8",
-        )
 
     def _next_file(self) -> Any:
         self._files += 1

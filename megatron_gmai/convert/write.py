@@ -17,11 +17,12 @@ from megatron_gmai.convert.export_configs import (
     transformers_config,
 )
 from megatron_gmai.convert.export_readme import readme
-from megatron_gmai.convert.mapping import VISION, Flavour, Shape, leftover_shapes, rows
+from megatron_gmai.convert.mapping import VISION, Flavour, leftover_shapes, rows
 from megatron_gmai.convert.output import Advance, new_folder, not_counted
 from megatron_gmai.convert.processor import processor_files
 from megatron_gmai.convert.read_ahead import read_ahead
 from megatron_gmai.convert.safetensors_file import write_safetensors
+from megatron_gmai.weights import Shape
 
 
 def write_pretrained(

@@ -54,7 +54,7 @@ def generate(
             inference_context=context,
         )
         context.sequence_len_offset += embeddings.size(0)
-        chosen = language.logits(hidden[-1:])[0].argmax(dim=-1)  # [B]
+        chosen = language.output_layer(hidden[-1:])[0].argmax(dim=-1)  # [B]
         answers[:, step] = chosen.masked_fill(finished, stop_id)
         finished |= chosen == stop_id
         if finished.all():

@@ -1,7 +1,8 @@
 """Core attention for Megatron's slot: packed segments, whole images, or a key-value cache.
 
 Shapes: T tokens of a pack (batch 1), S queries and K keys of a dense batch of B, A query heads,
-G key-value groups, D head size, all of this rank.
+G key-value groups, D head size, all of this tensor-parallel rank. With context parallelism a rank
+has T / cp tokens; while it attends it has all T of them, for 1 / cp of its heads.
 """
 
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gmai.runtime.device import Device, installed_packages
@@ -54,10 +58,12 @@ class SegmentAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        pg_collection: ProcessGroupCollection,
         **unused: Any,
     ) -> None:
         super().__init__()
         self.causal = attn_mask_type == AttnMaskType.causal
+        self.cp = pg_collection.cp
 
     def forward(
         self,
@@ -75,7 +81,8 @@ class SegmentAttention(torch.nn.Module):
         """
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Segments)
-            out = self.packed(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
+            q, k, v = heads_for_tokens(query[:, 0], key[:, 0], value[:, 0], self.cp)
+            out = tokens_for_heads(self.packed(q, k, v, packed_seq_params), self.cp)
             return out.flatten(1).unsqueeze(1)  # [T, 1, A·D]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, A|G, S|K, D]
         mask = None if attention_mask is None else _cache_mask(attention_mask, q.size(2), k.size(2))
@@ -112,6 +119,37 @@ class FlashVarlenAttention(SegmentAttention):
             segments.max_seqlen_kv,
             causal=self.causal,
         )
+
+
+def heads_for_tokens(
+    query: Tensor, key: Tensor, value: Tensor, cp: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From all heads of T / cp tokens to 1 / cp of the heads of all T tokens (DeepSpeed-Ulysses,
+    arXiv 2309.14509): [T / cp, A|G, D] -> [T, A|G / cp, D].
+
+    Attention needs whole segments but only one head at a time, so every rank has the same work
+    whatever the segments' lengths are. Fewer key-value groups than ranks are repeated.
+    """
+    ranks = cp.size()
+    if ranks == 1:
+        return query, key, value
+    if key.size(1) % ranks:
+        repeats = ranks // key.size(1)
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    parts = [x.unflatten(1, (ranks, -1)) for x in (query, key, value)]  # [T / cp, cp, a, D]
+    sizes = [part.size(2) for part in parts]
+    # One exchange for all three: what goes to a rank lies together. [cp, T / cp, a + 2g, D]
+    exchanged = all_to_all(cp, torch.cat(parts, dim=2).transpose(0, 1).contiguous())
+    q, k, v = exchanged.flatten(0, 1).split(sizes, dim=1)  # the ranks' tokens, in their order
+    return q, k, v
+
+
+def tokens_for_heads(out: Tensor, cp: ProcessGroup) -> Tensor:
+    """The way back: [T, A / cp, D] -> [T / cp, A, D]."""
+    if cp.size() == 1:
+        return out
+    exchanged = all_to_all(cp, out.unflatten(0, (cp.size(), -1)).contiguous())
+    return exchanged.transpose(0, 1).flatten(1, 2)  # [cp, T / cp, a, D] -> [T / cp, A, D]
 
 
 def attention_for(device: Device) -> type[SegmentAttention]:

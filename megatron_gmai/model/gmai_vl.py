@@ -1,47 +1,60 @@
-"""GMAI-VL on one pipeline stage: vision tower and projector, merge, decoder layers, loss."""
+"""One chunk of GMAI-VL: vision tower and projector, merge, decoder layers, loss."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_gmai.config import Config
+from megatron_gmai.layout import Chunk
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.language import LanguageModel
+from megatron_gmai.model.lora import add_adapters
 from megatron_gmai.model.projector import Projector
 from megatron_gmai.model.transformer import language_transformer_config
 from megatron_gmai.model.vision_parallel import encode_shared
 from megatron_gmai.model.vit import VisionTower
-from megatron_gmai.runtime.device import Device
-from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.runtime.world import World
+from megatron_gmai.weights import weights
 
-VISION_PREFIXES = ("vision_model.", "projector.")
+
+def build_chunks(config: Config, world: World) -> list["GMAIVL"]:
+    """What this rank holds of the model, in the order of the model; weights are not filled yet."""
+    return [GMAIVL(config, chunk, world) for chunk in world.chunks]
 
 
 class GMAIVL(MegatronModule):
-    """What this rank holds of the model: everything that its pipeline stage runs."""
+    """A chunk: a run of decoder layers, with the towers if it is the first, the loss if the last.
 
-    def __init__(self, config: Config, device: Device, groups: Groups) -> None:
-        language = config.model.language
-        super().__init__(language_transformer_config(config, device))
-        self.groups = groups
+    Most runs have one chunk a rank; with virtual pipeline stages Megatron's interleaved schedule
+    runs several in turn.
+    """
+
+    def __init__(self, config: Config, chunk: Chunk, world: World) -> None:
+        super().__init__(language_transformer_config(config, chunk, world.device))
+        self.chunk, self.groups = chunk, world.groups
+        self.table = weights(config.model, config.lora)
         # Names that Megatron's schedule and gradient finalisation look for.
-        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
+        self.pre_process, self.post_process = chunk.is_first, chunk.is_last
+        self.vp_stage = chunk.virtual
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         self.image_token_count = config.model.vision.tokens_per_image
-        if groups.is_first_stage:
-            self.vision_model = VisionTower(config.model.vision, device, groups)
-            self.projector = Projector(config.model, device)
-            self._untie_vision_from_tensor_parallelism()
+        self.images_at_once = config.train.vit_micro_batch_size
+        if chunk.is_first:
+            self.vision_model = VisionTower(config.model.vision, world.device, world.groups)
+            self.projector = Projector(config.model, world.device)
+            self._mark_vision_parameters(config.parallel.use_distributed_optimizer)
         self.language_model = LanguageModel(
-            self.config, language, config.train.loss_implementation, device, groups
+            self.config, config.model.language, config.train.loss_implementation, chunk, world
         )
+        if config.lora.llm_use_lora:
+            layers = self.language_model.decoder.layers
+            add_adapters(layers, config.lora, self.config, world.groups.tp)
         self._freeze(config)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -58,10 +71,11 @@ class GMAIVL(MegatronModule):
         pixel_values: Tensor,
         image_starts: Tensor,
     ) -> Tensor:
-        """One micro-batch: hidden states for the next stage, or fp32 [T] losses on the last.
+        """One micro-batch: hidden states for the next chunk, or fp32 [T] losses in the last.
 
-        tokens, position_ids, labels int64 [T]; pixel_values uint8 [N, 3, I, I];
-        image_starts int64 [N], where each image's placeholder tokens begin.
+        tokens, position_ids, labels int64 [T], of this context-parallel rank; segments of all
+        ranks' tokens; pixel_values uint8 [N, 3, I, I]; image_starts int64 [N], where each image's
+        placeholder tokens begin, counted from this rank's first token.
         """
         embeddings = None
         if self.pre_process:
@@ -71,7 +85,7 @@ class GMAIVL(MegatronModule):
             if self.config.sequence_parallel:
                 embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
         hidden = self.language_model(embeddings, position_ids, segments)
-        return self.language_model.loss(hidden, labels) if self.post_process else hidden
+        return self.language_model.output_layer(hidden, labels) if self.post_process else hidden
 
     def encode(self, pixel_values: Tensor) -> Tensor | None:
         """uint8 [N, 3, I, I] -> token embeddings [N, P, H]; None if nothing here can matter.
@@ -83,7 +97,7 @@ class GMAIVL(MegatronModule):
             return None
         context = nullcontext() if self._vision_trains() else torch.no_grad()
         with context:
-            return encode_shared(self._project_features, pixel_values, self.groups.tp)
+            return encode_shared(self._project_features, pixel_values, self.groups)
 
     def merge(self, embeddings: Tensor, features: Tensor | None, image_starts: Tensor) -> Tensor:
         """Put image features [N, P, H] in the place of their tokens in [T, 1, H]."""
@@ -92,9 +106,29 @@ class GMAIVL(MegatronModule):
         offsets = torch.arange(self.image_token_count, device=image_starts.device)
         positions = (image_starts[:, None] + offsets).flatten()  # [N · P]
         flat = features.flatten(0, 1).unsqueeze(1).to(embeddings.dtype)  # [N · P, 1, H]
-        return embeddings.index_copy(0, positions, flat)
+        if self.groups.cp.size() == 1:
+            return embeddings.index_copy(0, positions, flat)
+        # Tokens of other context-parallel ranks go to a spare row, which is cut off again: choosing
+        # the own ones by a mask would make the host wait for the device to count them.
+        spare = embeddings.size(0)
+        is_own = (positions >= 0) & (positions < spare)
+        with_spare = torch.cat([embeddings, embeddings.new_zeros(1, *embeddings.shape[1:])])
+        return with_spare.index_copy(0, torch.where(is_own, positions, spare), flat)[:spare]
 
     def _project_features(self, pixels: Tensor) -> Tensor:
+        """[n, 3, I, I] -> [n, P, H], a bounded number of images at a time.
+
+        Where there are more, only their features are kept and the tower runs again in the backward
+        pass, so that a pack of many images does not set the memory peak.
+        """
+        parts = pixels.split(self.images_at_once)
+        if len(parts) == 1:
+            return self._encode(pixels)
+        # Not reentrant: one backward pass, so each gradient is complete when its hook runs and
+        # its bucket may be reduced.
+        return torch.cat([checkpoint(self._encode, p, use_reentrant=False) for p in parts])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         trains = any(p.requires_grad for p in self.vision_model.parameters())
         with nullcontext() if trains else torch.no_grad():
             features = self.vision_model(pixels)
@@ -105,36 +139,17 @@ class GMAIVL(MegatronModule):
 
     def vision_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters of the tower and the projector, which every first-stage rank has whole."""
-        return [(n, p) for n, p in self.named_parameters() if n.startswith(VISION_PREFIXES)]
+        towers = ("vision_model.", "projector.")
+        return [(n, p) for n, p in self.named_parameters() if n.startswith(towers)]
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """What a checkpoint holds of this rank, under the canonical names.
-
-        Tower and projector are written by one rank only, though every first-stage rank has them.
-        """
-        state = self.language_model.sharded_state_dict(
-            f"{prefix}language_model.", sharded_offsets, metadata
-        )
-        replica = (0, self.groups.tp.rank(), self.groups.dp_cp.rank())
-        # The linears' extra state is empty, and reading it back would unpickle it.
-        state = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
-        for name, parameter in self.vision_parameters():
-            state[prefix + name] = ShardedTensor.from_rank_offsets(
-                prefix + name, parameter, replica_id=replica
-            )
-        # The padding of the vocabulary depends on the layout; what is padded is never read.
-        head = state.get(f"{prefix}language_model.output_layer.weight")
-        if head is not None:
-            head.allow_shape_mismatch = True
-        return state
-
-    def _untie_vision_from_tensor_parallelism(self) -> None:
-        # Megatron's linears mark their weights as slices of a tensor-parallel weight; here they are
-        # replicas, and the gradient norm must count them once.
+    def _mark_vision_parameters(self, sharded_optimizer: bool) -> None:
+        """Tell Megatron that these are whole copies, whose gradients are summed over all ranks of
+        the first stage (see `build_groups`)."""
         for _, parameter in self.vision_parameters():
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # The gradient norm counts parameters marked False on the first TP rank only. That is
+            # right for copies; a sharded optimizer holds another part on each of these ranks.
+            parameter.tensor_model_parallel = sharded_optimizer  # type: ignore[attr-defined]
 
     def _freeze(self, config: Config) -> None:
         frozen = {
@@ -143,4 +158,7 @@ class GMAIVL(MegatronModule):
             "language_model": config.train.freeze_llm,
         }
         for name, module in self.named_children():
-            module.requires_grad_(not frozen.get(name, False))
+            module.requires_grad_(not frozen[name])
+        if config.lora.llm_use_lora:
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_(".lora." in name)

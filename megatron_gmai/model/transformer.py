@@ -16,14 +16,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import silu
 
 from megatron_gmai.config import Config, VisionConfig
-from megatron_gmai.layout import Recompute
+from megatron_gmai.layout import Chunk, Recompute, layers_of_chunks, virtual_stages
 from megatron_gmai.model.attention import attention_for
 from megatron_gmai.model.norm import LayerNorm, RMSNorm
 from megatron_gmai.runtime.device import Device
 
 
 def _leave_uninitialised(tensor: torch.Tensor) -> None:
-    """Weights are filled later by name (`initialise.py`), the same in every layout."""
+    """Weights are filled later by name (`training/weights.py`), the same in every layout."""
 
 
 def _eager_quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -55,9 +55,12 @@ def _common(device: Device) -> dict[str, Any]:
     )
 
 
-def language_transformer_config(config: Config, device: Device) -> TransformerConfig:
-    """InternLM2's decoder as Megatron sees it, with the layout and the recomputation."""
-    language, parallel, recompute = config.model.language, config.parallel, Recompute.of(config)
+def language_transformer_config(config: Config, chunk: Chunk, device: Device) -> TransformerConfig:
+    """InternLM2's decoder as Megatron sees it, with the layout and the chunk's recomputation."""
+    language, parallel = config.model.language, config.parallel
+    recompute = Recompute.of(config, chunk)
+    virtual = virtual_stages(parallel, language.num_layers)
+    interleaved = virtual > 1
     return TransformerConfig(
         **_common(device),
         num_layers=language.num_layers,
@@ -72,16 +75,33 @@ def language_transformer_config(config: Config, device: Device) -> TransformerCo
         bias_activation_fusion=device.is_cuda,
         add_bias_linear=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if interleaved else None,
+        pipeline_model_parallel_layout=_megatron_layout(config),
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         calculate_per_token_loss=True,
-        batch_p2p_comm=device.is_cuda,
+        # NCCL sends and receives between stages as one batch, or overlapped with the computation
+        # of other chunks where there are some; gloo knows neither.
+        batch_p2p_comm=device.is_cuda and not interleaved,
+        overlap_p2p_comm=device.is_cuda and interleaved,
         # Frees a stage's output once it is sent; without a GPU there is nothing to gain.
         deallocate_pipeline_outputs=device.is_cuda,
         recompute_granularity=recompute.granularity,
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers,
     )
+
+
+def _megatron_layout(config: Config) -> list[list[str]] | None:
+    """Our chunks in Megatron's words, so that both count layers alike; None for one stage."""
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size == 1:
+        return None
+    chunks = [["decoder"] * n for n in layers_of_chunks(parallel, config.model.language.num_layers)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def vision_transformer_config(vision: VisionConfig, device: Device) -> TransformerConfig:

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_gmai.config import ParallelConfig
+from megatron_gmai.layout import ImageShare, virtual_stages
 from megatron_gmai.runtime.device import Device
 
 
@@ -30,6 +31,10 @@ class Groups:
         return self.mcore.tp
 
     @property
+    def cp(self) -> dist.ProcessGroup:
+        return self.mcore.cp
+
+    @property
     def pp(self) -> dist.ProcessGroup:
         return self.mcore.pp
 
@@ -39,15 +44,27 @@ class Groups:
 
     @property
     def dp_cp(self) -> dist.ProcessGroup:
+        """Ranks between which gradients of the language model are summed."""
         return self.mcore.dp_cp
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp.rank() == 0
+    def images(self) -> dist.ProcessGroup:
+        """Ranks that see the same micro-batch and share its images: TP x CP, TP running fastest."""
+        return self.mcore.tp_cp
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pp.rank() == self.pp.size() - 1
+    def image_share(self) -> ImageShare:
+        return ImageShare(self.images.rank(), self.images.size())
+
+    @property
+    def vision(self) -> dist.ProcessGroup:
+        """Ranks that hold a copy of the tower: all of the first stage."""
+        return self.mcore.tp_dp_cp
+
+    def own_tokens(self, total: int) -> slice:
+        """The tokens of a micro-batch that this context-parallel rank embeds and has losses of."""
+        length = total // self.cp.size()
+        return slice(self.cp.rank() * length, (self.cp.rank() + 1) * length)
 
     def for_vision(self) -> ProcessGroupCollection:
         """Megatron's collection for a tower that is neither tensor- nor pipeline-parallel."""
@@ -70,11 +87,14 @@ def initialize_distributed(device: Device, timeout_minutes: float) -> None:
     )
 
 
-def build_groups(parallel: ParallelConfig, timeout_minutes: float) -> Groups:
+def build_groups(parallel: ParallelConfig, num_layers: int, timeout_minutes: float) -> Groups:
     """Create all process groups of the layout; call once, after `initialize_distributed`."""
+    virtual = virtual_stages(parallel, num_layers)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
@@ -83,7 +103,13 @@ def build_groups(parallel: ParallelConfig, timeout_minutes: float) -> Groups:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         use_local_synchronization=True,
     )
-    return Groups(ProcessGroupCollection.use_mpu_process_groups(), solo)
+    mcore = ProcessGroupCollection.use_mpu_process_groups()
+    # Megatron reduces parameters marked `allreduce = False` (the experts of mixture-of-experts
+    # models) over a group of their own, in buckets of their own, with their optimizer state sharded
+    # over that group. The vision tower needs just that: it has copies on the TP ranks too.
+    mcore.expt_dp = mcore.tp_dp_cp
+    mcore.tp_ep_pp = mcore.mp  # one group for the gradient norm of both kinds
+    return Groups(mcore, solo)
 
 
 def seed_everything(seed: int) -> None:

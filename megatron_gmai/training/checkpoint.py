@@ -1,4 +1,4 @@
-"""Checkpoints: Megatron's distributed format in folders that are either whole or refused.
+"""Checkpoints: torch's distributed format in folders that are either whole or refused.
 
     SAVE/iter_0000100/     tensors of all ranks, in any layout's reach
                       carried.safetensors   parts of CLIP that are never run, for an export
@@ -9,16 +9,12 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -28,10 +24,16 @@ from megatron_gmai.convert.carried import write_carried
 from megatron_gmai.convert.manifest import LATEST, read_manifest, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training import optimizer_state
-from megatron_gmai.training.checkpoint_files import first_failure, on_first_rank, write_sharded
-from megatron_gmai.training.rng import restore_rng, sharded_rng
+from megatron_gmai.training.checkpoint_files import (
+    first_failure,
+    on_first_rank,
+    read_pieces,
+    write_pieces,
+)
+from megatron_gmai.training.pieces import Piece
+from megatron_gmai.training.rng import restore_rng, rng_piece
+from megatron_gmai.training.weights import weight_pieces
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     position: Position,
-    model: DistributedDataParallel,
+    chunks: Sequence[GMAIVL],
     optimizer: MegatronOptimizer | None,
     config: Config,
-    groups: Groups,
     carried: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/iter_N` from all ranks; earlier checkpoints stay as they are.
 
-    Rank 0 also writes what the run carries along for an export (`convert.carried`).
+    The weights must be whole (`finish_param_gather`). Rank 0 also writes what the run carries along
+    for an export (`convert.carried`).
 
     Raises:
         CheckpointError: writing failed (a full disk, say). What was written is removed.
@@ -93,7 +95,11 @@ def save_checkpoint(
 
     try:
         on_first_rank(begin)
-        write_sharded(_sharded_state(model.module, optimizer, groups, loading=False), temporary)
+        if optimizer is not None:
+            optimizer_state.allocate(optimizer)  # a run that is saved before its first step
+        pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+        written = [piece for writes, piece in pieces if writes]
+        write_pieces(written, temporary)
         on_first_rank(finish)
     except OSError as error:
         if dist.get_rank() == 0:
@@ -142,12 +148,9 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer | None,
-    groups: Groups,
+    checkpoint: Checkpoint, chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None
 ) -> None:
-    """Fill the model, and the optimizer if given, from a checkpoint of any layout.
+    """Fill the chunks, and the optimizer if given, from a checkpoint of any layout.
 
     Raises:
         CheckpointError: the checkpoint is of another model, or holds no optimizer state.
@@ -159,34 +162,29 @@ def load_checkpoint(
         )
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    state = _sharded_state(model.module, optimizer, groups, loading=True)
-    if not checkpoint.names.issuperset(state.get("rng", ())):
-        del state["rng"]  # of another layout
-    loaded = _load(checkpoint, state)
-    _set_weights(model.module, loaded["model"])
-    for saved in loaded.get("rng", {}).values():
-        restore_rng(saved)
-    if optimizer is not None and "optimizer" in loaded:  # a wholly frozen stage has no state
-        optimizer_state.restore(
-            optimizer, model.module, loaded["optimizer"], checkpoint.position.optimizer_steps
+    adapters = checkpoint.config.lora.llm_use_lora
+    if adapters and not any(weight.is_adapter for weight in chunks[0].table.values()):
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters of a language model. Continue with --llm-use-lora, "
+            "or merge them first (tools/convert_checkpoint.py)."
         )
+    pieces = [piece for _, piece in _pieces(chunks, optimizer, adapters_only=adapters)]
+    # Adapters on top of a checkpoint without any keep the values that they start from.
+    pieces = [piece for piece in pieces if adapters or ".lora." not in piece.name]
+    # States of random numbers of another layout are left alone.
+    pieces = [p for p in pieces if not p.name.startswith("rng.") or p.name in checkpoint.names]
+    _read(checkpoint, pieces)
+    if optimizer is not None:
+        optimizer_state.set_steps(optimizer, checkpoint.position.optimizer_steps)
+    for piece in pieces:
+        if piece.name.startswith("rng."):
+            restore_rng(piece.tensor)
 
 
-def load_weights(checkpoint: Checkpoint, model: GMAIVL, groups: Groups) -> None:
-    """Fill a model without gradient buffers, for inference, from a checkpoint of any layout.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model.
-    """
-    loaded = _load(checkpoint, _sharded_state(model, None, groups, loading=True))
-    _set_weights(model, loaded["model"])
-
-
-def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
     try:
-        return dist_checkpointing.load(state, str(checkpoint.path))
-    except (CheckpointingException, UnpicklingError) as error:
-        problem = str(error)
+        read_pieces(pieces, checkpoint.path)
+        return
     except CheckpointException as error:  # torch's: not an Exception, so nobody else would see it
         problem = first_failure(error)
     raise CheckpointError(
@@ -196,27 +194,14 @@ def _load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _set_weights(model: GMAIVL, weights: dict[str, Any]) -> None:
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all(name.endswith("_extra_state") for name in missing)  # Megatron's linears: empty
-
-
-def _sharded_state(
-    model: GMAIVL,
-    optimizer: MegatronOptimizer | None,
-    groups: Groups,
-    loading: bool,
-) -> dict[str, Any]:
-    metadata = {
-        "dp_cp_group": groups.dp_cp,
-        "non_homogeneous_layers": True,  # a key per layer: the canonical names
-    }
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+def _pieces(
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, adapters_only: bool
+) -> Iterator[tuple[bool, Piece]]:
+    """All that this rank holds of a checkpoint, and whether this rank writes it."""
+    yield from weight_pieces(chunks, adapters_only)
     if optimizer is not None:
-        state["optimizer"] = optimizer_state.sharded(optimizer, state["model"], loading)
-        state["rng"] = sharded_rng(groups)
-    return state
+        yield from optimizer_state.optimizer_pieces(optimizer, chunks)
+        yield rng_piece(chunks[0].groups)
 
 
 def _remove(folder: Path) -> None:

@@ -1,49 +1,171 @@
-"""Writes sharded tensors in Megatron's format; a failure on one rank is a failure on all.
+"""Writes and reads the pieces of all ranks in the format of `torch.distributed.checkpoint`.
 
-Megatron's own entry point lets one rank fail alone while the others wait for it, and its writer
-starts a manager process beside the threads of torch.distributed, which costs seconds for a small
-model. The files are the same.
+Each rank writes one file of its own; `.metadata` says which box of which tensor lies where, so a
+rank of any other layout reads just the bytes that its own boxes need. Without a process group the
+same functions serve one process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_gmai.training.pieces import Piece
 
 
-def write_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write a state of sharded tensors and small common objects from all ranks.
+def write_pieces(pieces: Sequence[Piece], folder: Path) -> None:
+    """Write what this rank is to write; every box of every tensor must come from one rank.
 
     Raises:
         OSError: on every rank, if any of them could not write.
     """
-    sharded, common = save_preprocess(state)
-
-    def write_common() -> None:
-        torch.save(common, folder / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-    on_first_rank(write_common)
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     try:
-        torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(folder),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        dcp.save(
+            {},
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=_Writing(pieces),
+            no_dist=not dist.is_initialized(),
         )
     except CheckpointException as error:
         raise OSError(first_failure(error)) from error
+
+
+def read_pieces(pieces: Sequence[Piece], folder: Path) -> None:
+    """Fill this rank's pieces from a checkpoint of any layout, cast to their dtypes.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+        CheckpointException: on every rank, if any of them could not read (it is no Exception).
+    """
+    dcp.load(
+        {},
+        storage_reader=dcp.FileSystemReader(folder),
+        planner=_Reading(pieces),
+        no_dist=not dist.is_initialized(),
+    )
+
+
+class _Writing(SavePlanner):
+    """Hands torch the pieces as they are; nothing is derived from a state dict."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = {_index(piece): piece for piece in pieces}
+
+    def set_up_planner(self, *arguments: Any, **options: Any) -> None: ...
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(index, piece) for index, piece in self.pieces.items()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans, rewrite_index_hints=False)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.pieces[write_item.index].tensor.detach()
+
+
+class _Reading(LoadPlanner):
+    """Asks torch for the parts of stored boxes that overlap ours, straight into our memory."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = {_index(piece): piece for piece in pieces}
+        self.metadata: Metadata | None = None
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata
+        if problems := [p for piece in self.pieces.values() if (p := _misfit(piece, stored))]:
+            raise ValueError("; ".join(dict.fromkeys(problems[:8])))
+        items: list[ReadItem] = []
+        for piece in self.pieces.values():
+            table = stored[piece.name]
+            assert isinstance(table, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(piece.name, table, [_chunk(piece)])
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise AssertionError("no piece is bytes")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        index = read_item.dest_index
+        piece = self.pieces[MetadataIndex(index.fqn, index.offset)]
+        part = piece.tensor.detach()
+        for dim, (begin, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            part = part.narrow(dim, begin, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def _index(piece: Piece) -> MetadataIndex:
+    return MetadataIndex(piece.name, torch.Size(piece.offsets))
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.size())
+
+
+def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
+    return WriteItem(
+        index=index,
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=_chunk(piece),
+            properties=TensorProperties(dtype=piece.tensor.dtype),
+            size=torch.Size(piece.shape),
+        ),
+    )
+
+
+def _misfit(piece: Piece, stored: dict[str, Any]) -> str | None:
+    """Why a checkpoint cannot fill a piece. Checkpoints of earlier versions kept the padding rows
+    of the vocabulary, so a stored tensor may have more rows."""
+    found = stored.get(piece.name)
+    if not isinstance(found, TensorStorageMetadata):
+        return f"{piece.name} is missing"
+    rows_fit = not piece.shape or found.size[0] >= piece.shape[0]
+    if not rows_fit or tuple(found.size[1:]) != piece.shape[1:]:
+        return f"{piece.name} has shape {tuple(found.size)}, not {piece.shape}"
+    return None
 
 
 def on_first_rank(action: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from megatron_gmai.config import Config
 from megatron_gmai.runtime.device import Device, peak_memory_bytes
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
-from megatron_gmai.training.optimizer import learning_rate
+from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.optimizer_state import steps_taken
 from megatron_gmai.training.setup import Run
 
@@ -28,7 +28,7 @@ def train(run: Run) -> None:
             run.dataset.reject(result.rejections)
         seconds = time.monotonic() - began
         if iteration % config.run.log_interval == 0 or iteration == total:
-            memory = highest_of_all_ranks(peak_memory_bytes(run.device), run.device)
+            memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
             if log is not None:
                 log.write(make_row(iteration, result, lr, seconds, memory))
         if iteration % save_every == 0 or iteration == total:
@@ -47,19 +47,19 @@ def save(run: Run, iteration: int) -> None:
     position = Position(
         iteration,
         consumed,
-        steps_taken(run.optimizer, run.device),
+        steps_taken(run.optimizer, run.world.device),
         run.dataset.bookmark(consumed),
     )
-    path = save_checkpoint(
-        Path(config.run.save), position, run.model, optimizer, config, run.groups, run.carried
-    )
-    if dist.get_rank() == 0:
+    finish_param_gather(run.chunks)
+    chunks = [chunk.module for chunk in run.chunks]
+    path = save_checkpoint(Path(config.run.save), position, chunks, optimizer, config, run.carried)
+    if run.world.is_first_rank:
         print(f"saved {path}", flush=True)
 
 
 def open_log(run: Run) -> MetricsLog | None:
     """The log on rank 0; other ranks have none."""
-    if dist.get_rank() != 0:
+    if not run.world.is_first_rank:
         return None
     settings = run.config.run
     assert settings.tensorboard_dir is not None

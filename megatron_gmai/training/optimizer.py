@@ -1,6 +1,7 @@
 """Gradient buffers, AdamW and the learning rate."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -17,24 +18,51 @@ from megatron_gmai.runtime.device import Device
 from megatron_gmai.runtime.groups import Groups
 
 
-def wrap_for_training(model: GMAIVL, config: Config, groups: Groups) -> DistributedDataParallel:
-    """Megatron's gradient buffers around the model; gradients are kept and reduced in fp32."""
+def wrap_for_training(
+    chunks: Sequence[GMAIVL], config: Config, groups: Groups
+) -> list[DistributedDataParallel]:
+    """Megatron's gradient buffers around each chunk; gradients are kept and reduced in fp32."""
     parallel = config.parallel
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
-    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.mcore)
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            bucket_size=parallel.ddp_bucket_size,
+        )
+        wrapped.append(
+            DistributedDataParallel(
+                chunk.config,
+                ddp_config,
+                chunk,
+                # Reduction of later chunks hides behind the backward passes of earlier ones.
+                disable_bucketing=index > 0,
+                pg_collection=groups.mcore,
+            )
+        )
+    return wrapped
+
+
+def finish_param_gather(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Make the weights whole: call this before anything but a forward pass reads them.
+
+    With `--overlap-param-gather` an optimizer step updates each data-parallel rank's part only; the
+    other parts arrive during the next forward pass, so until then the weights are stale.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: Config, device: Device, groups: Groups
+    chunks: Sequence[DistributedDataParallel], config: Config, device: Device, groups: Groups
 ) -> MegatronOptimizer:
     """AdamW over the trainable parameters, with fp32 masters where parameters are half precision.
 
-    Biases and norms are not decayed (Megatron's standard rule).
+    Biases and norms are not decayed (Megatron's standard rule). The language model and the vision
+    tower have an optimizer each, since their state is sharded over different ranks.
     """
     train, parallel = config.train, config.parallel
     optimizer_config = OptimizerConfig(
@@ -54,7 +82,7 @@ def build_optimizer(
     )
     return get_megatron_optimizer(
         optimizer_config,
-        [model],
+        list(chunks),
         config_overrides=get_standard_config_overrides(optimizer_config),
         use_gloo_process_groups=False,
         pg_collection=groups.mcore,

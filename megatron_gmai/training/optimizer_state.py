@@ -1,69 +1,98 @@
 """The optimizer's part of a checkpoint: one form for every layout, sharded over ranks or not.
 
 Each trainable parameter has fp32 tensors of its own shape: `optimizer.state.exp_avg.NAME`,
-`optimizer.state.exp_avg_sq.NAME` and the master `optimizer.state.param.NAME`. These are the keys of
-Megatron's "fully_reshardable" format, so its distributed optimizer reads and writes them itself;
-the plain optimizers are brought to the same keys here. Rates and decay come from the configuration.
+`optimizer.state.exp_avg_sq.NAME` and the master `optimizer.state.param.NAME`. A sharded optimizer
+has runs of their elements, and each rank writes just its own. Rates and decay come from the
+configuration.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
+from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device
+from megatron_gmai.training.pieces import Piece, pieces_of_run
+from megatron_gmai.training.weights import named_weights, takes_turn
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def sharded(
-    optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool
-) -> dict[str, Any]:
-    """Sharded tensors of the optimizer for saving, or as the places to load into."""
-    state: dict[str, Any] = {}
-    for index, inner in enumerate(_inner(optimizer)):
-        if isinstance(inner, DistributedOptimizer):
-            tensors = inner.sharded_param_state_fully_reshardable(
-                model_state, is_loading=loading, metadata={}
-            )
-        else:
-            tensors = {
-                key: {
-                    kind: make_sharded_optimizer_tensor(entry, tensor, f"optimizer.state.{kind}")
-                    for kind, tensor in _tensors(inner, entry.data).items()
-                }
-                for key, entry in model_state.items()
-                if hasattr(entry, "data") and _trains(entry.data)
-            }
-        state[str(index)] = tensors
-        if _scaler(inner) is not None:
-            state[f"grad_scaler.{index}"] = _scaler(inner).state_dict()
-    return state
+def optimizer_pieces(
+    optimizer: MegatronOptimizer, chunks: Sequence[GMAIVL]
+) -> Iterator[tuple[bool, Piece]]:
+    """This rank's optimizer state as boxes of whole tensors, and whether this rank writes them.
+
+    The state must be there (`allocate`).
+    """
+    groups = chunks[0].groups
+    for number, (weight, parameter) in enumerate(named_weights(chunks)):
+        for inner in _inner(optimizer):
+            if (held := _held(inner, parameter)) is None:
+                continue
+            begin, master = held
+            # A sharded optimizer's runs have no copies along the ranks that share it.
+            is_sharded = isinstance(inner, DistributedOptimizer)
+            is_vision = weight.tower != "language_model"
+            copies = groups.solo if is_sharded else groups.dp_cp
+            writes = (is_sharded and is_vision) or takes_turn(number, weight, groups, copies)
+            state = {"param": master, **inner.optimizer.state[master]}
+            local = tuple(parameter.shape)
+            for kind in KINDS:
+                run = state[kind].detach().view(-1)
+                name = f"optimizer.state.{kind}.{weight.name}"
+                for piece in pieces_of_run(name, weight, local, groups.tp.rank(), run, begin):
+                    yield writes, piece
+    yield from _scaler_pieces(optimizer)
 
 
-def restore(
-    optimizer: MegatronOptimizer, model: torch.nn.Module, loaded: dict[str, Any], steps: int
-) -> None:
-    """Put loaded tensors and the number of steps into an optimizer that `allocate` prepared."""
-    for index, inner in enumerate(_inner(optimizer)):
-        if isinstance(inner, DistributedOptimizer):
-            inner.load_parameter_state_from_fully_reshardable(loaded[str(index)])
-        else:
-            for name, parameter in model.named_parameters():
-                if _trains(parameter):
-                    for kind, tensor in _tensors(inner, parameter).items():
-                        tensor.copy_(loaded[str(index)][name][kind])
-        _set_steps(inner.optimizer, steps)
-        if _scaler(inner) is not None:
-            _scaler(inner).load_state_dict(loaded[f"grad_scaler.{index}"])
+def _held(inner: Any, parameter: Parameter) -> tuple[int, Tensor] | None:
+    """The run of a parameter's elements that this optimizer updates here: where it begins and its
+    fp32 master; None if it updates none of them."""
+    if isinstance(inner, DistributedOptimizer):
+        place = inner.model_param_group_index_map.get(parameter)
+        if place is None:
+            return None
+        begin = inner._get_model_param_range_map(parameter)["param"].start
+        return begin, inner.optimizer.param_groups[place[0]]["params"][place[1]]
+    master = getattr(parameter, "main_param", parameter)
+    groups = inner.optimizer.param_groups
+    is_here = any(master is own for group in groups for own in group["params"])
+    return (0, master) if is_here else None
+
+
+def _scaler_pieces(optimizer: MegatronOptimizer) -> Iterator[tuple[bool, Piece]]:
+    """fp16's loss scale, the same everywhere; other types have none."""
+    for inner in _inner(optimizer):
+        scaler = getattr(inner, "grad_scaler", None)
+        if scaler is not None:
+            scale = scaler._scale.view(1)
+            yield dist.get_rank() == 0, Piece("optimizer.loss_scale", (1,), (0,), scale)
+            return
 
 
 def allocate(optimizer: MegatronOptimizer) -> None:
     """Create the state that the first step would, so that there is something to load into."""
     for inner in _inner(optimizer):
         inner.init_state_fn(inner.optimizer, inner.config)
+
+
+def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Put the number of updates into the optimizer: torch counts them for each parameter, the
+    fused optimizers of GPUs for each group."""
+    for inner in _inner(optimizer):
+        for group in inner.optimizer.param_groups:
+            if isinstance(inner.optimizer, torch.optim.AdamW):
+                for parameter in group["params"]:
+                    inner.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+            else:
+                group["step"] = steps
 
 
 def steps_taken(optimizer: MegatronOptimizer, device: Device) -> int:
@@ -83,30 +112,3 @@ def _inner(optimizer: MegatronOptimizer) -> list[Any]:
         optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     )
     return [inner for inner in chained if inner.optimizer is not None]
-
-
-def _scaler(inner: Any) -> Any:
-    """The loss scaler of half-precision training; fp32 has none."""
-    return getattr(inner, "grad_scaler", None)
-
-
-def _trains(parameter: Any) -> bool:
-    return isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad
-
-
-def _tensors(inner: Any, parameter: Tensor) -> dict[str, Tensor]:
-    """fp32 tensors of one parameter in an optimizer that is not sharded."""
-    master = getattr(parameter, "main_param", parameter)
-    state = inner.optimizer.state[master]
-    return {"param": master.data, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-
-
-def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """torch counts steps for each parameter, the fused optimizers of GPUs for each group."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["step"] = torch.tensor(float(steps))
-    else:
-        for group in optimizer.param_groups:
-            group["step"] = steps

@@ -5,32 +5,27 @@ no dropout); the states are kept so that a resumed run stays exact if something 
 """
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.training.pieces import Piece
 
 
-def sharded_rng(groups: Groups) -> dict[str, ShardedTensor]:
-    """This rank's states as one row of a [pipeline, tensor, bytes] table, named by its shape."""
+def rng_piece(groups: Groups) -> tuple[bool, Piece]:
+    """This rank's states as one row of a [pipeline, tensor, bytes] table, named by its shape, and
+    whether this rank writes it."""
     states = torch.cat(_states())
     pp, tp = groups.pp, groups.tp
-    name = f"rng.{pp.size()}x{tp.size()}x{states.numel()}"
-    table = ShardedTensor.from_rank_offsets(
-        name,
-        states,
-        (0, pp.rank(), pp.size()),
-        (1, tp.rank(), tp.size()),
-        prepend_axis_num=2,
-        replica_id=groups.dp_cp.rank(),
-    )
-    return {name: table}
+    shape = (pp.size(), tp.size(), states.numel())
+    name = f"rng.{'x'.join(map(str, shape))}"
+    piece = Piece(name, shape, (pp.rank(), tp.rank(), 0), states.view(1, 1, -1))
+    return groups.dp_cp.rank() == 0, piece
 
 
 def restore_rng(saved: Tensor) -> None:
-    """Put back what `sharded_rng` took."""
-    default, device, *tracked = saved.cpu().split([state.numel() for state in _states()])
+    """Put back what `rng_piece` took."""
+    default, device, *tracked = saved.flatten().split([state.numel() for state in _states()])
     torch.set_rng_state(default.clone())
     torch.cuda.set_rng_state(device.clone())
     tracker = get_cuda_rng_tracker()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,8 @@ from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_gmai.layout import Layout
-from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.runtime.device import Device
-from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
+from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
     Position,
@@ -47,6 +45,7 @@ class Start:
     resume: Checkpoint | None = None
     load: Checkpoint | None = None
     llava: Path | None = None
+    base: Checkpoint | None = None  # under a checkpoint that holds adapters only
 
     @property
     def model(self) -> ModelConfig | None:
@@ -70,9 +69,8 @@ class Run:
     """A run that is ready to take its first step."""
 
     config: Config
-    device: Device
-    groups: Groups
-    model: DistributedDataParallel
+    world: World
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     step: TrainStep
     dataset: PackDataset
@@ -95,11 +93,26 @@ def find_start(config: Config, log: Log) -> Start:
             log(f"passed over a checkpoint: {reason}")
         if checkpoint is not None:
             log(f"resuming from {checkpoint.path}")
-            return Start(resume=checkpoint)
+            return with_base(Start(resume=checkpoint), config)
         log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
     if run.load is not None:
-        return Start(load=open_checkpoint(Path(run.load)))
+        return with_base(Start(load=open_checkpoint(Path(run.load))), config)
     return Start(llava=Path(run.llava) if run.llava is not None else None)
+
+
+def with_base(start: Start, config: Config) -> Start:
+    """A checkpoint of adapters lies on top of the weights that its run began with: `--llava` or
+    `--load` of this run, or else of the run that saved it."""
+    checkpoint = start.resume or start.load
+    assert checkpoint is not None
+    if not checkpoint.config.lora.llm_use_lora:
+        return start
+    own, saved = config.run, checkpoint.config.run
+    llava = own.llava or saved.llava
+    if llava is not None:
+        return dataclasses.replace(start, llava=Path(llava))
+    load = (own.load if start.resume else None) or saved.load
+    return dataclasses.replace(start, base=open_checkpoint(Path(load)) if load else None)
 
 
 def with_sizes(config: Config, start: Start) -> Config:
@@ -132,69 +145,78 @@ def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Toke
     return dataclasses.replace(config, data=data, model=model), tokenizer
 
 
-def build_run(
-    config: Config, tokenizer: Tokenizer, start: Start, device: Device, groups: Groups
-) -> Run:
+def build_run(config: Config, tokenizer: Tokenizer, start: Start, world: World) -> Run:
     """Model, optimizer, data stream and position of a run, from a complete configuration."""
-    first = dist.get_rank() == 0
     dataset = open_dataset(
         config.data,
         tokenizer,
         config.model.vision,
         config.train.seed,
-        Path(config.run.work_dir) / "rejected.jsonl" if first else None,
+        Path(config.run.work_dir) / "rejected.jsonl" if world.is_first_rank else None,
         run=config.train.global_batch_size,
     )
-    model = wrap_for_training(build_model(config, start, device, groups), config, groups)
-    optimizer = build_optimizer(model, config, device, groups)
-    checkpoint = start.resume or start.load
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, model, optimizer if start.resume else None, groups)
-    if start.resume is None:
-        optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
+    chunks, optimizer = build_model(config, start, world)
     position = start.resume.position if start.resume else Position()
     if position.bookmark is not None:
         dataset.open_at(position.bookmark)
-    packs = total_packs(config, dataset, device)
+    packs = total_packs(config, dataset, world)
     train = config.train
-    micro_batches = Layout.of(config.parallel, dist.get_world_size()).micro_batches(train)
+    step = TrainStep(
+        chunks,
+        optimizer,
+        world,
+        world.layout.micro_batches(train),
+        train.micro_batch_size * config.data.max_length,
+    )
     return Run(
         config=config,
-        device=device,
-        groups=groups,
-        model=model,
+        world=world,
+        chunks=chunks,
         optimizer=optimizer,
-        step=TrainStep(
-            model,
-            optimizer,
-            device,
-            groups,
-            micro_batches,
-            train.micro_batch_size * config.data.max_length,
-        ),
+        step=step,
         dataset=dataset,
-        batches=open_batches(config, dataset, groups, position, packs),
+        batches=open_batches(config, dataset, world, position, packs),
         position=position,
         total_iterations=total_iterations(config, packs, position),
-        carried=start.carried() if first else {},
+        carried=start.carried() if world.is_first_rank else {},
     )
 
 
-def build_model(config: Config, start: Start, device: Device, groups: Groups) -> GMAIVL:
-    """The stage of this rank with its start weights; a checkpoint's are loaded later."""
-    model = GMAIVL(config, device, groups)
+def build_model(
+    config: Config, start: Start, world: World
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """This rank's chunks and their optimizer, with the weights that the run starts from."""
+    chunks = build_chunks(config, world)
+    wrapped = wrap_for_training(chunks, config, world.groups)
+    optimizer = build_optimizer(wrapped, config, world.device, world.groups)
+    checkpoint = start.resume or start.load
+    if checkpoint is None or checkpoint.config.lora.llm_use_lora:
+        fill_base(chunks, config, start)
+    if config.lora.llm_use_lora:
+        seeded = SeededWeights(config.model, config.train.seed, config.lora)
+        fill(chunks, seeded, adapters=True)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, chunks, optimizer if start.resume else None)
+    if start.resume is None:
+        optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
+    return wrapped, optimizer
+
+
+def fill_base(chunks: Sequence[GMAIVL], config: Config, start: Start) -> None:
+    """Fill the model's own weights from where the run, or the adapters that it loads, began."""
     if start.llava is not None:
-        fill(model, open_pretrained(start.llava).weights)
+        fill(chunks, open_pretrained(start.llava).weights)
+    elif start.base is not None:
+        load_checkpoint(start.base, chunks, optimizer=None)
     else:
-        fill(model, SeededWeights(config.model, config.train.seed))
-    return model
+        fill(chunks, SeededWeights(config.model, config.train.seed))
 
 
 def open_batches(
-    config: Config, dataset: PackDataset, groups: Groups, position: Position, packs: int | None
+    config: Config, dataset: PackDataset, world: World, position: Position, packs: int | None
 ) -> Iterator[MicroBatch]:
     """This data-parallel rank's micro-batches, from the position on; pixels only where needed."""
-    train = config.train
+    train, groups = config.train, world.groups
     return iterate(
         dataset,
         groups.dp.rank(),
@@ -204,12 +226,11 @@ def open_batches(
         start_pack=position.consumed_packs,
         total_packs=packs,
         num_workers=config.data.num_workers,
-        with_pixels=groups.is_first_stage,
-        image_share=(groups.tp.rank(), groups.tp.size()),
+        image_share=groups.image_share if world.holds_first_chunk else None,
     )
 
 
-def total_packs(config: Config, dataset: PackDataset, device: Device) -> int | None:
+def total_packs(config: Config, dataset: PackDataset, world: World) -> int | None:
     """Packs of a run of so many epochs, None for a run of so many steps.
 
     Where neither a file nor the checkpoint tells, every epoch has to be planned for it, a second
@@ -218,8 +239,8 @@ def total_packs(config: Config, dataset: PackDataset, device: Device) -> int | N
     train = config.train
     if train.train_iters is not None:
         return None
-    packs = dataset.total_packs(train.epochs) if dist.get_rank() == 0 else 0
-    tensor = torch.tensor([packs], dtype=torch.int64, device=device.torch_device)
+    packs = dataset.total_packs(train.epochs) if world.is_first_rank else 0
+    tensor = torch.tensor([packs], dtype=torch.int64, device=world.device.torch_device)
     dist.broadcast(tensor, src=0)
     return int(tensor)
 

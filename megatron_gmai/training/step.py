@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches through the pipeline, gradients finished, weights updated."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -15,9 +16,8 @@ from torch import Tensor
 from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
-from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.runtime.device import Device
 from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.runtime.world import World
 
 IGNORED = -100
 
@@ -60,78 +60,87 @@ class _Counts:
 
 
 class TrainStep:
-    """Runs steps on a wrapped model; owns nothing but references."""
+    """Runs steps on wrapped chunks; owns nothing but references."""
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
-        device: Device,
-        groups: Groups,
+        world: World,
         num_microbatches: int,
         tokens_per_microbatch: int,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.device, self.groups = device, groups
+        self.chunks, self.optimizer, self.world = list(chunks), optimizer, world
         self.num_microbatches = num_microbatches
         self.tokens_per_microbatch = tokens_per_microbatch
         self.forward_backward = get_forward_backward_func()
-        config = model.module.config
-        config.finalize_model_grads_func = partial(finalize_gradients, groups=groups)
+        # Megatron's schedules read these from the first chunk's configuration.
+        config = self.chunks[0].module.config
+        config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
-        if model.ddp_config.overlap_grad_reduce:
-            config.no_sync_func = model.no_sync
-        if model.ddp_config.overlap_param_gather:
-            config.param_sync_func = model.start_param_sync
+        if self.chunks[0].ddp_config.overlap_grad_reduce:
+            # Gradients are reduced behind the backward pass of the last micro-batch only.
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def __call__(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         """One step over this rank's next `num_microbatches` micro-batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         counts, found = _Counts(), list[Rejection]()
+        # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
+        drawn = counted(batches, counts, found, whole=self.world.groups.cp.rank() == 0)
+        iterators = list(itertools.tee(drawn, len(self.chunks)))
         losses = self.forward_backward(
-            forward_step_func=partial(forward_step, device=self.device, counts=counts, found=found),
-            data_iterator=batches,
-            model=self.model,
+            forward_step_func=partial(forward_step, world=self.world),
+            data_iterator=iterators,
+            model=self.chunks,
             num_microbatches=self.num_microbatches,
             seq_length=self.tokens_per_microbatch,
             micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
             forward_only=False,
         )
         updated, grad_norm, _ = self.optimizer.step()
-        counts.loss = float(sum(losses)) if self.groups.is_last_stage else 0.0
-        total = reduce_counts(counts, self.groups, self.device)
+        counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
+        total = reduce_counts(counts, self.world)
         return StepResult(
             loss=total["loss"] / max(1, total["supervised_tokens"]),
             grad_norm=float(grad_norm or 0.0),
             updated=bool(updated),
-            rejections=gather(found, self.groups) if total["rejected"] else (),
+            rejections=gather(found, self.world.groups) if total["rejected"] else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
 
 
+def counted(
+    batches: Iterator[MicroBatch], counts: _Counts, found: list[Rejection], whole: bool
+) -> Iterator[MicroBatch]:
+    """Passes micro-batches on and adds them up where `whole`: context-parallel ranks share one."""
+    for batch in batches:
+        if whole:
+            counts.add(batch)
+            found += batch.rejections
+        yield batch
+
+
 def forward_step(
-    batches: Iterator[MicroBatch],
-    model: torch.nn.Module,
-    device: Device,
-    counts: _Counts,
-    found: list[Rejection],
+    batches: Iterator[MicroBatch], model: torch.nn.Module, world: World
 ) -> tuple[Tensor, Any]:
-    """Megatron's forward step: the stage's output and the function that sums its losses."""
+    """Megatron's forward step: a chunk's output and the function that sums its losses."""
     batch = next(batches)
-    counts.add(batch)
-    found += batch.rejections
-    to_device = partial(torch.Tensor.to, device=device.torch_device, non_blocking=True)
-    labels = to_device(batch.labels)
+    device, own = world.device.torch_device, world.groups.own_tokens(batch.tokens.numel())
+    to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
+    labels = to_device(batch.labels[own])
     output = model(
-        tokens=to_device(batch.tokens),
-        position_ids=to_device(batch.position_ids),
-        segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, device.torch_device),
+        tokens=to_device(batch.tokens[own]),
+        position_ids=to_device(batch.position_ids[own]),
+        segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, device),
         labels=labels,
         pixel_values=to_device(batch.pixel_values),
-        image_starts=to_device(batch.image_starts),
+        image_starts=to_device(batch.image_starts - own.start),
     )
     return output, partial(sum_losses, labels=labels)
 
@@ -142,40 +151,13 @@ def sum_losses(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return losses.sum(), supervised, losses.detach().double().sum()
 
 
-def finalize_gradients(
-    model: list[DistributedDataParallel], *args: Any, groups: Groups, **kwargs: Any
-) -> None:
-    """Megatron's reductions, then the vision gradients' sum over the tensor-parallel ranks.
-
-    Each of those ranks encoded other images of the same micro-batch, so its tower and projector
-    hold one part of the gradient; the language model's gradient is whole already.
-    """
-    finalize_model_grads(model, *args, **kwargs)
-    if groups.tp.size() == 1:
-        return
-    for chunk in model:
-        gmai_vl = chunk.module
-        assert isinstance(gmai_vl, GMAIVL)
-        gradients: list[Tensor] = [
-            getattr(p, "main_grad")  # noqa: B009  (set by Megatron, unknown to the type)
-            for _, p in gmai_vl.vision_parameters()
-            if p.requires_grad
-        ]
-        if not gradients:
-            continue
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat, group=groups.tp)
-        for gradient, piece in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(piece.view_as(gradient))
-
-
-def reduce_counts(counts: _Counts, groups: Groups, device: Device) -> dict[str, float]:
+def reduce_counts(counts: _Counts, world: World) -> dict[str, float]:
     """Sum over the data-parallel ranks; the loss, known to the last stage only, goes to all."""
-    names = [f.name for f in fields(_Counts)]
+    names, groups = [f.name for f in fields(_Counts)], world.groups
     values = torch.tensor(
-        [getattr(counts, name) for name in names], dtype=torch.float64, device=device.torch_device
+        [getattr(counts, name) for name in names],
+        dtype=torch.float64,
+        device=world.device.torch_device,
     )
     dist.all_reduce(values, group=groups.dp_cp)
     if groups.pp.size() > 1:

@@ -14,8 +14,8 @@ from transformers import LlavaForConditionalGeneration
 
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.huggingface import write_pretrained
-from megatron_gmai.convert.mapping import canonical_shapes
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.weights import weights
 from tests.llava import random_llava
 
 # Every size differs, so that no exchange of two dimensions goes unnoticed.
@@ -61,8 +61,8 @@ def random_weights() -> Callable[[ModelConfig], dict[str, Tensor]]:
     def make(model: ModelConfig) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         return {
-            name: 0.1 * torch.randn(shape, generator=generator) + is_scale(name)
-            for name, shape in canonical_shapes(model).items()
+            name: 0.1 * torch.randn(weight.shape, generator=generator) + is_scale(name)
+            for name, weight in weights(model).items()
         }
 
     return make

@@ -6,11 +6,11 @@ import torch
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.mapping import (
     Flavour,
-    canonical_shapes,
     leftover_shapes,
     qkv_rule,
     rows,
 )
+from megatron_gmai.weights import weights
 
 FLAVOURS: tuple[Flavour, ...] = ("transformers", "original")
 # (vision layers, vision hidden, vision heads, layers, hidden, heads, groups, ffn, vocabulary)
@@ -43,7 +43,7 @@ def test_every_tensor_has_exactly_one_place_on_either_side(
     assert len(set(names)) == len(names)
     assert len(set(sources)) == len(sources)
     assert not set(sources) & set(leftover_shapes(model))
-    assert set(names) == set(canonical_shapes(model))
+    assert set(names) == set(weights(model))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -70,7 +70,7 @@ def test_qkv_rows_stand_group_by_group() -> None:
 
 def test_the_last_vision_layer_is_left_over() -> None:
     model = model_of(SIZES[1])
-    assert not any("vision_model.decoder.layers.2." in name for name in canonical_shapes(model))
+    assert not any("vision_model.decoder.layers.2." in name for name in weights(model))
     left = leftover_shapes(model)
     assert left["vision_tower.vision_model.post_layernorm.weight"] == (16,)
     assert left["vision_tower.vision_model.encoder.layers.2.self_attn.q_proj.weight"] == (16, 16)

@@ -1,43 +1,20 @@
 """The Megatron model and its export compute the same: packed there, sample by sample here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from megatron_gmai.config import Config, ParallelConfig
+from megatron_gmai.config import Config
 from megatron_gmai.model.attention import Segments
-from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.runtime import cpu
-from megatron_gmai.runtime.device import Device, choose_device
-from megatron_gmai.runtime.groups import (
-    Groups,
-    build_groups,
-    destroy_groups,
-    initialize_distributed,
-    seed_everything,
-)
-from megatron_gmai.training.weights import fill
 from tests.convert.conftest import Export
+from tests.parallel.cases import Processes
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-
-
-@pytest.fixture
-def alone() -> Iterator[tuple[Device, Groups]]:
-    """A world of one process on the CPU."""
-    device = choose_device("cpu", "fp32")
-    initialize_distributed(device, timeout_minutes=1)
-    groups = build_groups(ParallelConfig(), timeout_minutes=1)
-    seed_everything(1)
-    yield device, groups
-    destroy_groups()
-    cpu.uninstall()
 
 
 def hf_losses(model: Any, tokens: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
@@ -51,12 +28,11 @@ def hf_losses(model: Any, tokens: Tensor, labels: Tensor, pixels: Tensor) -> Ten
 
 
 def test_the_export_computes_what_the_megatron_model_computes(
-    export: Callable[..., Export], alone: tuple[Device, Groups]
+    export: Callable[..., Export], alone: Processes
 ) -> None:
     written = export()
     config = replace(Config(), model=written.model)
-    megatron = GMAIVL(config, *alone)
-    fill(megatron, written.weights)
+    megatron = alone.model(config, written.weights)
     exported = AutoModelForImageTextToText.from_pretrained(written.folder).eval()
 
     generator = torch.Generator().manual_seed(0)

@@ -20,15 +20,19 @@ from megatron_gmai.convert.manifest import read_manifest
 from megatron_gmai.convert.mapping import leftover_shapes
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from tests.parallel.batches import CONFIG, MODEL
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 from tests.parallel.world import run_world
 
-LAYOUT = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+LAYOUT = ParallelConfig(
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    num_virtual_stages_per_pipeline_rank=2,
+)
 # (vision layers, vision hidden, vision heads, layers, hidden, heads, groups, ffn, vocabulary)
 SIZES = (
-    (2, 8, 1, 2, 32, 2, 2, 6, 7),
+    (2, 8, 1, 4, 32, 2, 2, 6, 7),
     (3, 16, 4, 4, 24, 6, 2, 40, 257),
-    (2, 24, 2, 2, 32, 8, 8, 44, 101),
+    (2, 24, 2, 4, 32, 8, 8, 44, 101),
 )
 
 
@@ -57,34 +61,30 @@ def table_of(folder: Path) -> dict[str, Any]:
 
 
 def test_it_has_the_names_and_shapes_that_training_writes(
-    alone: World, tmp_path: Path, random_weights: Callable[[ModelConfig], dict[str, Tensor]]
+    alone: Processes, tmp_path: Path, random_weights: Callable[[ModelConfig], dict[str, Tensor]]
 ) -> None:
-    from megatron_gmai.model.gmai_vl import GMAIVL
     from megatron_gmai.training.checkpoint import Position, open_checkpoint, save_checkpoint
-    from megatron_gmai.training.optimizer import wrap_for_training
 
-    groups = alone.groups(ParallelConfig())
-    model = wrap_for_training(GMAIVL(CONFIG, alone.device, groups), CONFIG, groups)
-    saved = save_checkpoint(tmp_path / "run", Position(), model, None, CONFIG, groups)
+    model = alone.model(CONFIG)
+    saved = save_checkpoint(tmp_path / "run", Position(), [model], None, CONFIG)
     write_training_checkpoint(tmp_path / "streamed", CONFIG, random_weights(MODEL), {})
     streamed = open_checkpoint(tmp_path / "streamed")
     assert table_of(streamed.path) == table_of(saved)
     assert streamed.config == CONFIG and not streamed.has_optimizer
-    for name in ("common.pt", "metadata.json"):
-        assert (streamed.path / name).read_bytes() == (saved / name).read_bytes()
+    assert {path.name for path in streamed.path.iterdir()} == {
+        path.name for path in saved.iterdir()
+    }
 
 
 def test_training_loads_it_in_another_dtype(
-    alone: World, tmp_path: Path, random_weights: Callable[[ModelConfig], dict[str, Tensor]]
+    alone: Processes, tmp_path: Path, random_weights: Callable[[ModelConfig], dict[str, Tensor]]
 ) -> None:
-    from megatron_gmai.model.gmai_vl import GMAIVL
-    from megatron_gmai.training.checkpoint import load_weights, open_checkpoint
+    from megatron_gmai.training.checkpoint import load_checkpoint, open_checkpoint
 
     weights = {name: tensor.bfloat16() for name, tensor in random_weights(MODEL).items()}
     write_training_checkpoint(tmp_path / "bf16", CONFIG, weights, {})
-    groups = alone.groups(ParallelConfig())
-    model = GMAIVL(CONFIG, alone.device, groups)
-    load_weights(open_checkpoint(tmp_path / "bf16"), model, groups)
+    model = alone.model(CONFIG)
+    load_checkpoint(open_checkpoint(tmp_path / "bf16"), [model], None)
     loaded = dict(model.named_parameters())
     name = "vision_model.conv1.weight"
     assert loaded[name].dtype == torch.float32
@@ -93,28 +93,25 @@ def test_training_loads_it_in_another_dtype(
 
 def through_a_layout(folder: Path) -> None:
     """In a world of four: every `N/in` is loaded by a model in LAYOUT and saved as `N/out`."""
-    from megatron_gmai.model.gmai_vl import GMAIVL
+    from megatron_gmai.model.gmai_vl import build_chunks
     from megatron_gmai.training.checkpoint import (
         Position,
-        load_weights,
+        load_checkpoint,
         open_checkpoint,
         save_checkpoint,
     )
-    from megatron_gmai.training.optimizer import wrap_for_training
 
-    world = World()
+    processes = Processes()
     for case in sorted(folder.iterdir()):
         checkpoint = open_checkpoint(case / "in")
         config = replace(CONFIG, model=checkpoint.config.model, parallel=LAYOUT)
-        groups = world.groups(LAYOUT)
-        model = GMAIVL(config, world.device, groups)
-        load_weights(checkpoint, model, groups)
-        wrapped = wrap_for_training(model, config, groups)
+        chunks = build_chunks(config, processes.world(config))
+        load_checkpoint(checkpoint, chunks, None)
         carried = read_carried(checkpoint.path, config.model)
-        save_checkpoint(case / "out", Position(1), wrapped, None, config, groups, carried)
+        save_checkpoint(case / "out", Position(1), chunks, None, config, carried)
 
 
-def test_nothing_changes_on_the_way_through_tp_2_and_pp_2(
+def test_nothing_changes_on_the_way_through_tp_2_pp_2_and_vpp_2(
     tmp_path: Path, random_weights: Callable[[ModelConfig], dict[str, Tensor]]
 ) -> None:
     for number, sizes in enumerate(SIZES):

@@ -12,6 +12,7 @@ from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.text.template import IGNORE
+from megatron_gmai.layout import ImageShare
 from tests.data.world import VISION, mixed_records, open_list, record
 
 GLOBAL = 12
@@ -133,7 +134,7 @@ def test_a_part_of_an_epoch_is_a_part_of_its_packs(dataset: PackDataset) -> None
 
 def test_without_pixels_everything_else_is_the_same(dataset: PackDataset) -> None:
     with_pixels = next(iterate(dataset, 0, 1, 2, GLOBAL))
-    without = next(iterate(dataset, 0, 1, 2, GLOBAL, with_pixels=False))
+    without = next(iterate(dataset, 0, 1, 2, GLOBAL, image_share=None))
     assert len(without.pixel_values) == 0
     assert torch.equal(without.image_starts, with_pixels.image_starts)
     assert torch.equal(without.tokens, with_pixels.tokens)
@@ -144,7 +145,7 @@ def test_the_shares_of_a_group_make_up_the_images(dataset: PackDataset, parts: i
     whole = next(iterate(dataset, 0, 1, 4, GLOBAL))
     total, count = torch.zeros_like(whole.pixel_values), -(-len(whole.pixel_values) // parts)
     for part in range(parts):
-        share = next(iterate(dataset, 0, 1, 4, GLOBAL, image_share=(part, parts)))
+        share = next(iterate(dataset, 0, 1, 4, GLOBAL, image_share=ImageShare(part, parts)))
         own = slice(part * count, (part + 1) * count)
         assert torch.equal(share.pixel_values[own], whole.pixel_values[own])
         total += share.pixel_values
@@ -259,7 +260,7 @@ class TestDamagedShard:
         total = dataset.total_packs(1)
         for a, b in zip(
             iterate(dataset, 0, 1, 1, 1, total_packs=total),
-            iterate(dataset, 0, 1, 1, 1, total_packs=total, with_pixels=False),
+            iterate(dataset, 0, 1, 1, 1, total_packs=total, image_share=None),
             strict=True,
         ):
             assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)

@@ -45,9 +45,7 @@ def steps(
     total = dataset.total_packs(EPOCHS)
     found: dict[int, Counter[str]] = {}
     for rank in range(dp):
-        batches = iterate(
-            dataset, rank, dp, micro, GLOBAL, start, total, workers, with_pixels=False
-        )
+        batches = iterate(dataset, rank, dp, micro, GLOBAL, start, total, workers, image_share=None)
         for number, batch in enumerate(batches):
             found.setdefault(number * dp * micro // GLOBAL, Counter()).update(batch.keys)
     return [found[step] for step in sorted(found)]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_gmai.data.loading.batch import MicroBatch
-from megatron_gmai.data.loading.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
+from megatron_gmai.data.loading.dataset import ALL_IMAGES, NumberedPack, PackDataset
 from megatron_gmai.data.loading.loader import HELD, PREFETCH, iterate
+from megatron_gmai.layout import ImageShare
 from tests.data.world import mixed_records, open_list
 
 
@@ -28,7 +29,7 @@ class Fatal(PackDataset):
     def assemble(
         self,
         packs: Sequence[NumberedPack],
-        image_share: Share = ALL_IMAGES,
+        image_share: ImageShare | None = ALL_IMAGES,
         memory: np.ndarray | None = None,
     ) -> MicroBatch:
         if any(piece.sample == self.poison for _, pieces in packs for piece in pieces):

@@ -9,15 +9,13 @@ from megatron_gmai.config import Config, ModelConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.training.weights import fill
 from tests.parallel.batches import CONFIG, MODEL
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 
 
-def build(world: World, config: Config = CONFIG) -> GMAIVL:
+def build(world: Processes, config: Config = CONFIG) -> GMAIVL:
     """The model of `config`, in eval mode, from the same weights in every layout."""
-    model = GMAIVL(config, world.device, world.groups(config.parallel))
-    fill(model, vivid(config.model))
+    model = world.model(config, vivid(config.model))
     return model.requires_grad_(False).eval()
 
 

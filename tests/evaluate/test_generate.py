@@ -13,7 +13,7 @@ from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from tests.evaluate.models import build
 from tests.parallel.batches import CONFIG, MODEL
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 from tests.parallel.world import run_world
 
 NEVER = -1  # as a stop token: all answers have full length
@@ -46,13 +46,13 @@ def by_whole_passes(model: GMAIVL, one: Prompt, new_tokens: int) -> list[int]:
         embeddings = model.language_model.embed(tokens[None])
         embeddings = model.merge(embeddings, model.encode(one.pixels), one.image_starts)
         hidden = model.language_model(embeddings, torch.arange(len(tokens)), segments)
-        chosen = model.language_model.logits(hidden[-1:])[0, 0].argmax()
+        chosen = model.language_model.output_layer(hidden[-1:])[0, 0].argmax()
         tokens = torch.cat([tokens, chosen[None]])
     return tokens[len(one.tokens) :].tolist()
 
 
 @pytest.fixture
-def model(alone: World) -> GMAIVL:
+def model(alone: Processes) -> GMAIVL:
     return build(alone)
 
 
@@ -93,7 +93,7 @@ def test_nothing_is_said_where_the_stop_token_comes_first(model: GMAIVL) -> None
 
 def write_answers(folder: Path, tensor_parallel: int) -> None:
     """What each rank of a tensor-parallel group says, one file a rank."""
-    world = World()
+    world = Processes()
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     model = build(world, dataclasses.replace(CONFIG, parallel=parallel))
     answers = generate(model, PROMPTS, NEVER, PAD, NEW)

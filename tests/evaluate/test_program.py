@@ -10,9 +10,8 @@ import pytest
 from megatron_gmai.config import Config, DataConfig
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
-from megatron_gmai.training.optimizer import wrap_for_training
 from tests.evaluate.models import build, config_for
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 from tests.parallel.world import run_world
 from tests.training.command import ROOT, finish, launcher, run
 from tools.evaluate import main, tokenizer_for
@@ -21,9 +20,8 @@ from tools.evaluate import main, tokenizer_for
 def save_from_two_ranks(folder: Path, tokenizer_file: Path) -> None:
     config = config_for(load_tokenizer(tokenizer_file), tensor_parallel=2)
     config = dataclasses.replace(config, data=DataConfig(tokenizer=str(tokenizer_file)))
-    model = build(World(), config)
-    wrapped = wrap_for_training(model, config, model.groups)
-    save_checkpoint(folder, Position(iteration=3), wrapped, None, config, model.groups)
+    model = build(Processes(), config)
+    save_checkpoint(folder, Position(iteration=3), [model], None, config)
 
 
 @pytest.fixture(scope="module")

@@ -7,28 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmai.config import ParallelConfig, TrainConfig
-from megatron_gmai.convert.seeded import SeededWeights
+from megatron_gmai.config import TrainConfig
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.model.language import padded_vocab_size
 from megatron_gmai.training.optimizer import wrap_for_training
-from megatron_gmai.training.weights import fill
+from megatron_gmai.weights import padded_vocab_size
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, losses_of, make_pack
-from tests.parallel.cases import STAGES, World
+from tests.parallel.cases import PHASES, Processes
 
 PARTS = {"vision_model", "projector", "language_model"}
 
 
 @pytest.fixture
-def model(alone: World) -> GMAIVL:
+def model(alone: Processes) -> GMAIVL:
     return build(alone, {})
 
 
-def build(world: World, frozen: dict[str, Any]) -> GMAIVL:
+def build(world: Processes, frozen: dict[str, Any]) -> GMAIVL:
     config = dataclasses.replace(CONFIG, train=TrainConfig(**frozen))
-    model = GMAIVL(config, world.device, world.groups(ParallelConfig()))
-    fill(model, SeededWeights(MODEL, seed=1))
-    return model
+    return world.model(config)
 
 
 def test_image_features_take_the_place_of_their_tokens_and_of_no_others(model: GMAIVL) -> None:
@@ -63,11 +59,11 @@ def test_each_image_matters_at_its_own_place(model: GMAIVL) -> None:
     assert not torch.equal(losses_of(model, pack)[20:], changed[20:])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("phase", [2, 3])
 def test_a_text_only_micro_batch_gives_the_tower_a_gradient_of_zero(
-    stage: int, alone: World
+    phase: int, alone: Processes
 ) -> None:
-    model = build(alone, STAGES[stage])
+    model = build(alone, PHASES[phase])
     losses_of(model, make_pack(seed=1, images=0)).sum().backward()
     for name, parameter in model.vision_parameters():
         assert parameter.grad is not None, name
@@ -75,30 +71,31 @@ def test_a_text_only_micro_batch_gives_the_tower_a_gradient_of_zero(
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_every_trained_parameter_and_no_frozen_one_has_a_gradient(
-    stage: int, images: int, alone: World
+    phase: int, images: int, alone: Processes
 ) -> None:
-    model = build(alone, STAGES[stage])
+    model = build(alone, PHASES[phase])
     losses_of(model, make_pack(seed=1, images=images)).sum().backward()
-    trained = {1: {"projector"}, 2: {"projector", "vision_model"}, 3: PARTS}[stage]
+    trained = {1: {"projector"}, 2: {"projector", "vision_model"}, 3: PARTS}[phase]
     got = {name for name, p in model.named_parameters() if p.grad is not None}
     assert got == {n for n, _ in model.named_parameters() if n.split(".")[0] in trained}
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_frozen_parts_have_no_gradient_buffer(stage: int, alone: World) -> None:
-    model = build(alone, STAGES[stage])
-    config = dataclasses.replace(CONFIG, train=TrainConfig(**STAGES[stage]))
-    wrapped = wrap_for_training(model, config, alone.groups(ParallelConfig()))
+@pytest.mark.parametrize("phase", PHASES)
+def test_frozen_parts_have_no_gradient_buffer(phase: int, alone: Processes) -> None:
+    model = build(alone, PHASES[phase])
+    config = dataclasses.replace(CONFIG, train=TrainConfig(**PHASES[phase]))
+    (wrapped,) = wrap_for_training([model], config, model.groups)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(len(buffer.params) for buffer in wrapped.buffers) == len(trained)
+    buffers = wrapped.buffers + wrapped.expert_parallel_buffers
+    assert sum(len(buffer.params) for buffer in buffers) == len(trained)
     assert all(hasattr(p, "main_grad") == p.requires_grad for p in model.parameters())
 
 
 def test_the_tower_is_not_run_for_text_when_it_does_not_train(
-    alone: World, monkeypatch: pytest.MonkeyPatch
+    alone: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(alone, {"freeze_vit": True, "freeze_projector": True})
 
@@ -124,7 +121,7 @@ def test_padded_rows_of_the_vocabulary_never_win(model: GMAIVL) -> None:
     with torch.no_grad():
         language.output_layer.weight[MODEL.language.vocab_size :] = 1e3
         hidden = torch.randn(7, 1, MODEL.language.hidden_size)
-        assert language.logits(hidden).shape == (7, 1, MODEL.language.vocab_size)
+        assert language.output_layer(hidden).shape == (7, 1, MODEL.language.vocab_size)
     losses = losses_of(model, pack)
     assert torch.equal(losses, before)
     losses.sum().backward()

@@ -6,20 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmai.config import ParallelConfig
-from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.training.weights import fill
-from tests.parallel.batches import BOUNDS, CONFIG, LENGTH, MODEL, join, losses_of, make_pack
-from tests.parallel.cases import World
+from tests.parallel.batches import BOUNDS, CONFIG, LENGTH, join, losses_of, make_pack
+from tests.parallel.cases import Processes
 
 
 @pytest.fixture
-def model(alone: World) -> GMAIVL:
-    built = GMAIVL(CONFIG, alone.device, alone.groups(ParallelConfig()))
-    fill(built, SeededWeights(MODEL, seed=1))
-    return built
+def model(alone: Processes) -> GMAIVL:
+    return alone.model(CONFIG)
 
 
 def gradients_of(model: GMAIVL, batch: MicroBatch) -> dict[str, Tensor]:

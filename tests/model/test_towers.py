@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from megatron_gmai.config import ParallelConfig
 from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
@@ -14,7 +13,7 @@ from megatron_gmai.model.vit import CLIP_MEAN, CLIP_STD
 from megatron_gmai.training.weights import fill
 from tests.llava import random_llava
 from tests.parallel.batches import CONFIG, MODEL
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 
 
 @pytest.fixture
@@ -24,11 +23,11 @@ def llava() -> LlavaForConditionalGeneration:
 
 
 @pytest.fixture
-def megatron(alone: World, llava: LlavaForConditionalGeneration, tmp_path: Path) -> GMAIVL:
+def megatron(alone: Processes, llava: LlavaForConditionalGeneration, tmp_path: Path) -> GMAIVL:
     """The same weights in our classes."""
     llava.save_pretrained(tmp_path)
-    model = GMAIVL(CONFIG, alone.device, alone.groups(ParallelConfig()))
-    fill(model, open_pretrained(tmp_path).weights)
+    model = alone.model(CONFIG)
+    fill([model], open_pretrained(tmp_path).weights)
     return model
 
 
@@ -74,7 +73,7 @@ def test_the_language_model_gives_the_logits_of_llama(
     )
     model = megatron.language_model
     positions = torch.cat([torch.arange(length) for length in lengths])
-    logits = model.logits(model(model.embed(tokens[None]), positions, segments))[:, 0]
+    logits = model.output_layer(model(model.embed(tokens[None]), positions, segments))[:, 0]
     expected = [
         llava.lm_head(llava.model.language_model(input_ids=part[None]).last_hidden_state)[0]
         for part in tokens.split(lengths)

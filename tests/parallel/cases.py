@@ -1,8 +1,8 @@
-"""One parity case: a layout, a training stage, and what its steps gave."""
+"""One parity case: a layout, a training phase, and what its steps gave."""
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,32 +12,35 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_gmai.config import Config, ParallelConfig
+from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
-from megatron_gmai.convert.sharding import cut_of, unshard
+from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
-from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.model.names import canonical_name
+from megatron_gmai.model.attention import Segments
+from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
+from megatron_gmai.model.vision_parallel import own_gradient
 from megatron_gmai.runtime import cpu
 from megatron_gmai.runtime.device import DTYPES, Device, choose_device
 from megatron_gmai.runtime.groups import (
     Groups,
-    build_groups,
     destroy_groups,
     initialize_distributed,
-    seed_everything,
 )
-from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
+from megatron_gmai.runtime.world import World, lay_out
+from megatron_gmai.training.optimizer import (
+    build_optimizer,
+    finish_param_gather,
+    wrap_for_training,
+)
 from megatron_gmai.training.step import StepResult, TrainStep
-from megatron_gmai.training.weights import fill
+from megatron_gmai.training.weights import fill, named_weights
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4
-STAGES: dict[int, dict[str, Any]] = {
+PHASES: dict[int, dict[str, Any]] = {
     1: {"freeze_vit": True, "freeze_llm": True},
     2: {"freeze_llm": True},
     3: {},
@@ -46,13 +49,14 @@ STAGES: dict[int, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layout (of the world it is run in) and a stage; `fault` plants a bug on purpose."""
+    """A layout (of the world it is run in) and a phase; `fault` plants a bug on purpose."""
 
     name: str
     parallel: ParallelConfig = ParallelConfig()
-    stage: int = 3
+    phase: int = 3
     micro_batch_size: int = 1
-    selective_recompute: float = 0.0
+    train: tuple[tuple[str, Any], ...] = ()  # further settings
+    lora: LoraConfig = LoraConfig()
     fault: str = "none"
     dtype: str = "fp32"
 
@@ -61,10 +65,10 @@ class Case:
         train = dataclasses.replace(
             CONFIG.train,
             micro_batch_size=self.micro_batch_size,
-            selective_recompute=self.selective_recompute,
-            **STAGES[self.stage],
+            **PHASES[self.phase],
+            **dict(self.train),
         )
-        return dataclasses.replace(CONFIG, parallel=self.parallel, train=train)
+        return dataclasses.replace(CONFIG, parallel=self.parallel, train=train, lora=self.lora)
 
 
 @dataclass
@@ -78,19 +82,24 @@ class Outcome:
     encoded: list[int] = field(default_factory=list)  # what identifies the images, over all ranks
 
 
-class World:
-    """The processes of this world: the groups are built anew for each case."""
+class Processes:
+    """The processes of this world, joined once; the groups are built anew for each case."""
 
     def __init__(self) -> None:
         with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "64"}):  # one thread
             self.device: Device = choose_device("cpu", "fp32")
         initialize_distributed(self.device, timeout_minutes=1)
 
-    def groups(self, parallel: ParallelConfig) -> Groups:
+    def world(self, config: Config, dtype: str = "fp32") -> World:
+        """The world of this layout."""
         parallel_state.destroy_model_parallel()
-        groups = build_groups(parallel, timeout_minutes=1)
-        seed_everything(1)
-        return groups
+        return lay_out(dataclasses.replace(self.device, dtype=DTYPES[dtype]), config)
+
+    def model(self, config: Config, source: Mapping[str, Tensor] | None = None) -> GMAIVL:
+        """The model of a layout that holds it in one chunk a rank, with the weights of `source`."""
+        (chunk,) = build_chunks(config, self.world(config))
+        fill([chunk], source or SeededWeights(config.model, seed=1))
+        return chunk
 
     def close(self) -> None:
         """Leave the world and give torch its own functions back."""
@@ -100,29 +109,26 @@ class World:
 
 def run_cases(cases: list[Case], folder: Path) -> None:
     """Run each case in this world and write its outcome to `folder/NAME.pt`."""
-    world = World()
+    processes = Processes()
     for case in cases:
-        outcome = run_case(case, world)
+        outcome = run_case(case, processes)
         if dist.get_rank() == 0:
             torch.save(vars(outcome), folder / f"{case.name}.pt")
     dist.barrier()
 
 
-def run_case(case: Case, world: World) -> Outcome:
+def run_case(case: Case, processes: Processes) -> Outcome:
     with planted(case.fault):
-        trainer = Trainer(case, world)
+        trainer = Trainer(case, processes)
         outcome = Outcome()
-        if trainer.groups.is_first_stage:
-            trainer.model.vision_model.register_forward_pre_hook(
-                lambda tower, arguments: outcome.encoded.extend(identify(arguments[0]))
-            )
+        if trainer.world.holds_first_chunk:
+            count_images(trainer.chunks[0], outcome.encoded)
         for iteration in range(STEPS):
             result = trainer.step(iteration)
             outcome.losses.append(result.loss)
             outcome.grad_norms.append(result.grad_norm)
-    if case.parallel.overlap_param_gather:
-        trainer.wrapped.start_param_sync(force_sync=True)  # as the next forward pass would
-    outcome.weights, outcome.drifted = whole_weights(trainer.model, trainer.groups)
+    finish_param_gather(trainer.wrapped)
+    outcome.weights, outcome.drifted = whole_weights(trainer.chunks, trainer.world.groups)
     everywhere: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, outcome.encoded)
     outcome.encoded = sorted(number for numbers in everywhere for number in numbers)
@@ -132,28 +138,53 @@ def run_case(case: Case, world: World) -> Outcome:
 class Trainer:
     """A model of this case's layout with its optimizer, from the same start weights every time."""
 
-    def __init__(self, case: Case, world: World) -> None:
+    def __init__(self, case: Case, processes: Processes) -> None:
         self.case, self.config = case, case.config
-        self.device = dataclasses.replace(world.device, dtype=DTYPES[case.dtype])
-        self.groups = world.groups(case.parallel)
-        self.model = GMAIVL(self.config, self.device, self.groups)
-        fill(self.model, SeededWeights(MODEL, seed=1))
-        self.wrapped = wrap_for_training(self.model, self.config, self.groups)
-        self.optimizer = build_optimizer(self.wrapped, self.config, self.device, self.groups)
+        self.world = processes.world(self.config, case.dtype)
+        self.chunks = build_chunks(self.config, self.world)
+        fill(self.chunks, SeededWeights(MODEL, seed=1))
+        if case.lora.llm_use_lora:
+            fill(self.chunks, started_adapters(case.lora), adapters=True)
+        self.wrapped = wrap_for_training(self.chunks, self.config, self.world.groups)
+        self.optimizer = build_optimizer(
+            self.wrapped, self.config, self.world.device, self.world.groups
+        )
         self.optimizer.reload_model_params()
-        packs = PACKS // self.groups.dp.size()
         self._step = TrainStep(
             self.wrapped,
             self.optimizer,
-            self.device,
-            self.groups,
-            packs // case.micro_batch_size,
+            self.world,
+            self.world.layout.micro_batches(self.config.train),
             LENGTH * case.micro_batch_size,
         )
 
     def step(self, iteration: int) -> StepResult:
-        batches = share(iteration, self.case.micro_batch_size, self.groups)
+        batches = share(iteration, self.case.micro_batch_size, self.world.groups)
         return self._step(batches, self.config.train.lr)
+
+
+def started_adapters(lora: LoraConfig) -> dict[str, Tensor]:
+    """Adapters in the middle of training: A is not alone in having an effect."""
+    seeded = SeededWeights(MODEL, seed=1, lora=lora)
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: 0.1 * torch.randn(weight.shape, generator=generator)
+        if name.endswith(".b")
+        else seeded[name]
+        for name, weight in seeded.table.items()
+        if weight.is_adapter
+    }
+
+
+def count_images(chunk: GMAIVL, encoded: list[int]) -> None:
+    """Note what this rank is given to encode (recomputation may run the tower once more)."""
+    encode = chunk._project_features
+
+    def counting(pixels: Tensor) -> Tensor:
+        encoded.extend(identify(pixels))
+        return encode(pixels)
+
+    chunk._project_features = counting  # type: ignore[method-assign]
 
 
 def identify(pixels: Tensor) -> list[int]:
@@ -171,25 +202,20 @@ def share(iteration: int, micro_batch_size: int, groups: Groups) -> Iterator[Mic
         yield join(mine[start : start + micro_batch_size])
 
 
-def whole_weights(model: GMAIVL, groups: Groups) -> tuple[dict[str, Tensor], list[str]]:
+def whole_weights(chunks: list[GMAIVL], groups: Groups) -> tuple[dict[str, Tensor], list[str]]:
     """Every weight put together from the ranks, and the names whose copies are not identical."""
-    local = {
-        canonical_name(model, name): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-    }
-    ranks: list[tuple[int, int, dict[str, Tensor]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(ranks, (groups.tp.rank(), groups.dp.rank(), local))
+    local = {weight.name: parameter.detach().clone() for weight, parameter in named_weights(chunks)}
+    ranks: list[tuple[int, dict[str, Tensor]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(ranks, (groups.tp.rank(), local))
     whole, drifted = {}, []
-    for name in SeededWeights(MODEL, seed=1):
+    for name, weight in chunks[0].table.items():
         pieces: dict[int, Tensor] = {}
-        for tp_rank, _, tensors in ranks:
+        for tp_rank, tensors in ranks:
             if name in tensors:
-                tp_rank = 0 if cut_of(name) == "none" else tp_rank
-                kept = pieces.setdefault(tp_rank, tensors[name])
+                kept = pieces.setdefault(0 if weight.cut == "none" else tp_rank, tensors[name])
                 if not torch.equal(kept, tensors[name]):
                     drifted.append(name)
-        parts = [pieces[rank] for rank in sorted(pieces)]
-        whole[name] = unshard(name, parts, MODEL.language.vocab_size)
+        whole[name] = unshard(weight, [pieces[rank] for rank in sorted(pieces)])
     return whole, drifted
 
 
@@ -198,15 +224,40 @@ def planted(fault: str) -> AbstractContextManager[Any]:
     if fault == "none":
         return nullcontext()
     if fault == "vision gradients not summed over TP":
+        # Reduced with the language model's, over DP only.
+        return mock.patch.object(GMAIVL, "_mark_vision_parameters")
+    if fault == "vision gradients not summed over CP":
 
-        def only_megatron(*arguments: Any, groups: Groups, **options: Any) -> None:
-            finalize_model_grads(*arguments, **options)
+        def part(gradient: Tensor, groups: Groups) -> Tensor:
+            by_rank = gradient.view(groups.images.size(), -1, *gradient.shape[1:])
+            return by_rank[groups.images.rank()].contiguous()
 
-        return mock.patch("megatron_gmai.training.step.finalize_gradients", only_megatron)
-    assert fault == "vision gradients counted once per TP rank"
+        return mock.patch("megatron_gmai.model.vision_parallel.own_gradient", part)
+    if fault == "mean of the micro-batches' means":
 
-    def summed(features: Tensor, tensor_parallel_output_grad: bool, group: Any) -> Tensor:
-        return gather_from_sequence_parallel_region(features, True, group=group)
+        def mean(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            count = (labels != -100).sum()
+            loss = losses.sum() / count
+            one = torch.ones((), dtype=torch.int)
+            return loss, one, (losses.detach().double().sum())
 
-    target = "megatron_gmai.model.vision_parallel.gather_from_sequence_parallel_region"
-    return mock.patch(target, summed)
+        return mock.patch("megatron_gmai.training.step.sum_losses", mean)
+    if fault == "segment boundaries off by one":
+        exact = Segments.from_cu_seqlens
+
+        def shifted(cu_seqlens: Tensor, *rest: Any) -> Segments:
+            moved = cu_seqlens.clone()
+            moved[1:-1] += 1
+            return exact(moved, *rest)
+
+        return mock.patch.object(Segments, "from_cu_seqlens", shifted)
+    if fault == "the gather of updated weights is not awaited":
+        return mock.patch.object(DistributedDataParallel, "enable_forward_pre_hook")
+    if fault == "vision gradients counted once per TP rank":
+
+        def summed(gradient: Tensor, groups: Groups) -> Tensor:
+            dist.all_reduce(gradient, group=groups.tp)
+            return own_gradient(gradient, groups)
+
+        return mock.patch("megatron_gmai.model.vision_parallel.own_gradient", summed)
+    raise AssertionError(fault)

@@ -23,7 +23,7 @@ from megatron_gmai.training.checkpoint import (
     save_checkpoint,
 )
 from tests.parallel import batches
-from tests.parallel.cases import Case, Trainer, World
+from tests.parallel.cases import Case, Processes, Trainer
 from tests.training.resuming import save
 
 
@@ -31,7 +31,7 @@ from tests.training.resuming import save
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three checkpoints of one run: iterations 1, 2 and 3."""
     folder = tmp_path_factory.mktemp("saved")
-    world = World()
+    world = Processes()
     trainer = Trainer(Case("run"), world)
     for iteration in (1, 2, 3):
         trainer.step(iteration)
@@ -58,11 +58,11 @@ def test_the_newest_is_found_by_its_folder_or_its_parent(folder: Path) -> None:
     assert (folder / "latest").read_text() == "iter_0000003"
 
 
-def test_a_bookmark_comes_back_as_it_was_left(folder: Path, alone: World) -> None:
+def test_a_bookmark_comes_back_as_it_was_left(folder: Path, alone: Processes) -> None:
     trainer = Trainer(Case("run"), alone)
     bookmark = Bookmark("plan", pack=40, epoch=2, window=3, epoch_starts=(0, 15, 31))
     position = Position(4, 44, 0, bookmark)
-    save_checkpoint(folder, position, trainer.wrapped, None, trainer.config, trainer.groups)
+    save_checkpoint(folder, position, trainer.chunks, None, trainer.config)
     assert open_checkpoint(folder).position == position
 
 
@@ -177,7 +177,7 @@ def test_without_any_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
 
 
-def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: World) -> None:
+def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: Processes) -> None:
     path = folder / "iter_0000003"
     file = next(path.glob("*.distcp"))
     file.write_bytes(bytes(file.stat().st_size))
@@ -185,25 +185,12 @@ def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: World) -
     with pytest.raises(
         CheckpointError, match="iter_0000003 cannot be loaded: rank 0: .*\nIts bytes have changed"
     ):
-        load_checkpoint(open_checkpoint(path), trainer.wrapped, None, trainer.groups)
+        load_checkpoint(open_checkpoint(path), trainer.chunks, None)
 
 
-def test_a_program_in_the_common_file_is_not_run(folder: Path, alone: World) -> None:
-    class Program:
-        def __reduce__(self) -> tuple:
-            return os.system, (f"touch {folder / 'hacked'}",)
-
-    path = folder / "iter_0000003"
-    torch.save({"program": Program()}, path / "common.pt")
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    edit_manifest(path, files=files | {"common.pt": (path / "common.pt").stat().st_size})
-    trainer = Trainer(Case("run"), alone)
-    with pytest.raises(CheckpointError, match="iter_0000003 cannot be loaded"):
-        load_checkpoint(open_checkpoint(path), trainer.wrapped, None, trainer.groups)
-    assert not (folder / "hacked").exists()
-
-
-def test_another_model_is_told(folder: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_is_told(
+    folder: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     language = dataclasses.replace(batches.MODEL.language, num_layers=6)
     model = dataclasses.replace(batches.MODEL, language=language)
     monkeypatch.setattr("tests.parallel.cases.MODEL", model)
@@ -214,23 +201,23 @@ def test_another_model_is_told(folder: Path, alone: World, monkeypatch: pytest.M
     with pytest.raises(
         CheckpointError, match=r"cannot be loaded: .*layers\.4.*\n.*with other sizes"
     ):
-        load_checkpoint(open_checkpoint(folder), trainer.wrapped, None, trainer.groups)
+        load_checkpoint(open_checkpoint(folder), trainer.chunks, None)
 
 
-def test_weights_alone_start_a_stage_but_cannot_resume(folder: Path, alone: World) -> None:
+def test_weights_alone_start_a_stage_but_cannot_resume(folder: Path, alone: Processes) -> None:
     checkpoint = open_checkpoint(folder / "weights")
     names = pickle.loads((checkpoint.path / ".metadata").read_bytes()).state_dict_metadata
     assert not any(name.startswith("optimizer") for name in names)
-    trainer = Trainer(Case("run", stage=1), alone)
+    trainer = Trainer(Case("run", phase=1), alone)
     with pytest.raises(CheckpointError, match="holds weights only .* Start from its weights with"):
-        load_checkpoint(checkpoint, trainer.wrapped, trainer.optimizer, trainer.groups)
-    start = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    load_checkpoint(checkpoint, trainer.wrapped, None, trainer.groups)
-    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n])]
+        load_checkpoint(checkpoint, trainer.chunks, trainer.optimizer)
+    start = {name: p.clone() for name, p in trainer.chunks[0].named_parameters()}
+    load_checkpoint(checkpoint, trainer.chunks, None)
+    moved = [n for n, p in trainer.chunks[0].named_parameters() if not torch.equal(p, start[n])]
     assert len(moved) == len(start)
 
 
-def test_saving_an_iteration_again_replaces_it(folder: Path, alone: World) -> None:
+def test_saving_an_iteration_again_replaces_it(folder: Path, alone: Processes) -> None:
     trainer = Trainer(Case("run"), alone)
     trainer.step(0)
     (folder / "iter_0000003" / "old").write_text("of an earlier run")

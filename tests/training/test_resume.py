@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_gmai.config import ParallelConfig
-from tests.parallel.cases import STEPS, Case, World
+from megatron_gmai.config import LoraConfig, ParallelConfig
+from tests.parallel.cases import STEPS, Case, Processes
 from tests.parallel.world import run_world
 from tests.training.resuming import SAVED_AFTER, Job, run_job, run_jobs
 
@@ -14,6 +14,20 @@ TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
 ONE = ParallelConfig()
 ZERO = ParallelConfig(use_distributed_optimizer=True)
+# The gather of updated parameters is still under way when a step ends: saving has to finish it.
+OVERLAP = ParallelConfig(
+    use_distributed_optimizer=True,
+    overlap_grad_reduce=True,
+    overlap_param_gather=True,
+    ddp_bucket_size=4000,
+)
+VPP2 = ParallelConfig(
+    pipeline_model_parallel_size=2,
+    num_virtual_stages_per_pipeline_rank=2,
+    use_distributed_optimizer=True,
+)
+CP2 = ParallelConfig(context_parallel_size=2, use_distributed_optimizer=True)
+LORA = LoraConfig(llm_use_lora=True, lora_rank=4)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -22,10 +36,13 @@ ALL = ParallelConfig(
 )
 
 SAVED = [
-    Job("tp2-stage1", Case("tp2", TP2, stage=1), save_to="from-tp2-stage1"),
-    Job("tp2-stage3", Case("tp2", TP2, stage=3), save_to="from-tp2-stage3"),
-    Job("zero-stage3", Case("zero", ZERO, stage=3), save_to="from-zero-stage3"),
+    Job("tp2-phase1", Case("tp2", TP2, phase=1), save_to="from-tp2-phase1"),
+    Job("tp2-phase3", Case("tp2", TP2, phase=3), save_to="from-tp2-phase3"),
+    Job("zero-phase3", Case("zero", ZERO, phase=3), save_to="from-zero-phase3"),
     Job("tp2-bf16", Case("tp2", TP2, dtype="bf16"), save_to="from-tp2-bf16"),
+    Job("overlap-phase3", Case("overlap", OVERLAP, phase=3), save_to="from-overlap-phase3"),
+    Job("vpp2-phase3", Case("vpp2", VPP2, phase=3), save_to="from-vpp2-phase3"),
+    Job("lora-phase3", Case("lora", TP2, lora=LORA), save_to="from-lora-phase3"),
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
 ]
 SAME = [
@@ -33,21 +50,24 @@ SAME = [
 ]  # fmt: skip
 OTHER = {
     1: [
-        Job("one-from-tp2-stage1", Case("one", ONE, stage=1), load_from="from-tp2-stage1"),
-        Job("one-from-tp2-stage3", Case("one", ONE, stage=3), load_from="from-tp2-stage3"),
-        Job("one-from-zero-stage3", Case("one", ONE, stage=3), load_from="from-zero-stage3"),
+        Job("one-from-tp2-phase1", Case("one", ONE, phase=1), load_from="from-tp2-phase1"),
+        Job("one-from-tp2-phase3", Case("one", ONE, phase=3), load_from="from-tp2-phase3"),
+        Job("one-from-zero-phase3", Case("one", ONE, phase=3), load_from="from-zero-phase3"),
     ],
     2: [
-        Job("zero-from-tp2-stage1", Case("zero", ZERO, stage=1), load_from="from-tp2-stage1"),
-        Job("zero-from-tp2-stage3", Case("zero", ZERO, stage=3), load_from="from-tp2-stage3"),
-        Job("pp2-from-tp2-stage1", Case("pp2", PP2, stage=1), load_from="from-tp2-stage1"),
-        Job("pp2-from-zero-stage3", Case("pp2", PP2, stage=3), load_from="from-zero-stage3"),
-        Job("tp2-from-zero-stage3", Case("tp2", TP2, stage=3), load_from="from-zero-stage3"),
+        Job("zero-from-tp2-phase1", Case("zero", ZERO, phase=1), load_from="from-tp2-phase1"),
+        Job("zero-from-tp2-phase3", Case("zero", ZERO, phase=3), load_from="from-tp2-phase3"),
+        Job("pp2-from-tp2-phase1", Case("pp2", PP2, phase=1), load_from="from-tp2-phase1"),
+        Job("pp2-from-zero-phase3", Case("pp2", PP2, phase=3), load_from="from-zero-phase3"),
+        Job("vpp2-from-lora", Case("v", VPP2, lora=LORA), load_from="from-lora-phase3"),
+        Job("cp2-from-vpp2-phase3", Case("cp2", CP2, phase=3), load_from="from-vpp2-phase3"),
+        Job("vpp2-from-overlap-phase3", Case("v", VPP2, phase=3), load_from="from-overlap-phase3"),
+        Job("tp2-from-zero-phase3", Case("tp2", TP2, phase=3), load_from="from-zero-phase3"),
     ],
     4: [
-        Job("all-from-tp2-stage1", Case("all", ALL, stage=1), load_from="from-tp2-stage1"),
-        Job("all-from-tp2-stage3", Case("all", ALL, stage=3), load_from="from-tp2-stage3"),
-        Job("all-from-zero-stage3", Case("all", ALL, stage=3), load_from="from-zero-stage3"),
+        Job("all-from-tp2-phase1", Case("all", ALL, phase=1), load_from="from-tp2-phase1"),
+        Job("all-from-tp2-phase3", Case("all", ALL, phase=3), load_from="from-tp2-phase3"),
+        Job("all-from-zero-phase3", Case("all", ALL, phase=3), load_from="from-zero-phase3"),
     ],
 }
 Rows = dict[int, list[float]]
@@ -60,7 +80,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rows]:
     # The world of two also tries a full disk, which concerns all ranks together.
     run_world(2, run_jobs, SAVED + SAME + OTHER[2], folder, True)
     run_world(4, run_jobs, OTHER[4], folder)
-    world = World()
+    world = Processes()
     for job in OTHER[1]:
         (folder / f"{job.name}.json").write_text(json.dumps(run_job(job, world, folder)))
     world.close()

@@ -5,33 +5,33 @@ import torch
 from torch import Tensor
 
 from tests.parallel.batches import LENGTH, PACKS, global_batch, losses_of
-from tests.parallel.cases import STAGES, Case, Trainer, World
+from tests.parallel.cases import PHASES, Case, Processes, Trainer
 
 
 def plain_loss(trainer: Trainer, step: int) -> Tensor:
     """The mean over the supervised tokens of a whole global batch."""
     total, count = torch.zeros(()), 0
     for pack in global_batch(step):
-        total = total + losses_of(trainer.model, pack).sum()
+        total = total + losses_of(trainer.chunks[0], pack).sum()
         count += int((pack.labels != -100).sum())
     return total / count
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_loss_and_norm_are_those_of_the_mean_over_supervised_tokens(
-    stage: int, alone: World
+    phase: int, alone: Processes
 ) -> None:
-    reference = Trainer(Case("reference", stage=stage), alone)
-    trained = [p for p in reference.model.parameters() if p.requires_grad]
+    reference = Trainer(Case("reference", phase=phase), alone)
+    trained = [p for p in reference.chunks[0].parameters() if p.requires_grad]
     loss = plain_loss(reference, step=0)
     norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]).norm()
-    result = Trainer(Case("run", stage=stage), alone).step(0)
+    result = Trainer(Case("run", phase=phase), alone).step(0)
     assert result.loss == pytest.approx(float(loss), rel=1e-6)
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
     assert result.updated
 
 
-def test_what_a_step_counts(alone: World) -> None:
+def test_what_a_step_counts(alone: Processes) -> None:
     result, packs = Trainer(Case("run"), alone).step(0), global_batch(0)
     assert result.supervised_tokens == sum(int((p.labels != -100).sum()) for p in packs)
     assert result.tokens == sum(pack.num_tokens for pack in packs)
@@ -39,7 +39,7 @@ def test_what_a_step_counts(alone: World) -> None:
     assert (result.images, result.samples) == (6, 2 * PACKS)
 
 
-def test_a_step_clips_the_gradient_but_tells_its_norm(alone: World) -> None:
+def test_a_step_clips_the_gradient_but_tells_its_norm(alone: Processes) -> None:
     """AdamW's first step hardly depends on the scale, so its second moment is looked at."""
     free, clipped = Trainer(Case("free"), alone), Trainer(Case("clipped"), alone)
     clipped.optimizer.config.clip_grad = 1e-3
@@ -47,8 +47,13 @@ def test_a_step_clips_the_gradient_but_tells_its_norm(alone: World) -> None:
     norms = [trainer.step(0).grad_norm for trainer in (free, clipped)]
     assert norms[1] > 1e-3
     moments = [
-        sum(float(s["exp_avg"].square().sum()) for s in inner.optimizer.state.values()) ** 0.5
-        for inner in (free.optimizer, clipped.optimizer)
+        sum(
+            float(state["exp_avg"].square().sum())
+            for inner in trainer.optimizer.chained_optimizers
+            for state in inner.optimizer.state.values()
+        )
+        ** 0.5
+        for trainer in (free, clipped)
     ]
     assert moments[1] == pytest.approx(0.1 * 1e-3, rel=1e-3)  # 1 - beta1 of the clipped norm
     assert moments[0] == pytest.approx(0.1 * norms[1], rel=1e-3)

@@ -22,10 +22,10 @@ from megatron_gmai.data.shards.lengths import Encoder, token_lengths
 from megatron_gmai.data.sources.mixture import Use, read_uses
 from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer
+from megatron_gmai.layout import ImageShare
 
 # Part r of n of a micro-batch's images: r, n. None: no images at all.
-Share = tuple[int, int] | None
-ALL_IMAGES = (0, 1)
+ALL_IMAGES = ImageShare()
 NumberedPack = tuple[int, list[Piece]]  # its number in the stream decides about augmentation
 
 
@@ -126,7 +126,7 @@ class PackDataset:
     def assemble(
         self,
         packs: Sequence[NumberedPack],
-        image_share: Share = ALL_IMAGES,
+        image_share: ImageShare | None = ALL_IMAGES,
         memory: np.ndarray | None = None,
     ) -> MicroBatch:
         """One micro-batch of these packs (one without pieces is all padding). Samples that cannot
@@ -172,19 +172,17 @@ class PackDataset:
         return choose_tone(self.settings.seed, pack, sample)
 
     def _pixels(
-        self, images: Sequence[SampleImage], share: Share, memory: np.ndarray | None
+        self, images: Sequence[SampleImage], share: ImageShare | None, memory: np.ndarray | None
     ) -> np.ndarray:
         """uint8 [N, 3, I, I], channels last in memory, with this process's share decoded and the
         others black; [0, 3, I, I] for processes that need none."""
         side = self.vision.image_size
         if share is None:
             return np.zeros((0, 3, side, side), dtype=np.uint8)
-        part, parts = share
-        count = max(1, -(-len(images) // parts))
         if memory is None:
             memory = np.empty((len(images), side, side, 3), dtype=np.uint8)
         pixels = memory[: len(images)]
-        own = range(part * count, (part + 1) * count)
+        own = share.own(len(images))
         for number, image in enumerate(images):
             if number not in own:
                 pixels[number] = 0

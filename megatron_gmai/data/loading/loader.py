@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_gmai.data.loading.batch import MicroBatch
-from megatron_gmai.data.loading.dataset import ALL_IMAGES, NumberedPack, PackDataset, Share
+from megatron_gmai.data.loading.dataset import ALL_IMAGES, NumberedPack, PackDataset
 from megatron_gmai.data.loading.pixel_memory import PixelMemory
 from megatron_gmai.data.plan.balance import assign, pack_costs
+from megatron_gmai.layout import ImageShare
 
 PREFETCH = 2  # micro-batches per worker: bounds the memory that waits
 # Micro-batches that the training step can hold before one has to be sent through a pipe.
@@ -50,15 +51,14 @@ def iterate(
     start_pack: int = 0,
     total_packs: int | None = None,
     num_workers: int = 0,
-    with_pixels: bool = True,
-    image_share: tuple[int, int] = ALL_IMAGES,
+    image_share: ImageShare | None = ALL_IMAGES,
 ) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches, `global_batch_size // (micro_batch_size * dp_size)` a step.
 
     Step i of the run takes the packs `start_pack + i * global_batch_size` and following. The last
     step before `total_packs` is filled up with empty packs; with None the stream is endless.
-    `image_share` (r, n) decodes only the r-th of n equal runs of each micro-batch's images and
-    leaves the others black, for ranks that encode no others; without `with_pixels` there are none.
+    Only the images of `image_share` are decoded and the others left black, for ranks that encode no
+    others; with None there are no pixels.
     Batches name the samples that could not be read; whether the run goes on is for all ranks to
     decide together. Closing the iterator ends the workers. Raises ValueError if the sizes do not
     divide, and RuntimeError that names the samples at hand if a worker dies.
@@ -69,7 +69,7 @@ def iterate(
             f"{micro_batch_size} x {dp_size} data-parallel ranks"
         )
     memory = None
-    if num_workers and with_pixels:
+    if num_workers and image_share is not None:
         images, side = dataset.max_images(micro_batch_size), dataset.vision.image_size
         memory = PixelMemory(num_workers * PREFETCH + HELD, images, side)
     jobs = _Jobs(
@@ -84,7 +84,7 @@ def iterate(
     )
     pixels = None if memory is None else memory.pixels
     loader = torch.utils.data.DataLoader(
-        _Assembler(dataset, image_share if with_pixels else None, pixels),
+        _Assembler(dataset, image_share, pixels),
         sampler=jobs,
         batch_size=None,
         num_workers=num_workers,
@@ -156,7 +156,7 @@ class _Assembler(torch.utils.data.Dataset):
     """Runs in the workers: a job becomes a micro-batch."""
 
     def __init__(
-        self, dataset: PackDataset, image_share: Share, memory: torch.Tensor | None
+        self, dataset: PackDataset, image_share: ImageShare | None, memory: torch.Tensor | None
     ) -> None:
         self.dataset, self.image_share, self.memory = dataset, image_share, memory
 
