@@ -4,10 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # One thread per process: tests start several processes on few cores.
-test: export OMP_NUM_THREADS ?= 1
+test test-latest test-lowest: export OMP_NUM_THREADS ?= 1
+# What other versions of torch, Triton and Megatron-Core are tried on: the bars marked `pinned` are
+# those of one compiler, and of tests/parallel the part marked `core` has to do.
+CORE := tests/kernels tests/runtime tests/model \
+	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint verify bench bench-kernels bench-data bench-convert clean
+.PHONY: help train test test-slurm test-latest test-lowest lint verify clean
+.PHONY: bench bench-kernels bench-data bench-convert
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -19,8 +24,21 @@ help:  ## show this list
 train: $(VENV)/.train  ## the quick start: real images, three stages, evaluation, export
 	$(RUN) -m examples.quickstart.run $(ARGS)
 
-test: $(VENV)/.dev  ## all tests
+test: $(VENV)/.dev  ## all tests (those of Slurm where it is installed)
 	$(RUN) -m pytest $(ARGS)
+
+test-latest: .venv-latest/.ready  ## core tests with the newest torch, Triton, megatron-core
+	.venv-latest/bin/python -m pytest -m "not pinned" $(CORE) $(ARGS)
+	.venv-latest/bin/python -m pytest -m core tests/parallel $(ARGS)
+
+test-lowest: .venv-lowest/.ready  ## core tests with the lowest versions of setup.py, Python 3.11
+	.venv-lowest/bin/python -m pytest -m "not pinned" $(CORE) $(ARGS)
+	.venv-lowest/bin/python -m pytest -m core tests/parallel $(ARGS)
+
+test-slurm: export OMP_NUM_THREADS ?= 1
+test-slurm: $(VENV)/.dev  ## the Slurm template on a real Slurm (Debian: slurm-wlm munge; as root)
+	@command -v sbatch > /dev/null || { echo "apt-get install slurm-wlm munge" >&2; exit 1; }
+	$(RUN) -m pytest -m slurm tests/cluster $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m ruff check .
@@ -59,4 +77,17 @@ $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 
 $(VENV)/.dev: $(VENV)/.train requirements/dev.txt
 	$(RUN) -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+.venv-latest/.ready: requirements/latest.txt
+	rm -rf .venv-latest && $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet -r $<
+	.venv-latest/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-lowest/.ready: requirements/lowest.txt
+	$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=...")'
+	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -r $<
+	.venv-lowest/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

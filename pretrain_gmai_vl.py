@@ -11,15 +11,18 @@ from pathlib import Path
 
 from megatron_gmai.cli import parse
 from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.training.preemption import REQUEUE_STATUS, postpone_stop_signals
 from megatron_gmai.training.resilience import run_guarded
 
 
 def main() -> None:
     config, notes = parse(sys.argv[1:])
+    postpone_stop_signals()
     # Imported once the flags are known to be right: `--help` and mistakes answer at once.
     quiet_libraries()
     import torch.distributed as dist
 
+    from megatron_gmai.runtime.environment import record_start
     from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
     from megatron_gmai.training.setup import build_run, find_start, with_data, with_sizes
@@ -41,10 +44,14 @@ def main() -> None:
     config, tokenizer = with_data(config, dist.barrier)
     if first:
         save_config(config)
+        record_start(Path(config.run.work_dir), world.layout.world_size)
     run = build_run(config, tokenizer, start, world)
     log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")
-    train(run)
+    finished = train(run)
     close_world()
+    if not finished:
+        log("stopped by a signal; --resume continues")
+        sys.exit(REQUEUE_STATUS)
 
 
 if __name__ == "__main__":

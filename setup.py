@@ -10,25 +10,27 @@ setup(
     version="0.1.0",
     description="Train GMAI-VL, a medical vision-language model, with Megatron-Core 3D parallelism",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # tested: 3.11, 3.12, 3.13
     packages=[*find_packages(include=["megatron_gmai", "megatron_gmai.*"]), *KERNEL_PACKAGES],
     package_dir={"gmai_kernels": "kernels"},
+    package_data={"megatron_gmai.report": ["style.css"]},
+    # The lowest versions are those of requirements/lowest.txt, which `make test-lowest` tests.
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.10",  # the first with addmm(out_dtype=float32) into an fp32 matrix
+        "triton>=3.6; platform_system == 'Linux'",  # which belongs to it
         "megatron-core>=0.16,<0.20",
-        "triton>=3.2; platform_system == 'Linux'",
         "sentencepiece>=0.2",
-        "pillow>=10",
-        "simplejpeg>=1.7",
-        "webdataset>=1.0",
-        "numpy>=1.26",
-        "safetensors>=0.4",
-        "psutil>=5.9",
-        "tensorboard>=2.16",
+        "pillow>=10.3",
+        "simplejpeg>=1.7.6",
+        "webdataset>=1.0.2",
+        "numpy>=1.26.4",
+        "safetensors>=0.4.3",
+        "psutil>=5.9.8",
+        "tensorboard>=2.16.2",
     ],
     extras_require={
-        # Apex is built from its sources on the machine itself; it is used when it is there.
-        "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7,<2.9"],
+        # Compiled against the installed torch: pip needs --no-build-isolation (docs/gpu.md).
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn>=2.7,<2.9"],
         "dicom": ["pydicom>=3"],
         "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.49"],

@@ -20,7 +20,6 @@ from torch import Tensor
 from gmai_kernels import (
     linear_cross_entropy,
     rms_norm,
-    rms_norm_residual,
     vocab_parallel_cross_entropy,
 )
 
@@ -33,7 +32,6 @@ LINEAR_HIDDEN = 2048
 COPY_BYTES = 1 << 30
 
 Step = Callable[[], object]
-Values = Tensor | tuple[Tensor, ...]
 
 
 def figures() -> tuple[list[Figure], list[str]]:
@@ -61,17 +59,12 @@ def figures() -> tuple[list[Figure], list[str]]:
 
 
 def _norm_figures(hidden: int, bandwidth: float, liger: bool) -> list[Figure]:
-    x, residual = _leaf(ROWS, hidden), _leaf(ROWS, hidden)
-    weight, dy = _leaf(hidden), _leaf(ROWS, hidden).detach()
+    x, weight, dy = _leaf(ROWS, hidden), _leaf(hidden), _leaf(ROWS, hidden).detach()
 
     def eager(x: Tensor) -> Tensor:
         wide = x.float()
         r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
         return (wide * r).to(x.dtype) * weight
-
-    def eager_residual(x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return eager(total), total
 
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "ours": lambda x: rms_norm(x, weight, EPS),
@@ -82,18 +75,11 @@ def _norm_figures(hidden: int, bandwidth: float, liger: bool) -> list[Figure]:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
         norms["Liger"] = lambda x: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False)
-    fused: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-        "ours": lambda x: rms_norm_residual(x, residual, weight, EPS),
-        "eager": eager_residual,
-        "compile": torch.compile(eager_residual),
-    }
     elements = ROWS * hidden
     forward = {name: partial(norm, x.detach()) for name, norm in norms.items()}
     both = {name: partial(_backward, norm, x, dy) for name, norm in norms.items()}
     found = _ratios(f"RMSNorm {hidden} forward", forward, 4 * elements, bandwidth)
-    found += _ratios(f"RMSNorm {hidden} forward + backward", both, 10 * elements, bandwidth)
-    sums = {name: partial(_backward, norm, x, (dy, dy)) for name, norm in fused.items()}
-    return found + _ratios(f"RMSNorm + residual {hidden} forward + backward", sums)
+    return found + _ratios(f"RMSNorm {hidden} forward + backward", both, 10 * elements, bandwidth)
 
 
 def _loss_figures(vocabulary: int, bandwidth: float, liger: bool) -> list[Figure]:
@@ -152,8 +138,8 @@ def _gradient_of_sum(
     torch.autograd.grad(loss(argument).sum(), leaves or (argument,))
 
 
-def _backward(norm: Callable[[Tensor], Values], x: Tensor, gradients: Values) -> None:
-    torch.autograd.backward(norm(x), gradients)
+def _backward(norm: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> None:
+    norm(x).backward(dy)
     x.grad = None
 
 

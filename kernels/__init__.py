@@ -7,13 +7,12 @@ figures.
 from gmai_kernels.cross_entropy import vocab_parallel_cross_entropy
 from gmai_kernels.dispatch import Implementation, use_implementation
 from gmai_kernels.linear_cross_entropy import linear_cross_entropy
-from gmai_kernels.rms_norm import rms_norm, rms_norm_residual
+from gmai_kernels.rms_norm import rms_norm
 
 __all__ = [
     "Implementation",
     "linear_cross_entropy",
     "rms_norm",
-    "rms_norm_residual",
     "use_implementation",
     "vocab_parallel_cross_entropy",
 ]

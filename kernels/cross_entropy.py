@@ -12,12 +12,12 @@ Legend: T tokens, V columns held by this rank, W ranks.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import gmai_kernels.ops  # noqa: F401  (registers the operators)
 from gmai_kernels import cross_entropy_torch
 from gmai_kernels.checks import check_dtype, check_matrix
 from gmai_kernels.dispatch import chosen_implementation
@@ -45,10 +45,12 @@ def vocab_parallel_cross_entropy(
 
     logits: [T, V] fp32, bf16 or fp16, the columns [vocab_start, vocab_start + V) of the vocabulary.
     **The backward pass overwrites them with their gradient**; use each loss for one backward pass.
-    labels: int64 [T], global ids. vocab_size: the true global size; columns past it never count and
-    get gradient 0; it may be left out where one rank holds everything. all_gather: maps a [T, 3]
-    fp32 tensor to [W, T, 3], stacking all ranks' tensors; called once. Raises ValueError for wrong
-    shapes, dtypes or labels, before any launch.
+    labels: int64 [T], global ids, on the logits' device or on the CPU. Prefer the CPU: there they
+    are checked at once, and the check of labels on a GPU can only stop the process later.
+    vocab_size: the true global size; columns past it never count and get gradient 0; it may be left
+    out where one rank holds everything. all_gather: maps a [T, 3] fp32 tensor to [W, T, 3],
+    stacking all ranks' tensors; called once. Raises ValueError for wrong shapes, dtypes or labels,
+    before any launch. Nothing waits for the GPU.
     """
     implementation = chosen_implementation(logits)
     check_matrix("logits", logits, "[T, V]")
@@ -57,9 +59,10 @@ def vocab_parallel_cross_entropy(
     check_labels(labels, logits.shape[0], vocab_size, ignore_index, logits.device)
     columns = true_columns(logits.shape[1], vocab_start, vocab_size)
     target = local_targets(labels, vocab_start, columns, ignore_index)
+    target = target.to(logits.device, non_blocking=True)
     if implementation == "reference":
         return cross_entropy_reference(logits, target, columns, all_gather)
-    loss: Tensor = _CrossEntropy.apply(logits, target, columns, all_gather, backend(implementation))
+    loss: Tensor = _CrossEntropy.apply(logits, target, columns, all_gather, implementation)
     return loss
 
 
@@ -80,15 +83,6 @@ def cross_entropy_reference(
     return torch.where(target == IGNORED, 0.0, lse - label_logit + slope - slope.detach())
 
 
-def backend(implementation: str) -> ModuleType:
-    """Return the module whose `statistics` and `gradient_` run for `implementation`."""
-    if implementation == "torch":
-        return cross_entropy_torch
-    from gmai_kernels import cross_entropy_triton  # only here: triton is optional on a CPU machine
-
-    return cross_entropy_triton
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,18 +91,23 @@ class _CrossEntropy(torch.autograd.Function):
         target: Tensor,
         columns: int,
         all_gather: AllGather | None,
-        ops: ModuleType,
+        implementation: str,
     ) -> Tensor:
-        lse, label_logit = combine(ops.statistics(logits, target, columns), all_gather)
+        stats = torch.ops.gmai_kernels.cross_entropy_statistics(
+            logits, target, columns, implementation
+        )
+        lse, label_logit = combine(stats, all_gather)
         ctx.save_for_backward(logits, target, lse)
-        ctx.columns, ctx.ops = columns, ops
+        ctx.columns, ctx.implementation = columns, implementation
         return (lse - label_logit).masked_fill_(target == IGNORED, 0.0)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
         scale = dloss.float().masked_fill(target == IGNORED, 0.0)
-        ctx.ops.gradient_(logits, target, lse, scale, ctx.columns)
+        torch.ops.gmai_kernels.cross_entropy_gradient_(
+            logits, target, lse, scale, ctx.columns, ctx.implementation
+        )
         torch.autograd.graph.increment_version(logits)  # a second backward pass fails, not lies
         return logits, None, None, None, None
 

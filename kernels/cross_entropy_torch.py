@@ -36,12 +36,14 @@ def gradient_(logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, column
 
     Padding columns get 0.
     """
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    logits[:, columns:] = 0.0
+    if columns == 0:
+        return
+    step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
         x, factor, label = logits[rows, :columns], scale[rows, None], target[rows]
         p = torch.sub(x, lse[rows, None], out=x if x.dtype == torch.float32 else None).exp_()
-        held = (label >= 0).nonzero()[:, 0]
-        p[held, label[held]] -= 1.0
+        # One entry a row, 0 where the label is elsewhere: choosing rows would wait for a GPU.
+        p.scatter_add_(1, label.clamp_min(0)[:, None], -(label >= 0).to(p.dtype)[:, None])
         x.copy_(p.mul_(factor))
-    logits[:, columns:] = 0.0

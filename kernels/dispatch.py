@@ -1,6 +1,6 @@
 """Which implementation of an op runs: Triton on a GPU, torch elsewhere, with one override.
 
-`auto` picks by the device of the input: `triton` for CUDA and ROCm tensors, `torch` for all others.
+`auto` picks by the device of the input: `torch` for CPU tensors, `triton` for all others.
 The override lives in a context variable, so it is local to a thread and restored on leaving the
 block.
 """
@@ -41,15 +41,26 @@ def use_implementation(name: Implementation) -> Iterator[None]:
 
 def chosen_implementation(tensor: Tensor) -> Literal["triton", "torch", "reference"]:
     """Return the implementation that runs for an op whose main input is `tensor`."""
-    name = _override.get()
+    name = _overriding()
     if name == "auto":
-        name = "triton" if tensor.is_cuda else "torch"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+        name = "torch" if tensor.device.type == "cpu" else "triton"
+    if name == "triton" and not _has_triton():
         raise ValueError(
             "implementation 'triton' needs the triton package: install the [gpu] extra, "
             "or choose use_implementation('torch')"
         )
     return name
+
+
+# torch.compile can trace neither: it takes their answers when it compiles.
+@torch.compiler.assume_constant_result
+def _overriding() -> Implementation:
+    return _override.get()
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -3,32 +3,33 @@
     x = hidden weight^T    loss as in cross_entropy.py
     dhidden = dx weight    dweight = dx^T hidden
 
-Tokens without a label are left out first: they cost nothing. The others go through in chunks. A
-chunk's logits are made, turned into their gradient in place (for an incoming gradient of 1) and
-used for both products at once, in the forward pass; the backward pass only scales. Scaling is exact
-for dhidden, one factor a row, and for dweight when all supervised tokens share one factor, which
-every mean or sum of the loss gives. For any other incoming gradient the backward pass repeats the
-chunks with the true factors for dweight.
+Tokens without a label are left out first, where labels on the CPU tell which they are: they cost
+nothing then. The others go through in chunks. A chunk's logits are made, turned into their gradient
+in place (for an incoming gradient of 1) and used for both products at once, in the forward pass;
+the backward pass only scales. Scaling is exact for dhidden, one factor a row, and for dweight when
+all supervised tokens share one factor, which every mean or sum of the loss gives. For any other
+incoming gradient the backward pass repeats the chunks with the true factors for dweight. Nothing
+here waits for a GPU, so all that depends on values is decided by what the host knows.
 
 On a GPU the logits and their gradient have the input's dtype, which its tensor cores want; dhidden
 and dweight are fp32 until they are scaled, so that each is rounded once. On a CPU everything but
 the results is fp32, and the weight is converted in blocks of rows.
-Legend: T tokens, S supervised tokens, H hidden size, V vocabulary rows held by this rank, C tokens
-of one chunk, W ranks.
+Legend: T tokens, S tokens that go through the chunks, H hidden size, V vocabulary rows held by this
+rank, C tokens of one chunk, W ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import gmai_kernels.ops  # noqa: F401  (registers the operators)
 from gmai_kernels.checks import check_dtype, check_matrix, check_same, check_weight
-from gmai_kernels.cross_entropy import backend, cross_entropy_reference
+from gmai_kernels.cross_entropy import cross_entropy_reference
 from gmai_kernels.dispatch import chosen_implementation
 from gmai_kernels.vocabulary import (
     IGNORED,
@@ -37,6 +38,7 @@ from gmai_kernels.vocabulary import (
     check_vocabulary,
     combine,
     local_targets,
+    readable,
     true_columns,
 )
 
@@ -67,6 +69,7 @@ def linear_cross_entropy(
     the output layer, same dtype, contiguous; its gradient is summed in fp32, and skipped when the
     weight does not require one. labels, vocab_size, ignore_index, all_gather: as in
     `vocab_parallel_cross_entropy`; all_gather is called once a chunk, in order, on every rank.
+    Labels on the CPU save the work for tokens without one; all ranks give them in the same place.
 
     reduce_hidden_grad: sums the hidden gradient [T, H] over the tensor-parallel ranks (all-reduce).
     gather_hidden: for sequence-parallel input; maps this rank's hidden [T / W, H] to [T, H]. Then
@@ -83,21 +86,27 @@ def linear_cross_entropy(
     tokens = labels.numel() if gather_hidden is not None else hidden.shape[0]
     check_labels(labels, tokens, vocab_size, ignore_index, hidden.device)
     columns = true_columns(weight.shape[0], vocab_start, vocab_size)
+    target = local_targets(labels, vocab_start, columns, ignore_index)
+    rows = (labels != ignore_index).nonzero()[:, 0] if readable(labels) else None
+    implementation = chosen_implementation(hidden)
+    on_cpu = hidden.device.type == "cpu"
     plan = _Plan(
-        target=local_targets(labels, vocab_start, columns, ignore_index),
+        target=target.to(hidden.device, non_blocking=True),
+        rows=None if rows is None else rows.to(hidden.device, non_blocking=True),
         columns=columns,
         all_gather=all_gather,
-        chunk=chunk_size or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK),
+        chunk=chunk_size or (CPU_CHUNK if on_cpu else GPU_CHUNK),
+        dtype=torch.float32 if on_cpu else hidden.dtype,
+        implementation=implementation,
     )
     if reduce_hidden_grad is not None:
         hidden = _Gather.apply(hidden, gather_hidden, reduce_hidden_grad)
     if hidden.shape[0] != tokens:
         raise ValueError(f"gather_hidden: returned {hidden.shape[0]} tokens for {tokens} labels")
-    implementation = chosen_implementation(hidden)
     if implementation == "reference":
         logits = hidden @ weight.T
         return cross_entropy_reference(logits, plan.target, columns, all_gather)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, plan, backend(implementation))
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, plan)
     return loss
 
 
@@ -126,9 +135,23 @@ def _check(
 @dataclass(frozen=True)
 class _Plan:
     target: Tensor  # int64 [T], columns of this rank, ELSEWHERE or IGNORED
+    rows: Tensor | None  # int64 [S], the tokens that go through the chunks; None: all do
     columns: int  # true vocabulary columns of this rank
     all_gather: AllGather | None
     chunk: int
+    dtype: torch.dtype  # of logits and their gradient
+    implementation: str
+
+    def chosen(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [S, ...]."""
+        return values if self.rows is None else values[self.rows]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[S, ...] -> [T, ...], 0 for tokens that were left out."""
+        if self.rows is None or len(self.rows) == len(self.target):
+            return values
+        out = values.new_zeros(len(self.target), *values.shape[1:])
+        return out.index_copy_(0, self.rows, values)
 
 
 class _Gather(torch.autograd.Function):
@@ -146,73 +169,65 @@ class _Gather(torch.autograd.Function):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: _Plan, ops: ModuleType) -> Tensor:
-        rows = (plan.target != IGNORED).nonzero()[:, 0]  # [S]
-        ones = torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)
-        ctx.save_for_backward(hidden, weight, rows)
-        ctx.plan, ctx.ops = plan, ops
-        loss, *ctx.grads = _run_chunks(
-            hidden, weight, rows, ones, plan, ops, ctx.needs_input_grad[:2]
-        )
-        return torch.zeros_like(plan.target, dtype=torch.float32).index_copy_(0, rows, loss)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.plan = plan
+        # Tokens without a label that go through with the others have the factor 0.
+        ones = (plan.chosen(plan.target) != IGNORED).float()
+        loss, *ctx.grads = _run_chunks(hidden, weight, ones, plan, ctx.needs_input_grad[:2])
+        return plan.spread(loss)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, rows = ctx.saved_tensors
-        need = ctx.needs_input_grad[:2]
-        scale = dloss.float()[rows]
+        hidden, weight = ctx.saved_tensors
+        plan, need = ctx.plan, ctx.needs_input_grad[:2]
+        factor = _common_factor(dloss, plan) if need[1] else 1.0
+        ignored = plan.chosen(plan.target) == IGNORED
+        scale = plan.chosen(dloss.float()).masked_fill(ignored, 0.0)
         grads, ctx.grads = ctx.grads, None  # handed over: they are changed below
-        factor = _common_factor(scale) if need[1] else 1.0
         dhidden, dweight = grads or (None, None)
         if dhidden is not None:
             dhidden = _scaled(dhidden, scale[:, None], hidden)
         if grads is None or factor is None:  # a second backward pass, or factors differ by token
             dweight = grads = None
             missing = need[0] and dhidden is None, need[1]
-            _, scaled, dweight = _run_chunks(
-                hidden, weight, rows, scale, ctx.plan, ctx.ops, missing
-            )
+            _, scaled, dweight = _run_chunks(hidden, weight, scale, plan, missing)
             dhidden = dhidden if scaled is None else scaled.to(hidden.dtype)
             factor = 1.0
         if dweight is not None:
             dweight = _scaled(dweight, factor, weight)
-        if dhidden is not None and len(rows) < len(hidden):
-            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
-        return dhidden, dweight, None, None
+        return None if dhidden is None else plan.spread(dhidden), dweight, None
 
 
 def _run_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    plan: _Plan,
-    ops: ModuleType,
-    need: tuple[bool, bool],
+    hidden: Tensor, weight: Tensor, scale: Tensor, plan: _Plan, need: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (loss [S], dhidden [S, H] or None, dweight [V, H] or None), all in fp32.
 
     `scale` [S] is the incoming gradient of the loss.
     """
-    target = plan.target
-    if len(rows) < len(hidden):
-        hidden, target = hidden[rows], target[rows]
-    loss = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+    ops, tokens = torch.ops.gmai_kernels, len(scale)
+    if tokens < len(hidden):
+        hidden = plan.chosen(hidden)
+    target = plan.chosen(plan.target)
+    loss = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     dhidden = torch.empty(hidden.shape, device=hidden.device) if need[0] else None
     dweight: Tensor | None = None
-    dtype = hidden.dtype if hidden.is_cuda else torch.float32
-    buffer = _logits_buffer(min(plan.chunk, len(rows)), weight.shape[0], dtype, hidden.device)
-    for start in range(0, len(rows), plan.chunk):
-        part = slice(start, min(start + plan.chunk, len(rows)))
-        states = hidden[part].to(dtype)  # [C, H]
+    buffer = _logits_buffer(min(plan.chunk, tokens), weight.shape[0], plan.dtype, hidden.device)
+    for start in range(0, tokens, plan.chunk):
+        part = slice(start, min(start + plan.chunk, tokens))
+        states = hidden[part].to(plan.dtype)  # [C, H]
         logits = _logits(states, weight, buffer[: part.stop - start])  # [C, V]
-        lse, label_logit = combine(
-            ops.statistics(logits, target[part], plan.columns), plan.all_gather
+        stats = ops.cross_entropy_statistics(
+            logits, target[part], plan.columns, plan.implementation
         )
-        loss[part] = lse - label_logit
+        lse, label_logit = combine(stats, plan.all_gather)
+        loss[part] = (lse - label_logit).masked_fill_(target[part] == IGNORED, 0.0)
         if not any(need):
             continue
-        ops.gradient_(logits, target[part], lse, scale[part], plan.columns)
+        ops.cross_entropy_gradient_(
+            logits, target[part], lse, scale[part], plan.columns, plan.implementation
+        )
         if dhidden is not None:
             _hidden_product(logits, weight, dhidden[part])
         if need[1]:
@@ -245,7 +260,9 @@ def _hidden_product(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
     """
     if dlogits.dtype != torch.float32:
         torch.mm(dlogits, weight, out_dtype=torch.float32, out=out)
-    elif dlogits.is_cuda or (weight.dtype == torch.float32 and len(dlogits) >= CPU_FEW_TOKENS):
+    elif dlogits.device.type != "cpu" or (
+        weight.dtype == torch.float32 and len(dlogits) >= CPU_FEW_TOKENS
+    ):
         torch.mm(dlogits, weight, out=out)
     else:
         out.zero_()
@@ -267,11 +284,12 @@ def _blocks_in_fp32(weight: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor
 def _add_product(total: Tensor | None, dlogits: Tensor, states: Tensor) -> Tensor:
     """Return total + dlogits^T states in fp32 [V, H], added inside the product."""
     left = dlogits.T
+    if total is not None:
+        torch.ops.gmai_kernels.add_product_(total, left, states)
+        return total
     if dlogits.dtype == torch.float32:
-        return left @ states if total is None else total.addmm_(left, states)
-    if total is None:
-        return torch.mm(left, states, out_dtype=torch.float32)
-    return torch.addmm(total, left, states, out_dtype=torch.float32, out=total)
+        return left @ states
+    return torch.mm(left, states, out_dtype=torch.float32)
 
 
 def _scaled(gradient: Tensor, factor: float | Tensor, like: Tensor) -> Tensor:
@@ -282,8 +300,17 @@ def _scaled(gradient: Tensor, factor: float | Tensor, like: Tensor) -> Tensor:
     return torch.mul(gradient, factor, out=out)
 
 
-def _common_factor(scale: Tensor) -> float | None:
-    """Return the value that all entries of `scale` share, or None."""
+def _common_factor(dloss: Tensor, plan: _Plan) -> float | Tensor | None:
+    """Return the value that the gradients of all supervised tokens' losses share, or None.
+
+    An expanded gradient, which a sum or a mean of the loss gives, has one value. On a CPU any other
+    is compared; on a GPU that would wait for it, and the answer is None.
+    """
+    if dloss.stride(0) == 0 or len(dloss) == 1:
+        return dloss[0].item() if readable(dloss) else dloss[0]
+    if not readable(dloss):
+        return None
+    scale = dloss[plan.chosen(plan.target) != IGNORED] if plan.rows is None else dloss[plan.rows]
     if len(scale) == 0:
         return 1.0
     low, high = torch.stack(scale.aminmax()).tolist()

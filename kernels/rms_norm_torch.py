@@ -16,41 +16,37 @@ ELEMENTS = 1 << 20  # of a block, for each thread; shared among its fp32 copies 
 ROWS = 1024  # of a block, for each thread: the weight gradient sums them one by one
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, x + residual, r [R, 1]) for `x` [R, H]; without a residual the sum is x."""
+def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (y, r fp32 [R, 1]) for `x` [R, H]."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(y)
     r = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     scale, floor = weight.float(), torch.tensor(eps, device=x.device)
     blocks = _blocks(x, copies=1)
     (scratch,) = _scratch(x, blocks, 1)
     for block in blocks:
-        rows = total[block]
-        if residual is not None:
-            torch.add(x[block], residual[block], out=rows)
+        rows = x[block]
         wide = _in_fp32(rows, scratch)  # [B, H]
         norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=r[block])
+        # mean(x^2) + eps in one pass, where mean(x^2) = norm^2 / H
         torch.addcmul(floor, norm, norm, value=1 / x.shape[1], out=norm).rsqrt_()
         if wide is rows:
             torch.mul(wide, norm, out=y[block]).mul_(scale)
         else:
             y[block] = wide.mul_(norm).mul_(scale)
-    return y, total, r
+    return y, r
 
 
 def backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, r: Tensor, weight: Tensor, weight_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return (dx [R, H], dweight [H] or None) with the forward pass's r; dx includes `dtotal`."""
+    dy: Tensor, x: Tensor, r: Tensor, weight: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (dx [R, H], dweight [H]) with the forward pass's r; dweight is [0] if not wanted."""
     scale, low = weight.float(), x.dtype != torch.float32
     mean_scale, zeros = scale / x.shape[1], torch.zeros_like(r)
     blocks = _blocks(x, copies=2)
     scratch = _scratch(x, blocks, 2)
     whole = len(blocks) == 1 and not low  # then LayerNorm's result becomes dx
     dx = torch.empty(x.shape if not whole else 0, dtype=x.dtype, device=x.device)
-    dweight = torch.zeros_like(scale) if weight_grad else None
+    dweight = torch.zeros_like(scale if weight_grad else scale[:0])
     for block in blocks:
         g, wide = (_in_fp32(t[block], s) for t, s in zip((dy, x), scratch, strict=True))  # [B, H]
         correction = torch.mv(g, mean_scale)[:, None].mul_(r[block])
@@ -58,13 +54,11 @@ def backward(
             g, wide, scale.shape, zeros[block], r[block], scale, None, (True, weight_grad, False)
         )
         result = torch.add(result, correction, out=result if whole or low else dx[block])
-        if dtotal is not None:
-            result.add_(dtotal[block])
-        if dweight is not None:
+        if weight_grad:
             dweight += share
         if low:
             dx[block] = result
-    return result if whole else dx, None if dweight is None else dweight.to(weight.dtype)
+    return result if whole else dx, dweight.to(weight.dtype)
 
 
 def _blocks(x: Tensor, copies: int) -> list[slice]:

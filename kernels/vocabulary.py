@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 AllGather = Callable[[Tensor], Tensor]  # [T, 3] -> [W, T, 3]
 
@@ -48,7 +49,8 @@ def check_labels(
 ) -> None:
     """Raise ValueError unless `labels` is int64 [T], in the vocabulary or `ignore_index`.
 
-    The range check reads two numbers back, which on a GPU waits for the stream once a call.
+    Labels on a GPU are checked there, as reading them would wait for all work before them: a wrong
+    one then stops the process at a later call, with "labels: a value lies outside ...".
     """
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: dtype {labels.dtype} is not int64; call .long()")
@@ -56,16 +58,29 @@ def check_labels(
         raise ValueError(
             f"labels: shape {tuple(labels.shape)} does not match; expected ({tokens},)"
         )
-    if labels.device != device:
-        raise ValueError(f"labels: device {labels.device} differs from {device}; move them")
+    if labels.device not in (device, torch.device("cpu")):
+        raise ValueError(f"labels: device {labels.device} is neither {device} nor cpu; move them")
+    outside = f"outside the vocabulary [0, {vocab_size})"
+    remedy = f"fix the tokenizer, or mark unsupervised tokens with ignore_index={ignore_index}"
     used = labels.masked_fill(labels == ignore_index, 0)
+    if not readable(labels):
+        within = ((used >= 0) & (used < vocab_size)).all()
+        torch._assert_async(within, f"labels: a value lies {outside}; {remedy}")
+        return
     low, high = torch.stack(used.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise ValueError(
-            f"labels: value {wrong} lies outside the vocabulary [0, {vocab_size}); "
-            f"fix the tokenizer, or mark unsupervised tokens with ignore_index={ignore_index}"
-        )
+        raise ValueError(f"labels: value {wrong} lies {outside}; {remedy}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting: real ones in host memory.
+
+    Fake tensors (a dry run, torch.compile) have none.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return detect_fake_mode((tensor,)) is None
 
 
 def check_vocabulary(columns: int, vocab_start: int, vocab_size: int | None, gathered: bool) -> int:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
@@ -66,9 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pretrain_gmai_vl.py",
         usage="torchrun ... %(prog)s [--preset NAME] (--datasets LIST.json | --shards DIR) "
-        "--work-dir DIR [flags]",
+        "--work-dir DIR [flags] [@FILE of flags]",
         description="Train GMAI-VL with Megatron-Core's tensor, pipeline and data parallelism.",
         allow_abbrev=False,
+        fromfile_prefix_chars="@",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
     )
@@ -92,6 +94,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists every flag)")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """One line of a file given as @FILE: flags and values as on a shell's line, # comments."""
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"a line of a file of flags cannot be read: {error}: {arg_line.strip()}")
 
 
 class _Once(argparse.Action):

@@ -1,6 +1,7 @@
 """The command line: GMAI-VL's names, Megatron's names, presets, notes and mistakes."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -195,3 +196,19 @@ class TestHelp:
             parse(["--help"])
         assert left.value.code == 0
         assert "--mirco-batch-size" in capsys.readouterr().out
+
+
+class TestFilesOfFlags:
+    def test_a_line_reads_as_a_shell_reads_it(self, tmp_path: Path) -> None:
+        file = tmp_path / "flags"
+        file.write_text("# why\n--lr 1e-4 --freeze-llm  # so\n\n--work-dir 'a folder'\n")
+        config = parse([f"@{file}", "--lr", "3"]).config
+        assert (config.train.lr, config.train.freeze_llm) == (3, True)
+        assert config.run.work_dir == "a folder"
+
+    def test_a_missing_file_and_an_open_quote_are_told(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="No such file or directory: '.*absent'"):
+            parse([f"@{tmp_path}/absent"])
+        (tmp_path / "flags").write_text("--work-dir 'a folder\n")
+        with pytest.raises(ValueError, match="cannot be read: No closing quotation: --work-dir"):
+            parse([f"@{tmp_path}/flags"])

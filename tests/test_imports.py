@@ -21,6 +21,8 @@ ALLOWED = {
     "convert": set[str](),
     "training": {"model", "data", "convert", "runtime"},
     "evaluate": {"model", "data", "runtime"},
+    "report": {"data"},
+    "preflight": {"data", "convert", "runtime"},
 }
 # The rooms of data/, each with the rooms it may import besides itself and the files on top.
 DATA_ROOMS = {

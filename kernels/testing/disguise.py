@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .inside import InsideMode
 from .interpreter import patched
 
 MULTIPROCESSORS = 132  # an H100's
@@ -52,11 +52,10 @@ class _Disguise(TorchFunctionMode):
         return func(*map(_on_cpu, args), **kwargs)
 
 
-class _MixedProducts(TorchDispatchMode):
+class _MixedProducts(InsideMode):
     """`mm` and `addmm` with `out_dtype`, which torch offers for GPU tensors alone."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not func.name().startswith(("aten::mm.dtype", "aten::addmm.dtype")):
             return func(*args, **kwargs)
         *operands, out_dtype = args

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .inside import InsideMode
 from .interpreter import Launch, Memory, interpret
 
 _WINDOW_BITS = 44
@@ -181,7 +181,7 @@ class _Guard(Memory):
         raise GuardError(f"{self.launch.kernel}, program {self.current}: {what}")
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(InsideMode):
     """Follows `torch.empty` and its kin, and torch operations that write into their memory."""
 
     def __init__(self) -> None:
@@ -195,8 +195,7 @@ class _Allocations(TorchDispatchMode):
             self.storages[address] = _Storage(tensor, fresh=False)
         return self.storages[address]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
         if "empty" in func.name():
             self.storages[result.untyped_storage().data_ptr()] = _Storage(result, fresh=True)

@@ -10,7 +10,8 @@ interpreter, which `TRITON_INTERPRET=1` would start:
 - floats and loop variables are Triton scalars, as they are when compiled.
 - a `Memory` stands between the kernel and the tensors, and may watch or refuse each access.
 
-The interpreter is not a public interface of Triton, therefore the project pins Triton's version.
+The interpreter is not a public interface of Triton: what differs between the versions in use is
+taken as it comes, and a part that is missing is named.
 """
 
 from __future__ import annotations
@@ -162,12 +163,11 @@ class _Machine:
             namespace = {
                 name: _patched_builtin(value) for name, value in kernel.__globals__.items()
             }
-            namespace |= {
-                "interpreter_semantic": stock.interpreter_semantic,
-                "_InterpreterComparison": stock._InterpreterComparison,
-                "range": _scalar_range,
-            }
-            code = compile(ast.fix_missing_locations(tree), kernel.file_name, "exec")
+            # The rewritten code calls these; only newer versions rewrite comparisons.
+            helpers = ("interpreter_semantic", "_InterpreterComparison")
+            namespace |= {name: getattr(stock, name) for name in helpers if hasattr(stock, name)}
+            namespace["range"] = _scalar_range
+            code = compile(ast.fix_missing_locations(tree), inspect.getfile(kernel.fn), "exec")
             exec(code, namespace)
             self._functions[key] = namespace[kernel.fn.__name__]
         return self._functions[key]
@@ -207,13 +207,16 @@ class _Machine:
 
 
 class _Builder(stock.InterpreterBuilder):
-    """Triton's interpreter with bfloat16 held as float32, and memory behind an observer."""
+    """Triton's interpreter with bfloat16 held as float32, and memory behind an observer.
+
+    Hints about caches, whose number differs between versions, mean nothing here.
+    """
 
     def __init__(self, memory: Memory) -> None:
         super().__init__()
         self.memory = memory
 
-    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
+    def create_masked_load(self, ptrs, mask, other, *hints, **named_hints):
         dtype = ptrs.get_element_ty()
         addresses = self.memory.load(ptrs.data, mask.data, _bytes(dtype))
         numpy_dtype = np.dtype(np.uint16) if dtype == tl.bfloat16 else stock._get_np_dtype(dtype)
@@ -224,7 +227,7 @@ class _Builder(stock.InterpreterBuilder):
         values = stock._interpreter.load(addresses, mask.data, fill, numpy_dtype)
         return stock.TensorHandle(_from_bits(values) if dtype == tl.bfloat16 else values, dtype)
 
-    def create_masked_store(self, ptrs, value, mask, cache_policy):
+    def create_masked_store(self, ptrs, value, mask, *hints, **named_hints):
         dtype = ptrs.get_element_ty()
         addresses = self.memory.store(ptrs.data, mask.data, _bytes(dtype))
         data = _to_bits(value.data) if dtype == tl.bfloat16 else value.data
@@ -260,6 +263,9 @@ class _Builder(stock.InterpreterBuilder):
         if dst_type.scalar == tl.bfloat16:
             return stock.TensorHandle(_from_bits(src.data.view(np.uint16)), tl.bfloat16)
         return super().create_bitcast(src, dst_type)
+
+    def get_bf16(self, value):
+        return stock.TensorHandle(np.array([value], dtype=np.float32), tl.bfloat16)
 
     def create_fabs(self, arg):
         if arg.dtype.scalar == tl.bfloat16:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .inside import InsideMode
 from .interpreter import Launch, Memory, interpret
 
 # In-place operations that overwrite their target without reading it.
@@ -89,13 +89,12 @@ class _Counter(Memory):
         return self.store(addresses, mask, size)
 
 
-class _OperationCounter(TorchDispatchMode):
+class _OperationCounter(InsideMode):
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
         self.traffic = traffic
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
         moved = _moved_by(func, args, kwargs, result)
         if moved.total:

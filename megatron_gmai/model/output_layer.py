@@ -46,7 +46,10 @@ class OutputLayer(ColumnParallelLinear):
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """[S, B, H] -> logits [S, B, vocabulary], padding columns cut off; with labels int64 [T],
-        [T or T / tp, 1, H] -> fp32 [T] losses, 0 where the label is ignored."""
+        [T or T / tp, 1, H] -> fp32 [T] losses, 0 where the label is ignored.
+
+        Labels should lie in host memory where `hidden` is on a GPU (see `gmai_kernels`).
+        """
         if labels is None:
             return super().forward(hidden)[0][..., : self.vocab_size]
         tp = self.tp_group

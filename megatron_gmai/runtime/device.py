@@ -1,13 +1,18 @@
 """Where a run computes: the one place that chooses between CPU with gloo and CUDA with NCCL."""
 
+import glob
 import importlib.util
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megatron_gmai.runtime import cpu
 
+HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; Slurm sets the last
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -29,15 +34,20 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
     """Resolve `--device` and `--dtype` for this process and prepare torch for them.
 
     On CPU this installs the emulation of `torch.cuda` that Megatron-Core needs; on CUDA it selects
-    the GPU of the local rank and touches nothing else.
+    the GPU of the local rank and touches nothing else. Where `auto` takes the CPU although a GPU
+    could be expected, one process of each machine says why on stderr.
 
     Raises:
         ValueError: `cuda` is asked for and no GPU is visible, or fp16 on CPU.
     """
     available = torch.cuda.is_available() and not cpu.installed()
     kind = ("cuda" if available else "cpu") if device == "auto" else device
+    reason = None if available or cpu.installed() else why_no_gpu()
     if kind == "cuda" and not available:
-        raise ValueError("--device cuda: torch sees no GPU. Use --device cpu, or mend the driver.")
+        raise ValueError(
+            f"--device cuda: torch sees no GPU: {reason or 'this machine has none'}. "
+            "Mend that (docs/gpu.md), or use --device cpu."
+        )
     if kind == "cpu" and dtype == "fp16":
         raise ValueError("--dtype fp16 needs a GPU. Use --dtype fp32 or bf16 on a CPU.")
     name = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
@@ -45,9 +55,52 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
         index = local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return Device("cuda", torch.device("cuda", index), "nccl", DTYPES[name])
+    if device == "auto" and reason and local_rank() == 0:
+        print(f"note: --device auto takes the CPU: {reason}", file=sys.stderr, flush=True)
     cpu.install()
     torch.set_num_threads(threads_per_process())
     return Device("cpu", torch.device("cpu"), "gloo", DTYPES[name])
+
+
+def why_no_gpu() -> str | None:
+    """Why torch sees no GPU where one could be expected; None where none could be.
+
+    A GPU is expected by a build of torch for GPUs, and where the job or the machine has one.
+    """
+    build = _gpu_build()
+    sign = next(_signs_of_gpus(), None)
+    if build is None:
+        return sign and f"{sign}, but torch {torch.__version__} is built for the CPU only"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in HIDING:
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU"
+    try:
+        torch.cuda.init()
+        fault = "torch.cuda.is_available() is False"
+    except (RuntimeError, AssertionError) as error:
+        fault = str(error).strip().splitlines()[0]
+    return f"{sign or f'torch is built for {build}'}, but: {fault}"
+
+
+def _gpu_build() -> str | None:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else None
+
+
+def _signs_of_gpus() -> Iterator[str]:
+    """What tells that this job or machine has GPUs, the most telling first."""
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("SLURM_") and "GPUS" in name and value not in ("", "0"):
+            yield f"the job has GPUs ({name}={value})"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible not in HIDING:
+        yield f"CUDA_VISIBLE_DEVICES={visible} names GPUs"
+    for files in ("/dev/nvidia[0-9]*", "/dev/kfd"):  # NVIDIA's and AMD's drivers
+        if found := sorted(glob.glob(files)):
+            yield f"the machine has GPUs ({found[0]})"
+    if program := shutil.which("nvidia-smi"):
+        yield f"NVIDIA's driver is installed ({program})"
 
 
 def local_rank() -> int:

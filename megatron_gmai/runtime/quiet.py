@@ -1,5 +1,6 @@
 """Silences library warnings that tell a user nothing: what is optional, and old names in use."""
 
+import logging
 import warnings
 
 
@@ -10,4 +11,7 @@ def quiet_libraries() -> None:
     """
     warnings.filterwarnings("ignore", message=".*Transformer Engine.*|.*Apex.*")
     warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    # A CUDA build of torch without a GPU warns about CUDA_HOME when Megatron-Core loads the builder
+    # of C++ extensions. We build none; why there is no GPU is told by `choose_device`.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")

@@ -7,19 +7,25 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmai.config import Config
+from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.runtime.device import Device, peak_memory_bytes
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.optimizer_state import steps_taken
+from megatron_gmai.training.preemption import stop_requested
 from megatron_gmai.training.setup import Run
 
 
-def train(run: Run) -> None:
-    """Take every step from the run's position to its end, saving on the way."""
+def train(run: Run) -> bool:
+    """Take every step from the run's position to its end, saving on the way.
+
+    False if a stop signal has come to some rank: the run is saved and can be resumed.
+    """
     config, total = run.config, run.total_iterations
     log = open_log(run)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
+    finished = True
     for iteration in range(run.position.iteration + 1, total + 1):
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
@@ -31,10 +37,16 @@ def train(run: Run) -> None:
             memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
             if log is not None:
                 log.write(make_row(iteration, result, lr, seconds, memory))
-        if iteration % save_every == 0 or iteration == total:
+        # A signal reaches the ranks between different steps: all stop after the same one.
+        stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
+        if iteration % save_every == 0 or iteration == total or stopped:
             save(run, iteration)
+        if stopped and iteration < total:
+            finished = False
+            break
     if log is not None:
         log.close()
+    return finished
 
 
 def save(run: Run, iteration: int) -> None:
@@ -86,6 +98,10 @@ def highest_of_all_ranks(value: int, device: Device) -> int:
 
 
 def save_config(config: Config) -> None:
-    """Keep the effective configuration beside the run."""
+    """Keep the effective configuration beside the run, and its tokenizer beside the checkpoints:
+    with them the next phase has all it needs."""
     path = Path(config.run.work_dir) / "config.json"
     path.write_text(config.to_json(), encoding="utf-8")
+    assert config.data.tokenizer is not None and config.run.save is not None
+    Path(config.run.save).mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(config.data.tokenizer, config.run.save)

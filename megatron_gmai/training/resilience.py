@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_gmai.training.preemption import obey_stop_signals
+
 # What torch.distributed says when another rank is gone; that rank tells the cause.
 _LOST_PEER = (
     "Connection closed by peer",
@@ -36,6 +38,7 @@ def run_guarded(main: Callable[[], None]) -> None:
     except Exception as error:
         lost_peer = any(sign in str(error) for sign in _LOST_PEER)
         if lost_peer or rank:
+            obey_stop_signals()  # so that torchrun can
             time.sleep(_LOST_PEER_SECONDS if lost_peer else _ECHO_SECONDS)
         if lost_peer:
             message = "another rank is gone; its own message tells why"

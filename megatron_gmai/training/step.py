@@ -133,16 +133,16 @@ def forward_step(
     batch = next(batches)
     device, own = world.device.torch_device, world.groups.own_tokens(batch.tokens.numel())
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
-    labels = to_device(batch.labels[own])
+    labels = batch.labels[own]
     output = model(
         tokens=to_device(batch.tokens[own]),
         position_ids=to_device(batch.position_ids[own]),
         segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, device),
-        labels=labels,
+        labels=labels,  # in host memory: the loss checks and sorts them without a wait
         pixel_values=to_device(batch.pixel_values),
         image_starts=to_device(batch.image_starts - own.start),
     )
-    return output, partial(sum_losses, labels=labels)
+    return output, partial(sum_losses, labels=to_device(labels))
 
 
 def sum_losses(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,8 @@
 widths.
 
 The shapes are those that the launchers see in training: bfloat16, hidden sizes of language model
-and vision tower, vocabularies whole and cut into 1 to 8 slices.
+and vision tower, vocabularies whole and cut into 1 to 8 slices. Another compiler allocates other
+registers: the bars hold with the pinned Triton, which is the one that belongs to the pinned torch.
 """
 
 import pytest
@@ -14,6 +15,8 @@ from gmai_kernels.linear_cross_entropy import _logits_buffer
 from gmai_kernels.testing.gate import GFX942, SM_80, SM_90, SM_100, TARGETS, check, compiling
 from gmai_kernels.vocabulary import true_columns
 
+pytestmark = pytest.mark.pinned
+
 HIDDEN = (512, 1024, 2048, 4096, 5120, 8192, 16384)
 VOCABULARIES = (32000, 92544, 92553, 151936)
 NVIDIA = (SM_80, SM_90, SM_100)
@@ -21,9 +24,8 @@ ROWS = 16
 
 # Registers per thread that a kernel may use on sm_80, sm_90 and sm_100, by the size of its block: a
 # size that is not listed has the cap of the next smaller one. An AMD lane may use 128.
-FORWARD_CAPS = {512: (40, 40, 40), 1024: (32, 32, 32), 8192: (38, 32, 32), 16384: (64, 64, 64)}
-RESIDUAL_CAPS = {512: (44, 44, 44), 1024: (32, 32, 32), 8192: (38, 34, 32), 16384: (64, 64, 64)}
-BACKWARD_CAPS = {512: (88, 80, 76), 16384: (128, 128, 128)}
+FORWARD_CAPS = {512: (40, 40, 40), 1024: (32, 32, 32), 16384: (64, 64, 64)}
+BACKWARD_CAPS = {512: (64, 64, 64)}
 STATISTICS_CAPS = (58, 60, 64)
 GRADIENT_CAPS = (32, 32, 32)
 AMD_CAP = 128
@@ -56,20 +58,12 @@ def test_rms_norm(target, hidden):
     weight = torch.empty(hidden, dtype=torch.bfloat16)
     r = torch.empty(ROWS, 1)
     with compiling(target) as forward:
-        rms_norm_triton.forward(x, None, weight, 1e-6)
-    with compiling(target) as residual:
-        rms_norm_triton.forward(x, x, weight, 1e-6)
+        rms_norm_triton.forward(x, weight, 1e-6)
     with compiling(target) as backward:
-        rms_norm_triton.backward(x, None, x, r, weight, True)
-        rms_norm_triton.backward(x, x, x, r, weight, True)
-        rms_norm_triton.backward(x, None, x, r, weight, False)
-        rms_norm_triton.backward(x, x, x, r, weight, False)
-    for kernels, caps in (
-        (forward, FORWARD_CAPS),
-        (residual, RESIDUAL_CAPS),
-        (backward, BACKWARD_CAPS),
-    ):
-        assert kernels
+        rms_norm_triton.backward(x, x, r, weight, True)
+        rms_norm_triton.backward(x, x, r, weight, False)
+    for kernels, caps, count in ((forward, FORWARD_CAPS, 1), (backward, BACKWARD_CAPS, 2)):
+        assert len(kernels) == count
         for kernel in kernels:
             check(kernel, cap_for(hidden, caps, target))
 

@@ -238,6 +238,15 @@ def test_the_reference_has_the_gradient_of_the_formula():
         assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
+@pytest.mark.parametrize("wrong", (-1, 50))
+def test_a_wrong_label_on_a_gpu_is_found_there(wrong):
+    hidden, weight, labels = inputs(6, 50, 50, torch.bfloat16)
+    labels[3] = wrong
+    told = r"labels: a value lies outside the vocabulary \[0, 50\); fix the tokenizer"
+    with running("triton"), looks_like_gpu(), pytest.raises(RuntimeError, match=told):
+        linear_cross_entropy(hidden, weight, labels)
+
+
 X, W, L = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64)
 GATHER = {"all_gather": lambda stats: stats[None], "vocab_size": 8}
 

@@ -1,10 +1,10 @@
-"""RMSNorm agrees with float64 in value and gradients, alone and with the residual addition."""
+"""RMSNorm agrees with float64 in value and gradients."""
 
 import pytest
 import torch
 from numerics import TOLERANCE, assert_close, every_dtype, every_implementation, grad, leaf, running
 
-from gmai_kernels import rms_norm, rms_norm_residual, use_implementation
+from gmai_kernels import rms_norm, use_implementation
 
 EPS = 1e-5
 # One row, one warp, not a power of two, odd, wide, and the widest.
@@ -12,10 +12,10 @@ SHAPES = ((1, 64), (19, 100), (5, 1000), (3, 1001), (9, 4096), (2, 8200), (3, 16
 
 
 def inputs(rows: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """x, residual, weight, dy, dsum."""
+    """x, weight, dy."""
     torch.manual_seed(rows * hidden)
-    x, residual, dy, dsum = (torch.randn(rows, hidden).to(dtype) for _ in range(4))
-    return x, residual, (1 + 0.1 * torch.randn(hidden)).to(dtype), dy, dsum
+    x, dy = (torch.randn(rows, hidden).to(dtype) for _ in range(2))
+    return x, (1 + 0.1 * torch.randn(hidden)).to(dtype), dy
 
 
 def in_float64(x, weight, dy) -> tuple[torch.Tensor, ...]:
@@ -31,7 +31,7 @@ def in_float64(x, weight, dy) -> tuple[torch.Tensor, ...]:
 @every_dtype
 @pytest.mark.parametrize(("rows", "hidden"), SHAPES)
 def test_value_and_gradients(implementation, dtype, rows, hidden):
-    x, _, weight, dy, _ = inputs(rows, hidden, dtype)
+    x, weight, dy = inputs(rows, hidden, dtype)
     reference = in_float64(x, weight, dy)
     x, weight = leaf(x), leaf(weight)
     with running(implementation):
@@ -43,49 +43,21 @@ def test_value_and_gradients(implementation, dtype, rows, hidden):
     assert_close(grad(weight), reference[2], TOLERANCE[dtype], "dweight")
 
 
-@every_implementation
-@every_dtype
-@pytest.mark.parametrize(("rows", "hidden"), SHAPES)
-def test_residual_value_and_gradients(implementation, dtype, rows, hidden):
-    x, residual, weight, dy, dsum = inputs(rows, hidden, dtype)
-    rounded = (x.float() + residual.float()).to(dtype)  # what the rest of the layer sees
-    y64, dx64, dweight64 = in_float64(rounded, weight, dy)
-    x, residual, weight = leaf(x), leaf(residual), leaf(weight)
-    with running(implementation):
-        y, total = rms_norm_residual(x, residual, weight, EPS)
-        torch.autograd.backward((y, total), (dy, dsum))
-    assert torch.equal(total, rounded)
-    assert torch.equal(grad(x), grad(residual))
-    assert_close(y, y64, TOLERANCE[dtype], "y")
-    assert_close(grad(x), dx64 + dsum.double(), TOLERANCE[dtype], "dx")
-    assert_close(grad(weight), dweight64, TOLERANCE[dtype], "dweight")
-
-
 @every_dtype
 def test_many_rows_cost_no_digits_on_a_cpu(dtype):
-    x, residual, weight, dy, dsum = inputs(20000, 64, dtype)
-    rounded = (x.float() + residual.float()).to(dtype)
-    y64, dx64, dweight64 = in_float64(rounded, weight, dy)
-    x, residual, weight = leaf(x), leaf(residual), leaf(weight)
-    y, total = rms_norm_residual(x, residual, weight, EPS)
-    torch.autograd.backward((y, total), (dy, dsum))
-    assert torch.equal(total, rounded)
+    x, weight, dy = inputs(20000, 64, dtype)
+    y64, dx64, dweight64 = in_float64(x, weight, dy)
+    x, weight = leaf(x), leaf(weight)
+    y = rms_norm(x, weight, EPS)
+    y.backward(dy)
     assert_close(y, y64, TOLERANCE[dtype], "y")
-    assert_close(grad(x), dx64 + dsum.double(), TOLERANCE[dtype], "dx")
+    assert_close(grad(x), dx64, TOLERANCE[dtype], "dx")
     assert_close(grad(weight), dweight64, TOLERANCE[dtype], "dweight")
-
-
-@every_implementation
-def test_residual_equals_the_two_steps(implementation):
-    x, residual, weight, *_ = inputs(7, 320, torch.bfloat16)
-    with running(implementation):
-        fused, _ = rms_norm_residual(x, residual, weight, EPS)
-        assert torch.equal(fused, rms_norm(x + residual, weight, EPS))
 
 
 @every_implementation
 def test_rows_may_be_strided_and_leading_dimensions_many(implementation):
-    wide, _, weight, dy, _ = inputs(6, 96, torch.float32)
+    wide, weight, dy = inputs(6, 96, torch.float32)
     weight = weight[:48].clone()
     x, dy = wide.view(2, 3, 96)[..., :48], dy.view(2, 3, 96)[..., 48:]
     found, expected = leaf(x), leaf(x.contiguous())
@@ -100,7 +72,7 @@ def test_rows_may_be_strided_and_leading_dimensions_many(implementation):
 
 @every_implementation
 def test_gradient_of_a_sum_may_be_expanded(implementation):
-    x, _, weight, *_ = inputs(4, 80, torch.float32)
+    x, weight, _ = inputs(4, 80, torch.float32)
     reference = in_float64(x, weight, torch.ones(4, 80))
     x, weight = leaf(x), leaf(weight)
     with running(implementation):
@@ -111,11 +83,11 @@ def test_gradient_of_a_sum_may_be_expanded(implementation):
 
 @every_implementation
 def test_a_frozen_weight_gets_no_gradient(implementation):
-    x, residual, weight, dy, _ = inputs(5, 128, torch.float32)
+    x, weight, dy = inputs(5, 128, torch.float32)
     trained, frozen = leaf(x), leaf(x)
     with running(implementation):
-        rms_norm_residual(trained, residual, leaf(weight), EPS)[0].backward(dy)
-        rms_norm_residual(frozen, residual, weight, EPS)[0].backward(dy)
+        rms_norm(trained, leaf(weight), EPS).backward(dy)
+        rms_norm(frozen, weight, EPS).backward(dy)
     assert weight.grad is None
     assert_close(grad(frozen), grad(trained), 2e-6, "dx")
 
@@ -124,7 +96,7 @@ def test_a_frozen_weight_gets_no_gradient(implementation):
 def test_two_runs_agree_bitwise(implementation):
     results = []
     for _ in range(2):
-        x, _, weight, dy, _ = inputs(40, 256, torch.bfloat16)
+        x, weight, dy = inputs(40, 256, torch.bfloat16)
         x, weight = leaf(x), leaf(weight)
         with running(implementation):
             rms_norm(x, weight, EPS).backward(dy)
@@ -153,15 +125,6 @@ X, W = torch.ones(4, 64), torch.ones(64)
 def test_wrong_input_is_named(implementation, argument, x, weight, eps):
     with running(implementation), pytest.raises(ValueError, match=f"^{argument}"):
         rms_norm(x, weight, eps)
-
-
-@pytest.mark.parametrize(
-    ("argument", "residual"),
-    [("residual: shape", X[:2]), ("residual: dtype", X.half())],
-)
-def test_wrong_residual_is_named(argument, residual):
-    with pytest.raises(ValueError, match=f"^{argument}"):
-        rms_norm_residual(X, residual, W, EPS)
 
 
 def test_a_row_too_wide_for_the_kernel_is_refused():

@@ -197,7 +197,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 @pytest.mark.parametrize(
     ("size", "case"),
-    [pytest.param(size, case, id=case.name) for size in CASES for case in CASES[size]],
+    [
+        pytest.param(size, case, id=case.name, marks=[pytest.mark.core] if size == 2 else [])
+        for size in CASES
+        for case in CASES[size]
+    ],
 )
 def test_a_layout_gives_what_one_process_gives(
     size: int, case: Case, outcomes: Outcomes, references: dict[int, Outcome]

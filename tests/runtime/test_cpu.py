@@ -18,6 +18,7 @@ PATCHED: tuple[ModuleType, ...] = (torch.cuda, torch.cuda.nvtx, random)
 
 # Names of torch.cuda in Megatron's modules that the emulation leaves alone, and why.
 GRAPHS = "CUDA graphs are for GPUs; the graph-safe random state belongs to them"
+INFERENCE = "memory reports of dynamic inference, which is not used"
 POOLS = "memory pools of NCCL user buffers and of dynamic inference are not used"
 STRAGGLERS = "the straggler detector of GPUs is not used"
 LEFT_ALONE = {
@@ -37,6 +38,9 @@ LEFT_ALONE = {
     "graph": GRAPHS,
     "graph_pool_handle": GRAPHS,
     "random.get_rng_state": "of the graph-safe state only; the other goes through a patched name",
+    "_sleep": GRAPHS,
+    "device_memory_used": INFERENCE,
+    "memory_snapshot": INFERENCE,
     "MemPool": POOLS,
     "use_mem_pool": POOLS,
     "clock_rate": STRAGGLERS,

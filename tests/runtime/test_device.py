@@ -1,7 +1,12 @@
 """One place chooses where a run computes, with how many threads, and in which groups."""
 
 import dataclasses
+import glob
 import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +23,12 @@ from megatron_gmai.runtime.groups import build_groups, destroy_groups, initializ
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """These tests are about a machine without a GPU, wherever they run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    for name in [n for n in os.environ if n.startswith("SLURM_") or n == "CUDA_VISIBLE_DEVICES"]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     yield
     cpu.uninstall()
@@ -40,9 +51,96 @@ def test_bf16_can_be_asked_for_on_a_cpu() -> None:
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_told_and_changes_nothing() -> None:
-    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU. Use --device cpu"):
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU: this machine has none"):
         choose_device("cuda")
     assert not cpu.installed()
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_without_a_sign_of_a_gpu_nothing_is_said(
+    asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choose_device(asked)
+    assert capsys.readouterr().err == ""
+
+
+def no_driver() -> None:
+    raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check that ...")
+
+
+def sign(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Plant one sign of a GPU."""
+    if kind == "build":
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+    elif kind == "file":
+        monkeypatch.setattr(glob, "glob", lambda p: ["/dev/nvidia0"] if "nvidia" in p else [])
+    elif kind == "program":
+        monkeypatch.setattr(shutil, "which", lambda program: "/usr/bin/nvidia-smi")
+    else:
+        monkeypatch.setenv(*kind.split("="))
+
+
+@pytest.mark.parametrize(
+    ("signs", "told"),
+    [
+        (["SLURM_GPUS_ON_NODE=8"], r"SLURM_GPUS_ON_NODE=8\), but torch .* is built for the CPU"),
+        (["CUDA_VISIBLE_DEVICES=0,1"], "CUDA_VISIBLE_DEVICES=0,1 names GPUs, but torch .* for the"),
+        (
+            ["file"],
+            r"the machine has GPUs \(/dev/nvidia0\), but torch .* is built for the CPU only",
+        ),
+        (["program"], r"driver is installed \(/usr/bin/nvidia-smi\), but torch .* the CPU only"),
+        (["build"], "torch is built for CUDA 13.0, but: Found no NVIDIA driver on your system.$"),
+        (["build", "file"], r"\(/dev/nvidia0\), but: Found no NVIDIA driver on your system.$"),
+        (["build", "CUDA_VISIBLE_DEVICES="], "CUDA_VISIBLE_DEVICES='' hides every GPU"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_a_gpu_that_cannot_be_used_is_told_in_one_line(
+    signs: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    for kind in signs:
+        sign(monkeypatch, kind)
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU: "):
+        choose_device("cuda")
+    assert choose_device("auto").kind == "cpu"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^note: --device auto takes the CPU: .*{told}", line)
+
+
+def test_one_process_of_a_machine_tells_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    sign(monkeypatch, "file")
+    choose_device("auto")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["SLURM_GPUS=0", "CUDA_VISIBLE_DEVICES="])
+def test_a_job_without_gpus_expects_none(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sign(monkeypatch, kind)
+    choose_device("auto")
+    assert capsys.readouterr().err == ""
+
+
+def test_torchs_search_for_cuda_is_not_reported() -> None:
+    """In a process of its own: the warning comes when the module is first loaded."""
+    program = """
+import logging
+from megatron_gmai.runtime.quiet import quiet_libraries
+quiet_libraries()
+import torch.utils.cpp_extension
+torch.utils.cpp_extension.logger.warning("No CUDA runtime is found")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert done.stderr == b""
 
 
 def test_fp16_is_refused_on_a_cpu() -> None:

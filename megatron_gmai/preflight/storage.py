@@ -1,0 +1,142 @@
+"""Disks, checkpoints and shards: room, speed, and whether every process sees the same."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_gmai.config import Config
+from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.sources.remote import is_url
+from megatron_gmai.preflight.check import FAIL, PASS, WARN, Check
+from megatron_gmai.weights import weights
+
+WRITTEN = 64 * 2**20  # bytes of the speed test
+SLOW_SAVE = 600.0  # seconds of a checkpoint from which it costs more than the interval is worth
+KEPT = 3  # checkpoints that should have room
+SAMPLES = 64  # read and checked by each rank
+OPTIMIZER_BYTES = 12  # a trained parameter's fp32 master and Adam's two moments
+TOKEN_FILE = ".preflight-token"
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def checkpoint_bytes(config: Config, dtype: str) -> int:
+    """Size of one checkpoint: all weights, and the optimizer's state of the trained ones."""
+    sizes: dict[str, int] = {}
+    for name, shape in ((w.name, w.shape) for w in weights(config.model, config.lora).values()):
+        part = name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + math.prod(shape)
+    train = config.train
+    frozen = {"vision_model": train.freeze_vit, "language_model": train.freeze_llm}
+    trained = sum(
+        size for part, size in sizes.items() if not frozen.get(part, train.freeze_projector)
+    )
+    state = 0 if config.run.checkpoint_drop_optimizer else OPTIMIZER_BYTES * trained
+    return WEIGHT_BYTES[dtype] * sum(sizes.values()) + state
+
+
+def room(folder: Path, size: int) -> Iterator[Check]:
+    """Free space beside what a checkpoint of `size` bytes takes."""
+    free = shutil.disk_usage(_existing(folder)).free
+    told = f"{_size_text(free)} free, a checkpoint has {_size_text(size)}"
+    if free < size:
+        yield Check("room for checkpoints", FAIL, told, f"free space, or set --save (now {folder})")
+    else:
+        status = PASS if free >= KEPT * size else WARN
+        remedy = f"fewer than {KEPT} fit: free space or remove old ones as the run goes on"
+        yield Check("room for checkpoints", status, told, remedy)
+
+
+def write_speed(folder: Path, size: int, rank: int) -> Iterator[Check]:
+    """Writes and removes a file, as one rank alone does; the disk's cache is not believed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".preflight-{os.getpid()}-{rank}"
+    block = np.random.default_rng(rank).bytes(2**20)  # that no file system compresses
+    began = time.monotonic()
+    try:
+        with file.open("wb") as out:
+            for _ in range(WRITTEN // len(block)):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+        speed = WRITTEN / (time.monotonic() - began)
+    finally:
+        file.unlink(missing_ok=True)
+    seconds = size / speed
+    told = f"{speed / 1e6:,.0f} MB/s by one process, a checkpoint takes {seconds:,.0f} s"
+    remedy = "use a faster disk for --save, or save less often (--checkpoint-interval)"
+    yield Check("speed of checkpoints", PASS if seconds < SLOW_SAVE else WARN, told, remedy)
+
+
+def put_token(folder: Path, token: str) -> Iterator[Check]:
+    """Leaves what every process must see; the first rank calls it before the others look."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKEN_FILE).write_text(token, encoding="utf-8")
+    yield from ()
+
+
+def same_folder(folder: Path, token: str, host: str) -> Iterator[Check]:
+    """Whether this process sees the folder that the first rank sees."""
+    file = folder / TOKEN_FILE
+    seen = file.is_file() and file.read_text(encoding="utf-8") == token
+    told = f"{folder} is the same for all" if seen else f"{host} sees another {folder}"
+    yield Check("shared folder", PASS if seen else FAIL, told, "put --work-dir on shared storage")
+
+
+def shards(folder: str | None, rank: int, world: int) -> Iterator[Check]:
+    """Every shard has its size, and samples spread over all of them their checksums."""
+    if folder is None:
+        yield Check("shards", WARN, "none yet: made from --datasets when the run starts",
+                    "make them before the job: tools/make_shards.py")  # fmt: skip
+        return
+    found = Shards(folder)
+    origin = Path(folder)
+    files = found.manifest.shards[rank::world]
+    missing = [
+        file.name
+        for file in files
+        if not is_url(folder) and _size(origin / file.name) not in (file.size, None)
+    ]
+    if not len(found):
+        yield Check("shards", FAIL, f"no sample in {folder}", "see rejected.jsonl in it")
+        return
+    if missing:
+        told = f"{missing[0]} is absent or of another size" + f" ({len(missing)} such)"
+        yield Check("shards", FAIL, told, "copy them again, or make them again")
+        return
+    chosen = np.unique(np.linspace(rank % len(found), len(found) - 1, SAMPLES, dtype=np.int64))
+    began, read, damaged = time.monotonic(), 0, list[str]()
+    for sample in chosen:
+        try:
+            read += sum(map(len, found.read(int(sample)).images))
+        except BadSample:
+            damaged.append(found.place(int(sample)))
+    speed = read / (time.monotonic() - began) / 1e6
+    told = (
+        f"{len(found)} samples in {len(found.manifest.shards)} shard(s), read at {speed:,.0f} MB/s"
+    )
+    if damaged:
+        told = f"{len(damaged)} of {len(chosen)} samples are damaged: {damaged[0]}"
+    remedy = "copy the shard again; damaged samples are rejected and counted as a run meets them"
+    yield Check("shards", FAIL if damaged else PASS, told, remedy)
+
+
+def _size(path: Path) -> int | None:
+    """None behind an index whose tar files lie elsewhere."""
+    if path.is_file():
+        return path.stat().st_size
+    return None if (path.parent / "origin").is_file() else -1
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"
