@@ -89,6 +89,39 @@ def test_all_spellings_and_files_give_the_same_weights(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def original_config(model: ModelConfig) -> dict[str, Any]:
+    """config.json of the original flavour, as GMAI-VL's own classes write it."""
+    vision, language = model.vision, model.language
+    return {
+        "model_type": "enhanced_llava",
+        "image_token_index": model.image_token_id,
+        "auto_map": {"AutoConfig": "configuration_enhanced_llava.EnhancedLlavaConfig"},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "num_hidden_layers": vision.num_layers,
+            "hidden_size": vision.hidden_size,
+            "num_attention_heads": vision.num_attention_heads,
+            "intermediate_size": vision.ffn_hidden_size,
+            "patch_size": vision.patch_size,
+            "image_size": vision.image_size,
+        },
+        "text_config": {
+            "model_type": "internlm2",
+            "num_hidden_layers": language.num_layers,
+            "hidden_size": language.hidden_size,
+            "num_attention_heads": language.num_attention_heads,
+            "num_key_value_heads": language.num_query_groups,
+            "intermediate_size": language.ffn_hidden_size,
+            "vocab_size": language.vocab_size,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": language.max_position_embeddings,
+            "bias": False,
+        },
+    }
+
+
 @pytest.fixture
 def original(
     tmp_path: Path,
@@ -96,7 +129,7 @@ def original(
     random_weights: Callable[[ModelConfig], dict[str, Tensor]],
 ) -> tuple[Path, dict[str, Tensor]]:
     """A folder in GMAI-VL's own layout, written key by key, and its canonical weights."""
-    vision, language = model_config.vision, model_config.language
+    language = model_config.language
     weights = random_weights(model_config)
     canonical = "language_model.decoder.layers"
     theirs: dict[str, Tensor] = {
@@ -128,35 +161,7 @@ def original(
     folder = tmp_path / "original"
     folder.mkdir()
     save_file(theirs, folder / "model.safetensors")
-    config = {
-        "model_type": "enhanced_llava",
-        "image_token_index": model_config.image_token_id,
-        "auto_map": {"AutoConfig": "configuration_enhanced_llava.EnhancedLlavaConfig"},
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "num_hidden_layers": vision.num_layers,
-            "hidden_size": vision.hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
-            "intermediate_size": vision.ffn_hidden_size,
-            "patch_size": vision.patch_size,
-            "image_size": vision.image_size,
-        },
-        "text_config": {
-            "model_type": "internlm2",
-            "num_hidden_layers": language.num_layers,
-            "hidden_size": language.hidden_size,
-            "num_attention_heads": language.num_attention_heads,
-            "num_key_value_heads": language.num_query_groups,
-            "intermediate_size": language.ffn_hidden_size,
-            "vocab_size": language.vocab_size,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "rope_scaling": {"type": "dynamic", "factor": 2.0},
-            "max_position_embeddings": language.max_position_embeddings,
-            "bias": False,
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(original_config(model_config)))
     return folder, weights
 
 
