@@ -24,7 +24,7 @@ from megatron_gmai.evaluate.report import read_settings
 from tests.evaluate.models import build, config_for
 from tests.evaluate.tables import cell, png, write_tsv
 from tests.evaluate.test_program import checkpoints, evaluate
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 from tools.make_benchmark import main as make_benchmark
 
 __all__ = ["checkpoints"]
@@ -80,7 +80,7 @@ def test_what_cannot_be_asked_has_a_reason(table: Path, tokenizer: Tokenizer) ->
 
 
 def test_only_what_is_not_answered_yet_is_asked(
-    table: Path, tokenizer: Tokenizer, alone: World, tmp_path: Path
+    table: Path, tokenizer: Tokenizer, alone: Processes, tmp_path: Path
 ) -> None:
     model = build(alone, config_for(tokenizer))
     ours, folder = questions(table, tokenizer), tmp_path / "answers"
