@@ -11,8 +11,8 @@ CORE := tests/kernels tests/runtime tests/model \
 	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slurm test-latest test-lowest lint clean
-.PHONY: bench bench-kernels bench-data bench-evaluation
+.PHONY: help train test test-slurm test-latest test-lowest lint verify clean
+.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -45,7 +45,10 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: bench-kernels bench-data bench-evaluation  ## all benchmarks, results under runs/bench
+verify: $(VENV)/.dev  ## the quick start's export against the checkpoint that it came from
+	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/stage3/checkpoints runs/quickstart/hf $(ARGS)
+
+bench: bench-kernels bench-data bench-convert bench-evaluation  ## all benchmarks, results under runs/bench
 
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
@@ -53,6 +56,9 @@ bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 bench-data: $(VENV)/.bench  ## making shards, loader, packing and planning
 	$(RUN) benchmarks/data_build.py
 	$(RUN) benchmarks/data.py $(ARGS)
+
+bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
+	$(RUN) benchmarks/convert.py $(ARGS)
 
 bench-evaluation: $(VENV)/.dev  ## scoring and the search for leakage
 	$(RUN) benchmarks/evaluation.py $(ARGS)

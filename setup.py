@@ -39,10 +39,10 @@ setup(
         "heic": ["pillow-heif>=0.21"],
         "nifti": ["nibabel>=5"],
         "parquet": ["pyarrow>=15"],
-        "hf": ["transformers>=4.46"],
+        "hf": ["transformers>=4.49"],
         "evaluate": ["openpyxl>=3.1"],
         "leakage": ["imagehash>=4.3"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.46"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "transformers>=4.49"],
     },
 )

@@ -55,6 +55,7 @@ class LanguageConfig:
     rmsnorm_eps: float = 1e-5
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
+    rope_scaling_factor: float = 1.0  # dynamic NTK past the line above; only exports use it
 
 
 @dataclass(frozen=True)

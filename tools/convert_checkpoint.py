@@ -1,70 +1,132 @@
-"""Converts between training checkpoints and Hugging Face folders.
+"""Converts between training checkpoints and Hugging Face folders, and compares any two of them.
 
-    python tools/convert_checkpoint.py to-hf --load CHECKPOINT --output DIR [--llava DIR]
-    python tools/convert_checkpoint.py from-hf --model DIR --output DIR [--tokenizer FILE]
+    python tools/convert_checkpoint.py from-hf --model DIR --output CHECKPOINTS
+    python tools/convert_checkpoint.py from-hf --llm DIR --vision DIR --output CHECKPOINTS
+    python tools/convert_checkpoint.py to-hf --load CHECKPOINT --output DIR [--flavour gmai-vl]
+    python tools/convert_checkpoint.py verify A B
 
-`to-hf` writes the transformers flavour, which loads without remote code; it reads a checkpoint of
-any layout, one tensor at a time. `from-hf` reads either flavour and writes weights to start from
-with `--load`.
+`from-hf` reads either flavour, or a language model and a CLIP, and writes weights to start from
+with `--load`. `to-hf` reads a checkpoint of any layout. Both go tensor by tensor and keep the dtype
+unless told otherwise. `verify` exits with 1 where the two differ.
 """
 
 import argparse
-import dataclasses
+import json
+import math
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
+import psutil
 import torch
 
-from megatron_gmai.config import Config, DataConfig
+from megatron_gmai.config import Config, DataConfig, ModelConfig, RunConfig
+from megatron_gmai.convert.carried import read_carried
+from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
 from megatron_gmai.convert.distributed import CheckpointWeights
-from megatron_gmai.convert.huggingface import open_pretrained, write_pretrained
-from megatron_gmai.data.text.tokenizer import MODEL_FILE, load_tokenizer
+from megatron_gmai.convert.huggingface import (
+    Pretrained,
+    check_tokenizer,
+    open_pretrained,
+    open_separate,
+    write_pretrained,
+)
+from megatron_gmai.convert.manifest import read_manifest
+from megatron_gmai.convert.mapping import Flavour
+from megatron_gmai.convert.output import Progress
+from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
+from megatron_gmai.convert.write import export_shapes
+from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.text.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.weights import weights as table_of_weights
 
+_TRAINING = "training checkpoint"
+_FINAL_NORM = "language_model.decoder.final_layernorm.weight"
+_LOGITS_TOLERANCE = 1e-5  # of the largest logit, in fp32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake that the message explains."""
+    """Returns the exit status: 0, 1 where `verify` found a difference, 2 after a mistake that the
+    message explains."""
     flags = _parser().parse_args(argv)
     quiet_libraries()
     try:
-        to_hf(flags) if flags.direction == "to-hf" else from_hf(flags)
+        with _stopped_by_exceptions():
+            return int(flags.command(flags))
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {flags.output}")
-    return 0
+
+
+@contextmanager
+def _stopped_by_exceptions() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does, so that half-written folders are removed."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     directions = parser.add_subparsers(dest="direction", required=True)
     out = directions.add_parser("to-hf", help="training checkpoint -> Hugging Face folder")
+    out.set_defaults(command=to_hf)
     out.add_argument("--load", required=True, help="iter_NNNNNNN, or a folder of checkpoints")
-    out.add_argument("--output", required=True, help="folder to write")
+    out.add_argument("--output", required=True, help="folder to write; new or empty")
+    out.add_argument(
+        "--flavour",
+        choices=("transformers", "gmai-vl"),
+        default="transformers",
+        help="transformers: no remote code (default); gmai-vl: for GMAI-VL's own code",
+    )
     out.add_argument("--tokenizer", help="sentencepiece model (default: the run's own)")
     out.add_argument(
-        "--llava", help="Hugging Face folder that training began with: its unused CLIP parts"
+        "--llava",
+        help="Hugging Face folder with the CLIP parts that training never runs (default: what the "
+        "checkpoint carries)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="default: that of the checkpoint")
     back = directions.add_parser("from-hf", help="Hugging Face folder -> training checkpoint")
-    back.add_argument("--model", required=True, help="original or transformers flavour")
-    back.add_argument("--output", required=True, help="folder of checkpoints to write")
+    back.set_defaults(command=from_hf)
+    back.add_argument("--model", help="a whole model: original or transformers flavour")
+    back.add_argument("--llm", help="language model alone: InternLM2 or Llama")
+    back.add_argument("--vision", help="CLIP alone, to go with --llm")
+    back.add_argument("--output", required=True, help="folder of checkpoints; new or empty")
     back.add_argument("--tokenizer", help="sentencepiece model (default: the folder's own)")
-    back.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="default: fp32")
+    back.add_argument("--dtype", choices=DTYPES, help="default: that of each tensor")
+    back.add_argument("--seed", type=int, default=42, help="of a new projector (42)")
+    both = directions.add_parser("verify", help="compare two checkpoints, of whichever kind")
+    both.set_defaults(command=verify)
+    both.add_argument("a", type=Path, help="training checkpoint or Hugging Face folder")
+    both.add_argument("b", type=Path, help="another one")
+    both.add_argument("--tolerance", type=float, default=0.0, help="largest difference allowed (0)")
+    both.add_argument(
+        "--card", type=Path, help="default: B/card.json if B is a Hugging Face folder"
+    )
     return parser
 
 
-def to_hf(flags: argparse.Namespace) -> None:
+def to_hf(flags: argparse.Namespace) -> int:
     """Training checkpoint -> Hugging Face folder. Raises ValueError for the user's mistakes."""
-    from megatron_gmai.training.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(Path(flags.load))
+    checkpoint = read_manifest(Path(flags.load))
     config = checkpoint.config
     weights = CheckpointWeights(checkpoint.path, config.model)
     file = tokenizer_file(flags.tokenizer or config.data.tokenizer)
-    llava = flags.llava or config.run.llava
+    flavour: Flavour = "original" if flags.flavour == "gmai-vl" else "transformers"
+    dtype = DTYPES[flags.dtype] if flags.dtype else weights.dtype
+    count = sum(map(math.prod, export_shapes(config.model).values()))
     write_pretrained(
         flags.output,
         config.model,
@@ -72,33 +134,176 @@ def to_hf(flags: argparse.Namespace) -> None:
         tokenizer_model=file,
         special_tokens=load_tokenizer(file).special_tokens,
         chat_template=config.data.chat_template,
-        dtype=DTYPES[flags.dtype] if flags.dtype else weights["projector.linear_fc1.bias"].dtype,
-        leftovers=open_pretrained(llava).leftovers if llava else None,
+        dtype=dtype,
+        leftovers=leftovers_of(checkpoint.path, config, flags.llava),
         pad_to_square=config.data.pad_to_square,
+        flavour=flavour,
+        advance=Progress(count * dtype.itemsize),
+    )
+    print(f"wrote {flags.output}")
+    return 0
+
+
+def leftovers_of(checkpoint: Path, config: Config, given: str | None) -> dict[str, torch.Tensor]:
+    """CLIP's last layer and final norm: from the folder that was given, from the checkpoint, or
+    from the folder that the run began with. Says so where there are none."""
+    if given is None and (carried := read_carried(checkpoint, config.model)):
+        return carried
+    folder = given or config.run.llava
+    if folder is None or (given is None and not Path(folder).is_dir()):
+        moved = f" and {folder}, which training began with, is gone" if folder else ""
+        print(
+            f"convert_checkpoint: {checkpoint} carries no last CLIP layer{moved}; an identity is "
+            "written in its place, which changes nothing for this model (--llava FOLDER fills it)",
+            file=sys.stderr,
+        )
+        return {}
+    source = open_pretrained(folder)
+    if source.model.vision != config.model.vision:
+        raise ValueError(
+            f"{folder} has another vision tower than {checkpoint}: {source.model.vision}, not "
+            f"{config.model.vision}. Give --llava the folder that training began with"
+        )
+    if not source.leftovers:
+        raise ValueError(f"{folder} lacks CLIP's last layer or final norm; give another --llava")
+    return dict(source.leftovers)
+
+
+def from_hf(flags: argparse.Namespace) -> int:
+    """Hugging Face folder -> training checkpoint. Raises ValueError for the user's mistakes."""
+    separate = (flags.llm, flags.vision)
+    if any(separate) == bool(flags.model) or any(separate) != all(separate):
+        raise ValueError("give --model DIR, or both --llm DIR and --vision DIR")
+    file = tokenizer_file(flags.tokenizer or flags.model or flags.llm)
+    source = _open_source(flags, load_tokenizer(file))
+    config = Config(model=source.model, data=DataConfig(tokenizer=str(file.absolute())))
+    num_bytes = source.num_bytes
+    if flags.dtype:
+        count = parameters(source.model)
+        num_bytes = count * DTYPES[flags.dtype].itemsize
+    write_training_checkpoint(
+        Path(flags.output),
+        config,
+        source.weights,
+        source.leftovers,
+        dtype=DTYPES[flags.dtype] if flags.dtype else None,
+        needed_bytes=num_bytes,
+        advance=Progress(num_bytes),
+    )
+    print(f"wrote {flags.output}")
+    return 0
+
+
+def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
+    if flags.model:
+        source = open_pretrained(flags.model)
+        check_tokenizer(source.model, tokenizer.vocab_size, tokenizer.image_token_id)
+        return source
+    return open_separate(
+        flags.llm, flags.vision, tokenizer.vocab_size, tokenizer.image_token_id, flags.seed
     )
 
 
-def from_hf(flags: argparse.Namespace) -> None:
-    """Hugging Face folder -> training checkpoint. Raises ValueError for the user's mistakes."""
+def verify(flags: argparse.Namespace) -> int:
+    """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
+    a, b = open_side(flags.a), open_side(flags.b)
+    count = parameters(a.model)
+    groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
+    print(table(groups))
+    if missing := only_in_one(a, b):
+        print(missing)
+    same = all(group.largest_difference <= flags.tolerance for group in groups)
+    rounded = any(len(set(group.dtypes)) > 1 for group in groups)
+    ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b)
+    print(ran if isinstance(ran, str) else ran_in_words(ran))
+    same &= isinstance(ran, str) or ran["same"]
+    file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
+    if file is not None:
+        content = card(sys.argv, (a, b), flags.tolerance, groups, ran)
+        write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"wrote {file}")
+    print("the same" if same else "they differ")
+    return 0 if same else 1
+
+
+def open_side(path: Path) -> Side:
+    """A Hugging Face folder of either flavour, or a training checkpoint."""
+    if (path / "config.json").is_file():
+        source = open_pretrained(path)
+        kind = "transformers" if source.flavour == "transformers" else "gmai-vl"
+        return Side(path, kind, source.model, source.weights, source.leftovers)
+    checkpoint = read_manifest(path)
+    model = checkpoint.config.model
+    carried = read_carried(checkpoint.path, model)
+    weights = CheckpointWeights(checkpoint.path, model)
+    return Side(checkpoint.path, _TRAINING, model, weights, carried)
+
+
+def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | None:
+    """Why the two are not asked for logits; None if they are."""
+    if not same or rounded:
+        return "not run: the weights differ, or one side was cast"
+    if find_spec("transformers") is None:
+        return "not run: transformers is not installed"
+    needed = 6 * parameters(model)  # fp32, and room to work
+    if needed > psutil.virtual_memory().available:
+        return f"not run: it takes {needed / 1e9:.0f} GB of memory"
+    return None
+
+
+def run_both(a: Side, b: Side) -> dict[str, Any]:
+    """Logits and greedy tokens of the two, in fp32 on the CPU: the transformers flavour through
+    transformers, everything else through the training model."""
+    from megatron_gmai.evaluate.agreement import difference, run_megatron, run_transformers, samples
+
+    prompts = samples(a.model)
+    ran = []
+    for side in (a, b):
+        if side.kind == "transformers":
+            ran.append(run_transformers(side.path, prompts))
+        else:
+            with _training_model(side) as model:
+                ran.append(run_megatron(model, prompts))
+    largest, agreeing, tokens = difference(*ran)
+    scale = max(1.0, *(float(logits.abs().max()) for logits in ran[0].logits))
+    return {
+        "samples": len(prompts),
+        "logits_difference": largest,
+        "largest_logit": scale,
+        "logits_tolerance": _LOGITS_TOLERANCE * scale,
+        "greedy_tokens_agreeing": f"{agreeing} of {tokens}",
+        "same": largest <= _LOGITS_TOLERANCE * scale and agreeing == tokens,
+    }
+
+
+def ran_in_words(ran: dict[str, Any]) -> str:
+    """What `run_both` found, as a line for a terminal."""
+    return (
+        f"run on {ran['samples']} samples: logits differ by {ran['logits_difference']:.2g} "
+        f"({ran['logits_tolerance']:.2g} is allowed), "
+        f"{ran['greedy_tokens_agreeing']} greedy tokens agree"
+    )
+
+
+@contextmanager
+def _training_model(side: Side) -> Iterator[Any]:
     from megatron_gmai.model.gmai_vl import build_chunks
+    from megatron_gmai.runtime.groups import destroy_groups
     from megatron_gmai.runtime.world import open_world
-    from megatron_gmai.training.checkpoint import Position, save_checkpoint
     from megatron_gmai.training.weights import fill
 
-    source = Path(flags.model)
-    pretrained = open_pretrained(source)
-    file = tokenizer_file(flags.tokenizer or str(source))
-    config = Config(
-        model=pretrained.model,
-        data=DataConfig(tokenizer=str(file)),
-    )
-    run = dataclasses.replace(
-        config.run, llava=str(source.absolute()), device="cpu", dtype=flags.dtype
-    )
-    config = dataclasses.replace(config, run=run)
-    chunks = build_chunks(config, open_world(config))
-    fill(chunks, pretrained.weights)
-    save_checkpoint(Path(flags.output), Position(), chunks, None, config)
+    config = Config(model=side.model, run=RunConfig(device="cpu", dtype="fp32"))
+    (model,) = build_chunks(config, open_world(config))
+    try:
+        fill([model], side.weights)
+        yield model.requires_grad_(False).eval()
+    finally:
+        destroy_groups()
+
+
+def parameters(model: ModelConfig) -> int:
+    """Values in all weights that are run."""
+    return sum(math.prod(weight.shape) for weight in table_of_weights(model).values())
 
 
 def tokenizer_file(path: str | None) -> Path:

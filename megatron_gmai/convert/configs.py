@@ -1,4 +1,4 @@
-"""config.json of both flavours <-> `ModelConfig`.
+"""config.json of every source -> `ModelConfig`; `export_configs.py` is the way back.
 
 The files hold only what differs from the defaults of the config classes, so each reader starts
 from those defaults. What this model cannot express (another activation, biases, scaled RoPE, …)
@@ -6,14 +6,21 @@ is refused, all problems in one ValueError.
 """
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.mapping import Flavour
+from megatron_gmai.convert.rope import read_rope
 
 FLAVOURS: dict[str, Flavour] = {"llama": "transformers", "internlm2": "original"}
+# Why a language model of a kind that users may try cannot be expressed.
+_REFUSED = {
+    "qwen2": "its query, key and value projections have biases, which this model does not have",
+    "qwen3": "it normalises queries and keys, which this model does not do",
+    "mistral": "its attention window is not part of this model",
+}
 
 # Class defaults of the two config families, for keys that the file leaves out.
 _CLIP_DEFAULTS = {
@@ -33,7 +40,6 @@ _LANGUAGE_DEFAULTS = {
     "num_attention_heads": 32,
     "intermediate_size": 11008,
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
     "max_position_embeddings": 2048,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -42,97 +48,80 @@ _FLAVOUR_DEFAULTS: dict[Flavour, dict[str, Any]] = {
     "transformers": {"vocab_size": 32000, "attention_bias": False, "mlp_bias": False},
     "original": {"vocab_size": 103168, "bias": True},
 }
-_LLAVA_DEFAULTS = {
-    "image_token_index": 32000,
+# What joins the towers: the only values that this model has.
+LLAVA_SETTINGS = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
 }
+_IMAGE_TOKEN_DEFAULT = 32000
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, Flavour]:
-    """Sizes and flavour of the checkpoint in `folder`, from its config.json.
+@dataclass(frozen=True)
+class Described:
+    """What the config files of a source say."""
+
+    model: ModelConfig
+    flavour: Flavour
+    tied: bool  # the output layer is the embedding, stored once
+
+
+def read_config(folder: Path) -> Described:
+    """Sizes and flavour of a whole model, from its config.json.
 
     Raises ValueError listing everything in the file that this model cannot express.
     """
     path = folder / "config.json"
     raw = _read_json(path)
-    text = {"model_type": "llama", **_section(path, raw, "text_config")}
-    vision = {**_CLIP_DEFAULTS, **_section(path, raw, "vision_config")}
-    if raw.get("model_type") not in ("llava", "enhanced_llava") or (
-        text["model_type"] not in FLAVOURS
-    ):
+    if raw.get("model_type") not in ("llava", "enhanced_llava"):
         raise ValueError(
-            f"{path}: model_type {raw.get('model_type')!r} with text model "
-            f"{text['model_type']!r} is not supported; expected llava or enhanced_llava over "
-            "llama or internlm2"
+            f"{path}: model_type {raw.get('model_type')!r} is not supported; expected llava or "
+            "enhanced_llava. For a language model and CLIP in two folders use --llm and --vision"
         )
-    flavour = FLAVOURS[text["model_type"]]
-    text = {**_LANGUAGE_DEFAULTS, **_FLAVOUR_DEFAULTS[flavour], **text}
-    raw = {**_LLAVA_DEFAULTS, **raw}
-    problems = _problems(raw, text, vision)
+    flavour, text = _text(path, {"model_type": "llama", **_section(path, raw, "text_config")})
+    vision = {**_CLIP_DEFAULTS, **_section(path, raw, "vision_config")}
+    problems = [*_llava_problems(raw), *_text_problems(text, "text_config.")]
+    problems += _vision_problems(vision, "vision_config.")
+    _refuse(path, problems)
+    model = ModelConfig(_vision(vision), _language(text), image_token_id=_image_token(raw))
+    return Described(model, flavour, bool(text["tie_word_embeddings"]))
+
+
+def read_separate_configs(llm: Path, vision: Path) -> Described:
+    """Sizes of a language model and a CLIP in two folders; the image token is not known yet.
+
+    Raises ValueError listing everything in either config.json that this model cannot express.
+    """
+    flavour, text = _text(llm / "config.json", _read_json(llm / "config.json"))
+    raw = _read_json(vision / "config.json")
+    if raw.get("model_type") == "clip":  # with its text tower
+        raw = _section(vision / "config.json", raw, "vision_config")
+    elif raw.get("model_type") != "clip_vision_model":
+        raise ValueError(
+            f"{vision / 'config.json'}: model_type {raw.get('model_type')!r} is not supported; "
+            "expected clip or clip_vision_model"
+        )
+    raw = {**_CLIP_DEFAULTS, **raw}
+    _refuse(llm / "config.json", _text_problems(text, ""))
+    _refuse(vision / "config.json", _vision_problems(raw, ""))
+    model = ModelConfig(_vision(raw), _language(text))
+    return Described(model, flavour, bool(text["tie_word_embeddings"]))
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"{path} describes a model that cannot be read: " + "; ".join(problems))
-    token = raw.get("image_token_id", raw["image_token_index"])
-    return ModelConfig(_vision(vision), _language(text), image_token_id=token), flavour
 
 
-def hf_config(
-    model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """config.json of the transformers flavour, spelled so that 4.46 and 5.x both read it.
-
-    `special_ids` holds `bos`, `eos` and `pad` of the tokenizer.
-    """
-    vision, language = model.vision, model.language
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "torch_dtype": dtype,
-        "image_token_index": model.image_token_id,
-        "image_seq_length": vision.tokens_per_image,
-        "tie_word_embeddings": False,
-        **{key: _LLAVA_DEFAULTS[key] for key in _LLAVA_DEFAULTS if key != "image_token_index"},
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": language.vocab_size,
-            "hidden_size": language.hidden_size,
-            "intermediate_size": language.ffn_hidden_size,
-            "num_hidden_layers": language.num_layers,
-            "num_attention_heads": language.num_attention_heads,
-            "num_key_value_heads": language.num_query_groups,
-            "head_dim": language.hidden_size // language.num_attention_heads,
-            "hidden_act": "silu",
-            "rms_norm_eps": language.rmsnorm_eps,
-            # Spelled as before transformers 5, which still reads it; 4.46 reads nothing else.
-            "rope_theta": language.rope_theta,
-            "rope_scaling": None,
-            "max_position_embeddings": language.max_position_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "torch_dtype": dtype,
-            "bos_token_id": special_ids["bos"],
-            "eos_token_id": special_ids["eos"],
-            "pad_token_id": special_ids["pad"],
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "num_channels": 3,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": vision.layernorm_eps,
-            "projection_dim": vision.hidden_size,
-            "torch_dtype": dtype,
-        },
-    }
+def _text(path: Path, raw: dict[str, Any]) -> tuple[Flavour, dict[str, Any]]:
+    """Flavour and settings of a text config, defaults filled in."""
+    kind = raw.get("model_type")
+    if kind not in FLAVOURS:
+        reason = _REFUSED.get(str(kind), f"expected {' or '.join(FLAVOURS)}")
+        raise ValueError(f"{path}: a language model of type {kind!r} is not supported: {reason}")
+    flavour = FLAVOURS[kind]
+    return flavour, {**_LANGUAGE_DEFAULTS, **_FLAVOUR_DEFAULTS[flavour], **raw}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -167,6 +156,7 @@ def _vision(raw: dict[str, Any]) -> VisionConfig:
 
 
 def _language(raw: dict[str, Any]) -> LanguageConfig:
+    rope, _ = read_rope(raw)
     return LanguageConfig(
         num_layers=raw["num_hidden_layers"],
         hidden_size=raw["hidden_size"],
@@ -175,7 +165,8 @@ def _language(raw: dict[str, Any]) -> LanguageConfig:
         ffn_hidden_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
         rmsnorm_eps=raw["rms_norm_eps"],
-        rope_theta=float(_rope(raw).get("rope_theta", raw["rope_theta"])),
+        rope_theta=rope.theta,
+        rope_scaling_factor=rope.factor,
         max_position_embeddings=raw["max_position_embeddings"],
     )
 
@@ -185,55 +176,71 @@ def _query_groups(raw: dict[str, Any]) -> int:
     return raw["num_attention_heads"] if groups is None else groups
 
 
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_scaling` (before); empty when plain."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _image_token(raw: dict[str, Any]) -> int:
+    return raw.get("image_token_index", raw.get("image_token_id", _IMAGE_TOKEN_DEFAULT))
 
 
-def _problems(raw: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> list[str]:
-    """Everything that the file asks for and this model does not do."""
-    problems = _size_problems(text, vision)
-    wanted = (
-        (raw, "", {key: _LLAVA_DEFAULTS[key] for key in list(_LLAVA_DEFAULTS)[1:]}),
-        (text, "text_config.", {"hidden_act": "silu", "tie_word_embeddings": False}),
-        (vision, "vision_config.", {"hidden_act": "quick_gelu", "num_channels": 3}),
-    )
-    for section, prefix, values in wanted:
-        for key, value in values.items():
-            if section[key] != value:
-                problems.append(f"{prefix}{key} is {section[key]!r}, only {value!r} works")
+def _llava_problems(raw: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{key} is {raw[key]!r}, only {value!r} works"
+        for key, value in LLAVA_SETTINGS.items()
+        if raw.get(key, value) != value
+    ]
+    token = _image_token(raw)
+    if type(token) is not int or token < 0:
+        problems.append(f"image_token_index is {token!r}, expected an id")
+    if raw.get("image_token_id", token) != token:  # transformers 5's name for the same
+        problems.append(f"image_token_index is {token}, image_token_id {raw['image_token_id']}")
+    return problems
+
+
+def _text_problems(text: dict[str, Any], prefix: str) -> list[str]:
+    sizes = ("vocab_size", "max_position_embeddings")
+    problems = _size_problems(text, prefix, sizes, "rms_norm_eps")
+    if not problems:
+        problems = _head_problems(text, prefix)
+    if text["hidden_act"] != "silu":
+        problems.append(f"{prefix}hidden_act is {text['hidden_act']!r}, only 'silu' works")
     for key in ("bias", "attention_bias", "mlp_bias"):
         if text.get(key):
-            problems.append(f"text_config.{key} is true (InternLM2's default), only false works")
-    rope = _rope(text)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    # Dynamic NTK equals plain RoPE up to max_position_embeddings, and this model stops there.
-    if kind not in ("default", "dynamic"):
-        problems.append(f"text_config asks for {kind!r} RoPE, only plain and dynamic work")
-    return problems
+            problems.append(f"{prefix}{key} is true (InternLM2's default), only false works")
+    return problems + [f"{prefix}{problem}" for problem in read_rope(text)[1]]
 
 
-def _size_problems(text: dict[str, Any], vision: dict[str, Any]) -> list[str]:
-    problems = []
-    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    for name, section, more in (
-        ("text_config", text, ("vocab_size", "max_position_embeddings")),
-        ("vision_config", vision, ("image_size", "patch_size")),
-    ):
-        for key in (*sizes, *more):
-            if type(section[key]) is not int or section[key] < 1:
-                problems.append(f"{name}.{key} is {section[key]!r}, expected a positive integer")
-    if type(_query_groups(text)) is not int or _query_groups(text) < 1:
-        problems.append(f"text_config.num_key_value_heads is {_query_groups(text)!r}")
+def _vision_problems(vision: dict[str, Any], prefix: str) -> list[str]:
+    problems = _size_problems(vision, prefix, ("image_size", "patch_size"), "layer_norm_eps")
+    for key, value in (("hidden_act", "quick_gelu"), ("num_channels", 3)):
+        if vision[key] != value:
+            problems.append(f"{prefix}{key} is {vision[key]!r}, only {value!r} works")
     if problems:
         return problems
-    heads, hidden = text["num_attention_heads"], text["hidden_size"]
-    if hidden % heads or heads % _query_groups(text):
-        problems.append(f"{hidden} hidden, {heads} heads, {_query_groups(text)} groups do not fit")
-    elif text.get("head_dim") not in (None, hidden // heads):
-        problems.append(f"text_config.head_dim is {text['head_dim']}, only {hidden // heads} works")
     if vision["hidden_size"] % vision["num_attention_heads"]:
-        problems.append("vision_config.hidden_size does not divide by its heads")
+        problems.append(f"{prefix}hidden_size does not divide by its heads")
     if vision["image_size"] % vision["patch_size"]:
-        problems.append("vision_config.image_size does not divide by patch_size")
+        problems.append(f"{prefix}image_size does not divide by patch_size")
     return problems
+
+
+def _size_problems(
+    section: dict[str, Any], prefix: str, more: tuple[str, ...], eps: str
+) -> list[str]:
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", *more)
+    problems = [
+        f"{prefix}{key} is {section[key]!r}, expected a positive integer"
+        for key in sizes
+        if type(section[key]) is not int or section[key] < 1
+    ]
+    if type(section[eps]) not in (int, float) or not section[eps] > 0:
+        problems.append(f"{prefix}{eps} is {section[eps]!r}, expected a number above 0")
+    return problems
+
+
+def _head_problems(text: dict[str, Any], prefix: str) -> list[str]:
+    heads, hidden, groups = text["num_attention_heads"], text["hidden_size"], _query_groups(text)
+    if type(groups) is not int or groups < 1:
+        return [f"{prefix}num_key_value_heads is {groups!r}"]
+    if hidden % heads or heads % groups:
+        return [f"{prefix}: {hidden} hidden, {heads} heads, {groups} groups do not fit"]
+    if text.get("head_dim") not in (None, hidden // heads):
+        return [f"{prefix}head_dim is {text['head_dim']}, only {hidden // heads} works"]
+    return []

@@ -5,17 +5,57 @@ are stored under their canonical names with the offsets of each rank's part, so 
 a whole tensor together.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_gmai.config import ModelConfig
+from megatron_gmai.convert.files import check_finite
 from megatron_gmai.weights import Shape, Weight, weights
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads whole tensors; the table of contents once. torch's `load` reads it for every call, and
+    copies a tensor once more even where it was stored whole."""
+
+    @cached_property
+    def table(self) -> Metadata:
+        return self.read_metadata()
+
+    def tensor(self, name: str, stored: TensorStorageMetadata) -> Tensor:
+        if len(stored.chunks) == 1:
+            return self._chunk(name, stored.chunks[0])
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        for chunk in stored.chunks:
+            place = tuple(
+                slice(start, start + size)
+                for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
+            whole[place] = self._chunk(name, chunk)
+        return whole
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self.table.storage_data[MetadataIndex(name, chunk.offsets)]
+        path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
+        with path.open("rb") as file:
+            tensor = torch.load(
+                self._slice_file(file, info),
+                map_location="cpu",
+                weights_only=True,
+            )
+        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            raise ValueError(f"{path} is damaged: it holds something else in the place of {name}")
+        return tensor
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -24,31 +64,36 @@ class CheckpointWeights(Mapping[str, Tensor]):
     Tensors are whole, in the dtype of training, vocabulary not padded. Check the folder before
     (`training.checkpoint.open_checkpoint`): its metadata is a pickle.
 
-    Raises ValueError if a weight of the model is missing or has another shape.
+    Raises ValueError if a weight of the model is missing or has another shape; reading one that
+    holds NaN or infinity raises it too.
     """
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder = folder
         self._weights = weights(model)
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._reader = _Reader(folder)
+        stored = self._reader.table.state_dict_metadata
         self._stored = {n: m for n, m in stored.items() if isinstance(m, TensorStorageMetadata)}
         problems = [problem for name in self._weights if (problem := self._problem(name))]
         if problems:
             raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:8])}")
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, stored = self._weights[name].shape, self._stored[name]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*load in a single process.*")
-            dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
-        return tensor[: shape[0]]
+        tensor = self._reader.tensor(name, self._stored[name])
+        check_finite(f"{self.folder}: {name}", tensor)
+        return tensor[: self._weights[name].shape[0]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 
     def __len__(self) -> int:
         return len(self._weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds every weight exactly."""
+        found = {self._stored[name].properties.dtype for name in self._weights}
+        return found.pop() if len(found) == 1 else torch.float32
 
     def _problem(self, name: str) -> str | None:
         if name not in self._stored:

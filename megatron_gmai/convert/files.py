@@ -22,12 +22,17 @@ _RESPELLINGS = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     (r"^language_model\.(?!model\.|lm_head\.|output\.)", "language_model.model."),
 )
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old releases saved; they follow from the sizes.
 _BUFFERS = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
+# A folder of the whole CLIP: its text tower and what compares the two.
+_OTHER_HALF = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$")
 
 
 class TensorFile(Protocol):
-    """One open file of tensors."""
+    """One file of tensors."""
+
+    path: Path
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -35,75 +40,99 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file, memory-mapped."""
+    """A safetensors file, memory-mapped for as long as one of its tensors is in use.
+
+    Pages of a mapping count as memory of the process until it ends, so a mapping that lasts would
+    grow to the size of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @cached_property
-    def _handle(self) -> Any:
+    def _open(self) -> Any:
         try:
             return safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        handle = self._open()
+        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+
     def names(self) -> list[str]:
-        return list(self._handle.keys())
+        return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle.get_slice(name).get_shape())
+        return self._shapes[name]
 
     def tensor(self, name: str) -> Tensor:
-        return self._handle.get_tensor(name)
+        return self._open().get_tensor(name)
 
 
 class TorchFile:
-    """A `.bin` file of `torch.save`, memory-mapped; never unpickles anything but tensors."""
+    """A `.bin` file of `torch.save`; never unpickles anything but tensors.
+
+    Memory-mapped, and like `SafetensorsFile` only for as long as a tensor is in use.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
+    def _load(self) -> dict[str, Tensor]:
         try:
             value = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many types for a broken or hostile file
-            raise ValueError(f"{self.path} is not a whole file of tensors: {error}") from error
+            raise ValueError(
+                f"{self.path} is not a whole file of tensors: {error}\nIf you trust its source, "
+                "load it there and save its tensors with safetensors.torch.save_file"
+            ) from error
         if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
             raise ValueError(f"{self.path} does not hold a dictionary of tensors")
         return value
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._load().items()}
+
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        return self._shapes[name]
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._load()[name]
 
 
 class TensorFolder:
     """All tensors of a checkpoint folder, by their name in the kept spelling.
 
+    A folder that holds one tower alone gets the `prefix` that the whole model gives it.
+
     Raises ValueError when the folder holds no weights, when the index names a file outside the
     folder or one that is missing, or when two tensors have the same name.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder
         self._places: dict[str, tuple[TensorFile, str]] = {}
         for path in weight_files(folder):
-            self._add(TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path))
+            self._add(TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path), prefix)
 
-    def _add(self, file: TensorFile) -> None:
+    def _add(self, file: TensorFile, prefix: str) -> None:
         for written in file.names():
-            if _BUFFERS.fullmatch(written):
+            name = respell(prefix + written)
+            if _BUFFERS.fullmatch(written) or (prefix and _OTHER_HALF.match(written)):
                 continue
-            name = respell(written)
             if name in self._places:
                 raise ValueError(f"{self.folder} holds {name} twice (second as {written!r})")
             self._places[name] = (file, written)
+
+    def join(self, other: "TensorFolder") -> None:
+        """Take in the tensors of another folder, whose names are different ones."""
+        assert not self._places.keys() & other._places.keys()
+        self._places |= other._places
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -118,11 +147,25 @@ class TensorFolder:
     def tensor(self, name: str) -> Tensor:
         file, written = self._places[name]
         tensor = file.tensor(written)
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise ValueError(
-                f"{self.folder}: {written} is {tensor.dtype}; quantised weights cannot be read"
+                f"{file.path}: {written} is {tensor.dtype}; quantised weights cannot be read: "
+                "give the bf16, fp16 or fp32 weights that they were made from"
             )
+        check_finite(f"{file.path}: {written}", tensor)
         return tensor
+
+
+def check_finite(place: str, tensor: Tensor) -> None:
+    """Raises ValueError, naming the place, if the tensor holds NaN or infinity."""
+    # Not isfinite().all(), which is thirty times slower in bf16; NaN wins every comparison here.
+    smallest, largest = torch.aminmax(tensor)
+    if not torch.isfinite(smallest) or not torch.isfinite(largest):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(
+            f"{place} holds NaN or infinity in {bad} of {tensor.numel()} places; "
+            "use an earlier checkpoint, or download the file again"
+        )
 
 
 def respell(name: str) -> str:

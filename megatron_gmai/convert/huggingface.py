@@ -1,6 +1,12 @@
-"""Hugging Face checkpoints in and out: the two functions that the rest of the project uses."""
+"""Hugging Face checkpoints in and out: the functions that the rest of the project uses."""
 
-from megatron_gmai.convert.read import Pretrained, open_pretrained
+from megatron_gmai.convert.read import Pretrained, check_tokenizer, open_pretrained, open_separate
 from megatron_gmai.convert.write import write_pretrained
 
-__all__ = ["Pretrained", "open_pretrained", "write_pretrained"]
+__all__ = [
+    "Pretrained",
+    "check_tokenizer",
+    "open_pretrained",
+    "open_separate",
+    "write_pretrained",
+]

@@ -41,6 +41,7 @@ def processor_files(
     form = get_format(chat_template)
     _check_fit(model, pieces, special_tokens, form.end_of_answer)
     ids = _special_ids(pieces)
+    template = jinja_template(chat_template, special_tokens, pieces.add_dummy_prefix)
     image = image_processor(model, pad_to_square)
     processor = {
         "processor_class": "LlavaProcessor",
@@ -53,17 +54,17 @@ def processor_files(
     return ProcessorFiles(
         json={
             "tokenizer.json": tokenizer_json(pieces, special_tokens, form.opening_text),
-            "tokenizer_config.json": _tokenizer_config(model, special_tokens, names),
+            "tokenizer_config.json": {
+                **_tokenizer_config(model, special_tokens, names),
+                # For a tokenizer on its own before transformers 4.50, which knows no .jinja file.
+                "chat_template": template,
+            },
             "special_tokens_map.json": names,
             "processor_config.json": processor,
             # A file of its own: transformers 4 fails on it inside processor_config.json.
             "preprocessor_config.json": {**image, "processor_class": "LlavaProcessor"},
         },
-        text={
-            "chat_template.jinja": jinja_template(
-                chat_template, special_tokens, pieces.add_dummy_prefix
-            )
-        },
+        text={"chat_template.jinja": template},
         special_ids=ids,
         stop_ids=sorted({special_tokens[form.end_of_answer], *_present(ids["eos"])}),
     )
@@ -139,6 +140,10 @@ def _tokenizer_config(
         "processor_class": "LlavaProcessor",
         **names,
         "added_tokens_decoder": entries,
+        # Llava takes no token_type_ids, which transformers 4 would make by default; a batch of
+        # prompts has to end together, or generation goes on from padding.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.language.max_position_embeddings,
     }

@@ -1,17 +1,24 @@
-"""Hugging Face folder -> canonical weights, one tensor at a time."""
+"""Hugging Face folders -> canonical weights, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
-from megatron_gmai.convert.configs import read_config
-from megatron_gmai.convert.files import TensorFolder
+from megatron_gmai.convert.configs import Described, read_config, read_separate_configs
+from megatron_gmai.convert.files import TensorFolder, weight_files
 from megatron_gmai.convert.mapping import Flavour, Row, leftover_shapes, rows
+from megatron_gmai.convert.seeded import SeededWeights
+from megatron_gmai.weights import Shape
 
 _SHOWN = 8  # problems listed in one message
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_OUTPUT = "language_model.output_layer.weight"
+_PROJECTOR = "projector."
 
 
 @dataclass(frozen=True)
@@ -25,84 +32,170 @@ class Pretrained:
     """
 
     model: ModelConfig
+    flavour: Flavour
     weights: Mapping[str, Tensor]
     leftovers: Mapping[str, Tensor]
-
-
-class LazyWeights(Mapping[str, Tensor]):
-    """Canonical weights made from their sources on access."""
-
-    def __init__(self, table: tuple[Row, ...], folder: TensorFolder) -> None:
-        self._rows = {row.canonical: row for row in table}
-        self._folder = folder
-
-    def __getitem__(self, name: str) -> Tensor:
-        row = self._rows[name]
-        return row.rule.merge([self._folder.tensor(source) for source in row.sources])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+    num_bytes: int  # of the source's weight files
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Some tensors of a folder, as they are."""
+    """Tensors by name, each made by its function when it is asked for."""
 
-    def __init__(self, names: tuple[str, ...], folder: TensorFolder) -> None:
-        self._names = names
-        self._folder = folder
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._folder.tensor(name)
+        return self._makers[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._makers)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._makers)
 
 
 def open_pretrained(folder: str | Path) -> Pretrained:
     """Open a GMAI-VL checkpoint in either flavour (found out from its config.json).
+
+    Reading a tensor raises ValueError if it is quantised or holds NaN or infinity.
 
     Raises:
         ValueError: no such folder, a config that this model cannot express, a file that is
             missing, broken or outside the folder, or tensors that are missing, of another shape,
             or unknown; the message names them.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give the one that holds config.json")
-    model, flavour = read_config(folder)
+    folder = _folder(folder)
+    described = read_config(folder)
     tensors = TensorFolder(folder)
-    table = rows(model, flavour)
-    _check(folder, model, flavour, table, tensors)
-    leftovers = tuple(leftover_shapes(model))
+    table = _table(described)
+    _check(f"{folder} is not a whole {described.flavour} checkpoint", described, table, tensors)
+    makers = {row.canonical: _maker(row, tensors) for row in table}
+    return _pretrained(described, makers, tensors, [folder])
+
+
+def open_separate(
+    llm: str | Path, vision: str | Path, vocab_size: int, image_token_id: int, seed: int
+) -> Pretrained:
+    """Open a language model and a CLIP that lie in two folders, and join them by a new projector.
+
+    Args:
+        llm: InternLM2, or Llama and what is built like it.
+        vision: CLIP, with or without its text tower.
+        vocab_size: ids of the tokenizer with `<image>`; rows that the language model lacks are
+            added, each the mean of all rows, so that a new id is as likely as an average one.
+        image_token_id: id of `<image>`.
+        seed: of the projector's weights, which have the dtype of the language model.
+
+    Raises:
+        ValueError: as `open_pretrained`.
+    """
+    llm, vision = _folder(llm), _folder(vision)
+    described = read_separate_configs(llm, vision)
+    tensors = TensorFolder(llm, "language_model.")
+    tensors.join(TensorFolder(vision, "vision_tower."))
+    table = tuple(row for row in _table(described) if not row.canonical.startswith(_PROJECTOR))
+    _check(f"{llm} and {vision} do not hold both models", described, table, tensors)
+    rows_given = described.model.language.vocab_size
+    language = replace(described.model.language, vocab_size=max(rows_given, vocab_size))
+    model = replace(described.model, language=language, image_token_id=image_token_id)
+    makers = {row.canonical: _maker(row, tensors) for row in table}
+    for name in (_EMBEDDING, _OUTPUT):
+        makers[name] = _with_rows(makers[name], language.vocab_size)
+    norm = makers["language_model.decoder.final_layernorm.weight"]
+    projector = SeededWeights(model, seed)
+    makers |= {
+        name: partial(lambda name: projector[name].to(norm().dtype), name)
+        for name in projector
+        if name.startswith(_PROJECTOR)
+    }
+    return _pretrained(replace(described, model=model), makers, tensors, [llm, vision])
+
+
+def check_tokenizer(model: ModelConfig, vocab_size: int, image_token_id: int) -> None:
+    """Raises ValueError unless a tokenizer of so many ids belongs to the weights of a model."""
+    if vocab_size > model.language.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} ids, the embedding only {model.language.vocab_size} "
+            "rows; give the tokenizer that belongs to these weights"
+        )
+    if image_token_id != model.image_token_id:
+        raise ValueError(
+            f"<image> is {image_token_id} in the tokenizer, {model.image_token_id} in config.json; "
+            "give the tokenizer that belongs to these weights, with its tokenizer_config.json"
+        )
+
+
+def _folder(path: str | Path) -> Path:
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} is not a folder; give the one that holds config.json")
+    return Path(path)
+
+
+def _pretrained(
+    described: Described,
+    makers: dict[str, Callable[[], Tensor]],
+    tensors: TensorFolder,
+    folders: list[Path],
+) -> Pretrained:
+    leftovers = {name: partial(tensors.tensor, name) for name in leftover_shapes(described.model)}
     complete = all(name in tensors for name in leftovers)
     return Pretrained(
-        model, LazyWeights(table, tensors), LazyTensors(leftovers if complete else (), tensors)
+        described.model,
+        described.flavour,
+        LazyTensors(makers),
+        LazyTensors(leftovers if complete else {}),
+        sum(path.stat().st_size for folder in folders for path in weight_files(folder)),
     )
 
 
+def _table(described: Described) -> tuple[Row, ...]:
+    """The rows of the flavour; a tied output layer is read from the embedding's tensor."""
+    table = rows(described.model, described.flavour)
+    if not described.tied:
+        return table
+    (embedding,) = (row for row in table if row.canonical == _EMBEDDING)
+    return tuple(
+        replace(row, sources=embedding.sources) if row.canonical == _OUTPUT else row
+        for row in table
+    )
+
+
+def _maker(row: Row, tensors: TensorFolder) -> Callable[[], Tensor]:
+    return lambda: row.rule.merge([tensors.tensor(source) for source in row.sources])
+
+
+def _with_rows(make: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
+    def more() -> Tensor:
+        tensor = make()
+        missing = count - tensor.shape[0]
+        if missing <= 0:
+            return tensor
+        mean = tensor.mean(dim=0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(missing, -1)])
+
+    return more
+
+
 def _check(
-    folder: Path,
-    model: ModelConfig,
-    flavour: Flavour,
-    table: tuple[Row, ...],
-    tensors: TensorFolder,
+    complaint: str, described: Described, table: tuple[Row, ...], tensors: TensorFolder
 ) -> None:
-    needed = {
+    needed: dict[str, Shape] = {
         source: shape
         for row in table
         for source, shape in zip(row.sources, row.source_shapes, strict=True)
     }
-    optional = leftover_shapes(model)
-    known = {**needed, **optional}
-    problems = [f"{name} is missing" for name in needed if name not in tensors]
+    known = {**needed, **leftover_shapes(described.model)}
+    if described.tied:  # some files repeat the embedding under the output layer's name
+        known |= {
+            source: row.shape
+            for row in rows(described.model, described.flavour)
+            for source in row.sources * (row.canonical == _OUTPUT)
+        }
+    problems = [
+        f"{name} is missing (expected {shape})"
+        for name, shape in needed.items()
+        if name not in tensors
+    ]
     problems += [f"{name} is unknown to this model" for name in tensors if name not in known]
     problems += [
         f"{name} has shape {tensors.shape(name)}, config.json says {shape}"
@@ -112,6 +205,4 @@ def _check(
     if problems:
         more = len(problems) - _SHOWN
         tail = f"; and {more} more" if more > 0 else ""
-        raise ValueError(
-            f"{folder} is not a whole {flavour} checkpoint: {'; '.join(problems[:_SHOWN])}{tail}"
-        )
+        raise ValueError(f"{complaint}: {'; '.join(problems[:_SHOWN])}{tail}")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_gmai.convert.piece_literals import literal_pattern, unknown_to
 from megatron_gmai.convert.sentencepiece_model import SPACE, SentencePieceModel
 
 IMAGE_TOKEN = "<image>"
@@ -95,8 +96,8 @@ def _normalizer(model: SentencePieceModel) -> dict[str, Any]:
 def _pre_tokenizer(
     model: SentencePieceModel, cut_out: list[str], answer_opening: str
 ) -> dict[str, Any] | None:
-    """Cuts out user-defined pieces, which sentencepiece never merges with their neighbours, and
-    the opening of an answer if some piece could reach over its end."""
+    """Cuts out user-defined pieces, which sentencepiece never merges with their neighbours, the
+    opening of an answer if some piece could reach over its end, and names of byte pieces."""
     changed = [text for text in cut_out if not (text.isascii() and text.isprintable())]
     if model.charsmap and changed:
         raise ValueError(
@@ -104,16 +105,33 @@ def _pre_tokenizer(
             "tokenizer with normalization_rule_name='identity'"
         )
     patterns = [re.escape(text) for text in sorted(cut_out, key=lambda text: (-len(text), text))]
-    prefix = SPACE if model.add_dummy_prefix else ""
-    bridge = re.compile(re.escape(answer_opening[-1:] + prefix) + ("" if prefix else r"[\s\S]"))
-    if any(p.kind == "normal" and bridge.search(p.text) for p in model.pieces):
+    if _reaches_into_answer(model, answer_opening):
+        prefix = SPACE if model.add_dummy_prefix else ""
         patterns.append(rf"\A{prefix}{re.escape(answer_opening)}(?={prefix or '.'})")
-    if not patterns:
-        return None
+    splits = [_split("|".join(patterns), "Isolated")] if patterns else []
+    if literals := literal_pattern(model, ignores_merges=bool(cut_out)):
+        # Only the place after the match is cut: what stands before a name may belong to it.
+        splits.append(_split(literals, "MergedWithPrevious"))
+    if len(splits) < 2:
+        return splits[0] if splits else None
+    return {"type": "Sequence", "pretokenizers": splits}
+
+
+def _reaches_into_answer(model: SentencePieceModel, opening: str) -> bool:
+    """Whether the last character of the opening can share a piece with the answer's first."""
+    first = SPACE if model.add_dummy_prefix else ""  # "": any, a character without a piece too
+    unknown = unknown_to(model)
+    if unknown(opening[-1:]) and unknown(first):
+        return True
+    bridge = re.compile(re.escape(opening[-1:] + first) + ("" if first else r"[\s\S]"))
+    return any(p.kind == "normal" and bridge.search(p.text) for p in model.pieces)
+
+
+def _split(pattern: str, behavior: str) -> dict[str, Any]:
     return {
         "type": "Split",
-        "pattern": {"Regex": "|".join(patterns)},
-        "behavior": "Isolated",
+        "pattern": {"Regex": pattern},
+        "behavior": behavior,
         "invert": False,
     }
 

@@ -1,19 +1,27 @@
-"""Canonical weights -> a folder that transformers, vLLM and SGLang load without remote code."""
+"""Canonical weights -> a folder that transformers, vLLM, SGLang or GMAI-VL's own code load."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
-from megatron_gmai.convert.configs import hf_config
-from megatron_gmai.convert.mapping import VISION, leftover_shapes, rows
+from megatron_gmai.convert.export_configs import (
+    generation_config,
+    original_config,
+    transformers_config,
+)
+from megatron_gmai.convert.export_readme import readme
+from megatron_gmai.convert.mapping import VISION, Flavour, leftover_shapes, rows
+from megatron_gmai.convert.output import Advance, new_folder, not_counted
 from megatron_gmai.convert.processor import processor_files
+from megatron_gmai.convert.read_ahead import read_ahead
+from megatron_gmai.convert.safetensors_file import write_safetensors
 from megatron_gmai.weights import Shape
 
 
@@ -27,12 +35,14 @@ def write_pretrained(
     dtype: torch.dtype,
     leftovers: Mapping[str, Tensor] | None = None,
     pad_to_square: bool = True,
+    flavour: Flavour = "transformers",
     max_shard_bytes: int = 5 * 10**9,
+    advance: Advance = not_counted,
 ) -> None:
-    """Write the transformers flavour: weights, configs, tokenizer, image processor, chat template.
+    """Write a whole folder: weights, configs, tokenizer, image processor, chat template, README.
 
-    Tensors are asked for one at a time and at most one shard of `max_shard_bytes` is in memory.
-    The folder appears under its name only when it is complete.
+    Tensors are asked for one at a time and written at once, so memory holds the largest of them,
+    not a file. The folder appears under its name only when it is complete.
 
     Args:
         weights: canonical name to full tensor, vocabulary not padded.
@@ -41,56 +51,59 @@ def write_pretrained(
         chat_template: a `--chat-template` name.
         dtype: of every tensor written.
         leftovers: the parts of CLIP that this model never runs, as `open_pretrained` gives them.
-            Without them (a tower trained from random weights never had any) transformers still
-            wants the tensors: an identity layer and norm are written, zeros with unit norms.
+            Without them (a tower trained from random weights never had any) the modelling code
+            still wants the tensors: an identity layer and norm are written, zeros with unit norms.
         pad_to_square: whether training padded images to a square.
+        flavour: `transformers` loads without remote code; `original` is GMAI-VL's own.
 
     Raises:
-        ValueError: the folder exists and is not empty, a weight is missing or has another shape,
-            or the tokenizer does not fit the model.
+        ValueError: the folder exists and is not empty, the disk is too small, a weight is missing
+            or has another shape, or the tokenizer does not fit the model.
+        OSError: writing failed; nothing is kept then.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; remove it or choose another folder")
-    _check_names(model, weights)
-    files = processor_files(model, tokenizer_model, special_tokens, chat_template, pad_to_square)
-    dtype_name = str(dtype).removeprefix("torch.")
+    leftovers = leftovers or {}
+    _check_names(model, weights, leftovers)
+    # The original code runs where transformers has no image processor that pads.
+    pads = pad_to_square and flavour == "transformers"
+    files = processor_files(model, tokenizer_model, special_tokens, chat_template, pads)
+    config = transformers_config if flavour == "transformers" else original_config
     json_files = {
-        "config.json": hf_config(model, dtype_name, files.special_ids),
-        "generation_config.json": _generation_config(files.special_ids, files.stop_ids),
+        "config.json": config(model, str(dtype).removeprefix("torch."), files.special_ids),
+        "generation_config.json": generation_config(files.special_ids, files.stop_ids),
         **files.json,
     }
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    texts = {**files.text, "README.md": readme(model, flavour, pad_to_square, bool(leftovers))}
+    shapes = export_shapes(model, flavour)
+    with new_folder(Path(folder), dtype.itemsize * sum(map(math.prod, shapes.values()))) as partial:
         for name, content in json_files.items():
             _write_json(partial / name, content)
-        for name, text in files.text.items():
+        for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         shutil.copyfile(tokenizer_model, partial / "tokenizer.model")
-        tensors = _export_tensors(model, weights, leftovers or {}, dtype)
-        _write_shards(partial, export_shapes(model), tensors, dtype.itemsize, max_shard_bytes)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        tensors = read_ahead(_export_tensors(model, weights, leftovers, flavour))
+        _write_shards(partial, shapes, tensors, dtype, max_shard_bytes, advance)
 
 
-def export_shapes(model: ModelConfig) -> dict[str, Shape]:
+def export_shapes(model: ModelConfig, flavour: Flavour = "transformers") -> dict[str, Shape]:
     """Name and shape of every tensor of an export, in the order in which they are written."""
     shapes = {
         source: shape
-        for row in rows(model, "transformers")
+        for row in rows(model, flavour)
         for source, shape in zip(row.sources, row.source_shapes, strict=True)
     }
     return {**shapes, **leftover_shapes(model)}
 
 
-def _check_names(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+def _check_names(
+    model: ModelConfig, weights: Mapping[str, Tensor], leftovers: Mapping[str, Tensor]
+) -> None:
     expected = {row.canonical for row in rows(model, "transformers")}
     problems = [f"{name} is missing" for name in sorted(expected - set(weights))]
     problems += [f"{name} is unknown" for name in sorted(set(weights) - expected)]
+    if leftovers:  # all or none: half a layer would be filled up with an identity
+        wanted = leftover_shapes(model)
+        problems += [f"{name} is missing" for name in sorted(set(wanted) - set(leftovers))]
+        problems += [f"{name} is unknown" for name in sorted(set(leftovers) - set(wanted))]
     if problems:
         raise ValueError(f"{len(problems)} weights do not fit the model: {'; '.join(problems[:8])}")
 
@@ -99,22 +112,22 @@ def _export_tensors(
     model: ModelConfig,
     weights: Mapping[str, Tensor],
     leftovers: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
-    """Exported name and tensor, in the order of `export_shapes`."""
-    for row in rows(model, "transformers"):
+    flavour: Flavour,
+) -> Iterator[Tensor]:
+    """The tensors of `export_shapes`, in its order."""
+    for row in rows(model, flavour):
         tensor = weights[row.canonical]
-        if tuple(tensor.shape) != row.shape:
-            raise ValueError(
-                f"{row.canonical} has shape {tuple(tensor.shape)}, the model says {row.shape}"
-            )
-        parts = row.rule.split(tensor.detach().cpu())
-        for name, part in zip(row.sources, parts, strict=True):
-            # A copy: parts of one tensor share memory, which safetensors refuses.
-            yield name, part.to(dtype).clone(memory_format=torch.contiguous_format)
+        _check_shape(row.canonical, tensor, row.shape)
+        yield from row.rule.split(tensor)
     for name, shape in leftover_shapes(model).items():
-        tensor = leftovers[name] if name in leftovers else _identity(name, shape)
-        yield name, tensor.detach().cpu().to(dtype).contiguous()
+        tensor = leftovers[name] if leftovers else _identity(name, shape)
+        _check_shape(name, tensor, shape)
+        yield tensor
+
+
+def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model says {shape}")
 
 
 def _identity(name: str, shape: Shape) -> Tensor:
@@ -126,24 +139,23 @@ def _identity(name: str, shape: Shape) -> Tensor:
 def _write_shards(
     folder: Path,
     shapes: dict[str, Shape],
-    tensors: Iterator[tuple[str, Tensor]],
-    itemsize: int,
+    tensors: Iterator[Tensor],
+    dtype: torch.dtype,
     max_bytes: int,
+    advance: Advance,
 ) -> None:
-    plan = plan_shards(shapes, itemsize, max_bytes)
+    plan = plan_shards(shapes, dtype.itemsize, max_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(plan, start=1):
         file = "model.safetensors"
         if len(plan) > 1:
             file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        content = {}
-        for name in names:
-            exported, content[name] = next(tensors)
-            assert exported == name, (exported, name)
-            weight_map[name] = file
-        save_file(content, folder / file, metadata={"format": "pt"})
+        content = {name: shapes[name] for name in names}
+        here = (next(tensors) for _ in names)
+        write_safetensors(folder / file, content, dtype, here, advance)
+        weight_map |= dict.fromkeys(names, file)
     if len(plan) > 1:
-        total = sum(itemsize * _count(shape) for shape in shapes.values())
+        total = dtype.itemsize * sum(map(math.prod, shapes.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
 
@@ -153,28 +165,13 @@ def plan_shards(shapes: Mapping[str, Shape], itemsize: int, max_bytes: int) -> l
     plan: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
-        size = itemsize * _count(shape)
+        size = itemsize * math.prod(shape)
         if plan[-1] and used + size > max_bytes:
             plan.append([])
             used = 0
         plan[-1].append(name)
         used += size
     return plan
-
-
-def _count(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _generation_config(
-    special_ids: Mapping[str, int | None], stop_ids: list[int]
-) -> dict[str, Any]:
-    return {
-        "bos_token_id": special_ids["bos"],
-        "eos_token_id": stop_ids,
-        "pad_token_id": special_ids["pad"],
-        "do_sample": False,
-    }
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,24 +1,27 @@
 """Checkpoints: torch's distributed format in folders that are either whole or refused.
 
     SAVE/iter_0000100/     tensors of all ranks, in any layout's reach
+                      carried.safetensors   parts of CLIP that are never run, for an export
                       manifest.json   written last: the size of every file, the position, the config
     SAVE/latest            name of the newest whole checkpoint
 
 A checkpoint is written under a temporary name and renamed when its manifest is in place.
 """
 
-import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
+from megatron_gmai.convert.carried import write_carried
+from megatron_gmai.convert.manifest import LATEST, read_manifest, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training import optimizer_state
@@ -30,11 +33,7 @@ from megatron_gmai.training.checkpoint_files import (
 )
 from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.rng import restore_rng, rng_piece
-from megatron_gmai.training.safe_metadata import check_metadata
 from megatron_gmai.training.weights import weight_pieces
-
-MANIFEST = "manifest.json"
-LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,12 @@ def save_checkpoint(
     chunks: Sequence[GMAIVL],
     optimizer: MegatronOptimizer | None,
     config: Config,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/iter_N` from all ranks; earlier checkpoints stay as they are.
 
-    The weights must be whole (`finish_param_gather`).
+    The weights must be whole (`finish_param_gather`). Rank 0 also writes what the run carries along
+    for an export (`convert.carried`).
 
     Raises:
         CheckpointError: writing failed (a full disk, say). What was written is removed.
@@ -85,7 +86,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
 
     def finish() -> None:
-        _write_manifest(temporary, position, config, has_optimizer=optimizer is not None)
+        write_carried(temporary, carried or {})
+        write_manifest(temporary, asdict(position), config, has_optimizer=optimizer is not None)
         pointer.write_text(final.name, encoding="utf-8")
         _remove(final)  # of an earlier run; nothing from here on needs space
         temporary.rename(final)
@@ -118,34 +120,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: nothing there, a file missing or of the wrong size, a manifest that does
             not read, or metadata that would run code when it is loaded.
     """
-    if (path / LATEST).is_file():
-        path = path / Path((path / LATEST).read_text(encoding="utf-8").strip()).name
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: it has no {MANIFEST}. "
-            "Give a folder iter_NNNNNNN that a run has finished writing, or its parent."
-        )
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        position = _position(**manifest["position"])
-        config = Config.from_json(json.dumps(manifest["config"]))
-        has_optimizer = bool(manifest["has_optimizer"])
+        found = read_manifest(path)
+        position = _position(**found.position)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    for name, size in files.items():
-        file = path / name
-        if file.parent != path or not file.is_file() or file.stat().st_size != size:
-            found = file.stat().st_size if file.is_file() else "no file"
-            raise CheckpointError(
-                f"{path} is damaged: {name} should have {size} bytes, found {found}. "
-                "Use an earlier checkpoint."
-            )
-    try:
-        names = check_metadata(path / ".metadata")
-    except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return Checkpoint(path, position, config, has_optimizer, names)
+    return Checkpoint(found.path, position, found.config, found.has_optimizer, found.names)
 
 
 def _position(bookmark: dict[str, Any] | None = None, **numbers: Any) -> Position:
@@ -222,17 +202,6 @@ def _pieces(
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
         yield rng_piece(chunks[0].groups)
-
-
-def _write_manifest(folder: Path, position: Position, config: Config, has_optimizer: bool) -> None:
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    manifest = {
-        "position": asdict(position),
-        "has_optimizer": has_optimizer,
-        "files": files,
-        "config": json.loads(config.to_json()),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

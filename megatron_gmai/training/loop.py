@@ -64,7 +64,7 @@ def save(run: Run, iteration: int) -> None:
     )
     finish_param_gather(run.chunks)
     chunks = [chunk.module for chunk in run.chunks]
-    path = save_checkpoint(Path(config.run.save), position, chunks, optimizer, config)
+    path = save_checkpoint(Path(config.run.save), position, chunks, optimizer, config, run.carried)
     if run.world.is_first_rank:
         print(f"saved {path}", flush=True)
 

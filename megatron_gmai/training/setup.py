@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 
 from megatron_gmai.config import Config, ModelConfig
-from megatron_gmai.convert.huggingface import open_pretrained
+from megatron_gmai.convert.carried import read_carried
+from megatron_gmai.convert.huggingface import check_tokenizer, open_pretrained
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
@@ -32,7 +35,7 @@ from megatron_gmai.training.checkpoint import (
 )
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.step import TrainStep
-from megatron_gmai.training.weights import SeededWeights, fill
+from megatron_gmai.training.weights import fill
 from megatron_gmai.validation import tokenizer_path
 
 Log = Callable[[str], None]
@@ -55,6 +58,14 @@ class Start:
             return checkpoint.config.model
         return None if self.llava is None else open_pretrained(self.llava).model
 
+    def carried(self) -> Mapping[str, Tensor]:
+        """Parts of CLIP that never run, which go from checkpoint to checkpoint to an export."""
+        checkpoint = self.resume or self.load
+        if checkpoint is not None:
+            return read_carried(checkpoint.path, checkpoint.config.model)
+        leftovers = {} if self.llava is None else open_pretrained(self.llava).leftovers
+        return {name: tensor.clone() for name, tensor in leftovers.items()}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -69,6 +80,7 @@ class Run:
     batches: Iterator[MicroBatch]
     position: Position
     total_iterations: int
+    carried: Mapping[str, Tensor]  # on rank 0, which saves it; empty elsewhere
 
 
 def find_start(config: Config, log: Log) -> Start:
@@ -129,6 +141,8 @@ def with_data(config: Config) -> tuple[Config, Tokenizer]:
     )
     assert data.tokenizer is not None
     tokenizer = load_tokenizer(data.tokenizer)
+    if config.model.image_token_id >= 0:  # of start weights
+        check_tokenizer(config.model, tokenizer.vocab_size, tokenizer.image_token_id)
     language = dataclasses.replace(
         config.model.language,
         vocab_size=max(config.model.language.vocab_size, tokenizer.vocab_size),
@@ -172,6 +186,7 @@ def build_run(config: Config, tokenizer: Tokenizer, start: Start, world: World) 
         batches=open_batches(config, dataset, world, position, packs),
         position=position,
         total_iterations=total_iterations(config, packs, position),
+        carried=start.carried() if world.is_first_rank else {},
     )
 
 

@@ -1,6 +1,7 @@
 """Small random models in transformers' classes, and sentencepiece models trained on the spot."""
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,14 @@ def llava() -> LlavaForConditionalGeneration:
 
 
 @pytest.fixture
+def saved(llava: LlavaForConditionalGeneration, tmp_path: Path) -> Path:
+    """The same, as a folder."""
+    folder = tmp_path / "saved"
+    llava.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def train_sentencepiece(tmp_path: Path) -> Callable[..., Path]:
     """Trains a model file; keyword arguments override the trainer's settings below."""
 
@@ -98,6 +107,13 @@ def train_sentencepiece(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return train
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
 
 
 def is_scale(name: str) -> bool:
@@ -126,11 +142,17 @@ def export(
         chat_template: str = "internlm2",
         sentencepiece: dict[str, Any] | None = None,
         folder: str = "export",
+        language: LanguageConfig = MODEL.language,
+        rope_scaling_factor: float = 1.0,
         **settings: Any,
     ) -> Export:
         tokenizer_model = train_sentencepiece(**(sentencepiece or {}))
         tokenizer = load_tokenizer(tokenizer_model)
-        language = replace(MODEL.language, vocab_size=tokenizer.vocab_size)
+        language = replace(
+            language,
+            vocab_size=tokenizer.vocab_size,
+            rope_scaling_factor=rope_scaling_factor,
+        )
         model = replace(MODEL, language=language, image_token_id=tokenizer.image_token_id)
         weights = random_weights(model)
         write_pretrained(

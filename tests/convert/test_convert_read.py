@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,9 @@ from transformers import LlavaForConditionalGeneration
 from megatron_gmai.config import ModelConfig
 from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.mapping import leftover_shapes, rows
+from tests.convert.conftest import edit_config
 
 WQKV = "language_model.model.layers.0.attention.wqkv.weight"
-
-
-@pytest.fixture
-def saved(llava: LlavaForConditionalGeneration, tmp_path: Path) -> Path:
-    folder = tmp_path / "saved"
-    llava.save_pretrained(folder)
-    return folder
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -170,7 +158,8 @@ def test_the_original_flavour_is_read(
 ) -> None:
     folder, weights = original
     found = open_pretrained(folder)
-    assert found.model == model_config
+    language = replace(model_config.language, rope_scaling_factor=2.0)
+    assert found.model == replace(model_config, language=language)
     assert found.weights.keys() == weights.keys()
     assert all(torch.equal(found.weights[name], weights[name]) for name in weights)
     assert found.leftovers.keys() == leftover_shapes(model_config).keys()
@@ -220,12 +209,12 @@ def test_every_unsupported_setting_is_reported_at_once(saved: Path) -> None:
         config["vision_feature_layer"] = -1
         config["vision_config"]["hidden_act"] = "gelu"
         config["text_config"]["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0}
-        config["text_config"]["tie_word_embeddings"] = True
+        config["text_config"]["mlp_bias"] = True
 
     edit_config(saved, spoil)
     with pytest.raises(ValueError) as error:
         open_pretrained(saved)
-    for part in ("vision_feature_layer is -1", "'gelu'", "'yarn'", "tie_word_embeddings is True"):
+    for part in ("vision_feature_layer is -1", "'gelu'", "'yarn'", "mlp_bias is true"):
         assert part in str(error.value)
 
 
@@ -236,6 +225,14 @@ def test_every_unsupported_setting_is_reported_at_once(saved: Path) -> None:
         ("text_config", "num_key_value_heads", 5),
         ("text_config", "num_attention_heads", 0),
         ("text_config", "head_dim", 64),
+        ("text_config", "rms_norm_eps", None),
+        ("text_config", "rope_theta", None),
+        ("text_config", "rope_theta", -1.0),
+        ("text_config", "rope_scaling", "dynamic"),
+        ("text_config", "rope_scaling", {"type": "dynamic"}),
+        ("text_config", "rope_scaling", {"type": "dynamic", "factor": 0.5}),
+        ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("vision_config", "layer_norm_eps", "small"),
         ("vision_config", "patch_size", 5),
         ("vision_config", "num_attention_heads", 5),
     ],
@@ -248,9 +245,17 @@ def test_sizes_that_cannot_be_are_refused(
         open_pretrained(saved)
 
 
+def test_a_tied_output_layer_is_the_embedding(saved: Path) -> None:
+    expected = open_pretrained(saved).weights["language_model.embedding.word_embeddings.weight"]
+    edit_config(saved, lambda config: config["text_config"].update(tie_word_embeddings=True))
+    edit_tensors(saved, lambda tensors: tensors.pop("language_model.lm_head.weight"))
+    found = open_pretrained(saved).weights
+    assert torch.equal(found["language_model.output_layer.weight"], expected)
+
+
 def test_a_foreign_model_type_is_refused(saved: Path) -> None:
     edit_config(saved, lambda config: config.update(model_type="qwen2_vl"))
-    with pytest.raises(ValueError, match="model_type 'qwen2_vl' .* is not supported"):
+    with pytest.raises(ValueError, match="model_type 'qwen2_vl' is not supported"):
         open_pretrained(saved)
 
 
@@ -278,13 +283,30 @@ def test_missing_unknown_and_misshapen_tensors_are_named(saved: Path) -> None:
         assert part in str(error.value)
 
 
-def test_quantised_weights_are_refused(saved: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(saved: Path, dtype: torch.dtype) -> None:
     def quantise(tensors: dict[str, Tensor]) -> None:
-        tensors["language_model.model.norm.weight"] = torch.ones(48, dtype=torch.int8)
+        tensors["language_model.model.norm.weight"] = torch.ones(48).to(dtype)
 
     edit_tensors(saved, quantise)
-    with pytest.raises(ValueError, match=r"norm\.weight is torch\.int8"):
+    with pytest.raises(ValueError, match=rf"norm\.weight is {dtype}; quantised .* cannot be read"):
         open_pretrained(saved).weights["language_model.decoder.final_layernorm.weight"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nan_and_infinity_are_told_with_the_tensors_name(
+    saved: Path, value: float, dtype: torch.dtype
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        norm = torch.ones(48, dtype=dtype)
+        norm[7] = value
+        tensors["language_model.model.norm.weight"] = norm
+
+    edit_tensors(saved, spoil)
+    weights = open_pretrained(saved).weights
+    with pytest.raises(ValueError, match=r"norm\.weight holds NaN or infinity in 1 of 48 places"):
+        weights["language_model.decoder.final_layernorm.weight"]
 
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:

@@ -23,6 +23,10 @@ NASTY = (
     "医学画像、日本語 한국어 العربية",
     "😀👨‍👩‍👧\u200b\u00a0\u3000",
     "<0x41><unk>[UNUSED] <|im_start <image",
+    "<0x0A>",
+    "<unk>",
+    "a<0x0A>b <0xFF><unk><unk>",
+    "[UD]<0x0A>[UD]<unk>",
     "\x00\x01\x7f",
     "baabababaabbbaaab" * 20,
     "The MODALITY of this image?!",
@@ -53,8 +57,9 @@ def build(path: Path, **specials: int) -> tokenizers.Tokenizer:
         {"add_dummy_prefix": False},
         {"byte_fallback": False, "vocab_size": 150, "character_coverage": 0.98},
         {"user_defined_symbols": ["<|im_start|>", "<|im_end|>", "[UD]", "\n"]},
+        {"add_dummy_prefix": False, "user_defined_symbols": ["<|im_start|>", "<|im_end|>", "[UD]"]},
     ],
-    ids=["plain", "extra spaces", "no prefix", "unknowns", "user-defined"],
+    ids=["plain", "extra spaces", "no prefix", "unknowns", "user-defined", "user-defined alone"],
 )
 def test_ids_equal_sentencepiece(
     train_sentencepiece: Callable[..., Path], model_type: str, settings: dict[str, Any]
@@ -63,9 +68,6 @@ def test_ids_equal_sentencepiece(
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     exported = build(path)
     for text in texts():
-        if model_type == "unigram":
-            # The library's unigram finds the names of unknown and bytes in a text.
-            text = text.replace("<unk>", "").replace("<0x41>", "")
         ids = exported.encode(text, add_special_tokens=False).ids
         assert ids == reference.encode(text), repr(text)
 
@@ -126,6 +128,22 @@ def test_no_piece_reaches_over_the_opening_of_an_answer(
     assert reference.encode(joined).count(reference.piece_to_id(bridge)) == 2
     apart = [*reference.encode("assistant\n"), *reference.encode(answer)]
     assert build(path).encode(joined, add_special_tokens=False).ids == apart
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_an_answers_first_character_does_not_join_an_unknown_newline(
+    train_sentencepiece: Callable[..., Path], model_type: str
+) -> None:
+    path = train_sentencepiece(model_type=model_type, add_dummy_prefix=False, byte_fallback=False)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    exported = build(path)
+    joined = 0
+    for first in map(chr, range(33, 700)):
+        text, apart = f"assistant\n{first}", reference.encode("assistant\n")
+        apart = [*apart, *reference.encode(first)]
+        joined += reference.encode(text) != apart
+        assert exported.encode(text, add_special_tokens=False).ids == apart, first
+    assert joined > 400
 
 
 def _with_pieces(path: Path, pieces: list[str]) -> Path:

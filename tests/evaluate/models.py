@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from megatron_gmai.config import Config, ModelConfig, ParallelConfig
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL
-from megatron_gmai.training.weights import SeededWeights
 from tests.parallel.batches import CONFIG, MODEL
 from tests.parallel.cases import Processes
 

@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_gmai.config import Config, LoraConfig, ParallelConfig
+from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
@@ -35,7 +36,7 @@ from megatron_gmai.training.optimizer import (
     wrap_for_training,
 )
 from megatron_gmai.training.step import StepResult, TrainStep
-from megatron_gmai.training.weights import SeededWeights, fill, named_weights
+from megatron_gmai.training.weights import fill, named_weights
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4

@@ -9,7 +9,7 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from megatron_gmai.config import LoraConfig, ParallelConfig
-from megatron_gmai.training.weights import SeededWeights
+from megatron_gmai.convert.seeded import SeededWeights
 from tests.parallel.batches import MODEL, global_batch
 from tests.parallel.cases import STEPS, Case, Outcome, Processes, identify, run_case, run_cases
 from tests.parallel.world import run_world

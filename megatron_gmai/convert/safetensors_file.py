@@ -1,0 +1,54 @@
+"""Safetensors files written one tensor at a time; the library's own writer takes them all at once.
+
+Format (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian;
+a JSON header padded with spaces; the bytes of all tensors, one after the other.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_gmai.convert.output import Advance, not_counted
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[Tensor],
+    advance: Advance = not_counted,
+) -> None:
+    """Write `tensors`, which come in the order of `shapes`, cast to `dtype`.
+
+    Only one tensor is in memory at a time. The file's mode follows the umask.
+    """
+    assert sys.byteorder == "little"
+    with path.open("wb") as file:
+        file.write(_header(shapes, dtype))
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
+            flat = tensor.detach().cpu().to(dtype).contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().data)
+            advance(flat.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        end = start + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers map the file: tensors start at an aligned place
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,159 @@
+"""A folder is whole or not there; what is there already is never touched."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_gmai.convert.output import Progress, new_folder
+from megatron_gmai.convert.read_ahead import read_ahead
+from megatron_gmai.convert.safetensors_file import write_safetensors
+from tests.convert.conftest import Export
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def test_what_was_written_appears_at_the_end(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "x"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+    assert (tmp_path / "out" / "a").is_file()
+
+
+@pytest.mark.parametrize("content", ["file", "folder"])
+def test_what_exists_is_refused_and_untouched(tmp_path: Path, content: str) -> None:
+    if content == "file":
+        (tmp_path / "out").write_text("mine")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "latest").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with (
+        pytest.raises(ValueError, match="exists already and is not empty"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise AssertionError("never entered")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="the disk filled up; nothing was kept of .*out"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    with (
+        pytest.raises(ValueError, match=r"15\.2 GB are needed .* 3\.0 GB are free"),
+        new_folder(tmp_path / "out", needed_bytes=15_200_000_000),
+    ):
+        raise AssertionError("never entered")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    (left / "folder").mkdir(parents=True)
+    (left / "old").write_text("half")
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert not left.exists()
+
+
+def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+        with (
+            pytest.raises(ValueError, match="another process is writing .*out"),
+            new_folder(tmp_path / "out"),
+        ):
+            raise AssertionError("never entered")
+    assert (tmp_path / "out" / "a").read_text() == "x"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_modes_follow_the_umask(
+    export: Callable[..., Export], umask: Callable[[int], int], mask: int, mode: int
+) -> None:
+    umask(mask)
+    folder = export().folder
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_safetensors_file_reads_back_in_the_library(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.randn(7), "d": torch.randn(2, 3, 4).mT}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", shapes, dtype, tensors.values())
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name].to(dtype)) for name in tensors)
+
+
+def test_reading_ahead_keeps_order_and_errors() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("the sixth")
+
+    seen = []
+    with pytest.raises(ValueError, match="the sixth"):
+        for item in read_ahead(items()):
+            seen.append(item)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_reading_ahead_makes_one_item_before_its_time() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for number in range(9):
+            made.append(number)
+            yield number
+
+    ahead = read_ahead(items())
+    next(ahead)
+    assert next(ahead) == 1 and len(made) <= 3
+
+
+def test_progress_tells_speed_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 101.0, 104.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    progress = Progress(10 * 10**9)
+    progress(10**9)  # too soon to tell
+    progress(10**9)
+    assert capsys.readouterr().err == "2.0 of 10.0 GB, 500 MB/s, 16 s left\n"
