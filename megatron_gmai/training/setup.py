@@ -210,16 +210,6 @@ def build_model(
     return wrapped, optimizer
 
 
-def load_for_inference(checkpoint: Checkpoint, config: Config, world: World) -> GMAIVL:
-    """A checkpoint's model in eval mode, whole on each pipeline rank (there must be one)."""
-    (model,) = build_chunks(config, world)
-    start = with_base(Start(load=checkpoint), config)
-    if checkpoint.config.lora.llm_use_lora:
-        fill_base([model], config, start)
-    load_checkpoint(checkpoint, [model], optimizer=None)
-    return model.requires_grad_(False).eval()
-
-
 def fill_base(chunks: Sequence[GMAIVL], config: Config, start: Start) -> None:
     """Fill the model's own weights from where the run, or the adapters that it loads, began."""
     if start.llava is not None:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.mapping import leftover_shapes
-from megatron_gmai.data.images.window import MEAN_COLOUR, decode
+from megatron_gmai.data.images.decode import decode
+from megatron_gmai.data.images.window import MEAN_COLOUR
 from tests.convert.conftest import Export
 
 
