@@ -24,7 +24,8 @@ def main() -> None:
     from megatron_gmai.runtime.environment import record_start
     from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
-    from megatron_gmai.training.setup import build_run, find_start, with_data, with_sizes
+    from megatron_gmai.training.setup import build_run
+    from megatron_gmai.training.start import complete, find_start
     from megatron_gmai.validation import validate
 
     first = os.environ.get("RANK", "0") == "0"
@@ -36,15 +37,14 @@ def main() -> None:
     for note in notes:
         log(note)
     start = find_start(config, log)
-    config = with_sizes(config, start)
+    config = complete(config, start)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
     world = open_world(config)
-    config, tokenizer = with_data(config)
     if first:
         save_config(config)
         record_start(Path(config.run.work_dir), world.layout.world_size)
-    run = build_run(config, tokenizer, start, world)
+    run = build_run(config, start, world)
     log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")
     finished = train(run)
     close_world()

@@ -16,6 +16,10 @@ def option(default: Any, help: str, *flags: str, choices: tuple[str, ...] = ()) 
     return field(default=default, metadata={"help": help, "flags": flags, "choices": choices})
 
 
+# Pixel statistics of OpenAI's CLIP, in units of the 0..1 range.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IGNORE_INDEX = -100  # label of a position that is not supervised
 PRESET_NAMES = ("gmai-vl-7b", "gmai-vl-tiny")
 
 

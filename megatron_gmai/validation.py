@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_gmai.config import Config
 from megatron_gmai.layout import layers_of_chunks
 from megatron_gmai.layout_rules import Problem, batch_problems, layout_problems
+from megatron_gmai.tokenizer_file import find_tokenizer
 from megatron_gmai.weights import LORA_TARGETS
 
 
@@ -39,19 +40,6 @@ def _judge(
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ValueError("\n  - ".join([f"{count} in the configuration:", *problems]))
-
-
-def tokenizer_path(config: Config) -> Path | None:
-    """The sentencepiece file of the run: `--tokenizer`, else `tokenizer.model` beside the start
-    weights or the shards. None where there is no such file."""
-    data, run = config.data, config.run
-    if data.tokenizer:
-        given = Path(data.tokenizer)
-        found = given / "tokenizer.model" if given.is_dir() else given
-        return found if found.is_file() else None
-    folders = (run.llava, data.shards, data.dset_cache_dir, run.load)
-    files = (Path(folder) / "tokenizer.model" for folder in folders if folder)
-    return next((file for file in files if file.is_file()), None)
 
 
 def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
@@ -158,9 +146,9 @@ def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
     for flag, folder in (("--shards", data.shards), ("--llava", run.llava), ("--load", run.load)):
         if folder and not Path(folder).is_dir():
             yield _missing(flag, folder, "folder")
-    if data.tokenizer and not tokenizer_path(config):
+    if data.tokenizer and not find_tokenizer(config):
         yield _missing("--tokenizer", data.tokenizer, "tokenizer.model file")
-    elif not tokenizer_path(config):
+    elif not find_tokenizer(config):
         yield Problem(
             "no tokenizer",
             "there is no tokenizer.model beside the start weights or the shards",

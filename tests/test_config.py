@@ -9,7 +9,8 @@ import pytest
 
 from megatron_gmai.config import Config, TrainConfig
 from megatron_gmai.presets import preset
-from megatron_gmai.validation import tokenizer_path, validate
+from megatron_gmai.tokenizer_file import find_tokenizer
+from megatron_gmai.validation import validate
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
@@ -85,16 +86,16 @@ class TestTokenizerPath:
     def test_the_flag_comes_before_the_shards(self, tiny: Config, tmp_path: Path) -> None:
         other = tmp_path / "other.model"
         other.write_bytes(b"")
-        assert tokenizer_path(tiny) == tmp_path / "tokenizer.model"
-        assert tokenizer_path(change(tiny, data={"tokenizer": str(other)})) == other
+        assert find_tokenizer(tiny) == tmp_path / "tokenizer.model"
+        assert find_tokenizer(change(tiny, data={"tokenizer": str(other)})) == other
 
     def test_a_folder_stands_for_the_file_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.model").write_bytes(b"")
         config = change(Config(), data={"tokenizer": str(tmp_path)})
-        assert tokenizer_path(config) == tmp_path / "tokenizer.model"
+        assert find_tokenizer(config) == tmp_path / "tokenizer.model"
 
     def test_none_where_there_is_no_file(self, tmp_path: Path) -> None:
-        assert tokenizer_path(change(Config(), run={"llava": str(tmp_path)})) is None
+        assert find_tokenizer(change(Config(), run={"llava": str(tmp_path)})) is None
 
 
 # (processes, changed fields by section, parts of the message)

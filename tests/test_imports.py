@@ -10,7 +10,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_gmai"
 
 # What stands above the packages: plain settings and arithmetic. Modules in here may use each other.
-CONFIG = {"config", "presets", "layout", "layout_rules", "weights", "validation", "cli"}
+CONFIG = {
+    "config",
+    "presets",
+    "layout",
+    "layout_rules",
+    "weights",
+    "chat_formats",
+    "tokenizer_file",
+    "validation",
+    "cli",
+}
 # layer -> layers it may import, besides itself and the configuration
 ALLOWED = {
     "config": set[str](),

@@ -41,8 +41,9 @@ from megatron_gmai.convert.output import Progress
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.convert.write import export_shapes
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.text.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.tokenizer_file import tokenizer_file
 from megatron_gmai.weights import weights as table_of_weights
 
 _TRAINING = "training checkpoint"
@@ -304,16 +305,6 @@ def _training_model(side: Side) -> Iterator[Any]:
 def parameters(model: ModelConfig) -> int:
     """Values in all weights that are run."""
     return sum(math.prod(weight.shape) for weight in table_of_weights(model).values())
-
-
-def tokenizer_file(path: str | None) -> Path:
-    """The sentencepiece model that a flag or a checkpoint names. Raises ValueError without one."""
-    if path is None:
-        raise ValueError("the checkpoint names no tokenizer; give --tokenizer FILE")
-    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"no sentencepiece model at {file}; give --tokenizer FILE")
-    return file
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_gmai.chat_formats import CHAT_FORMATS, chat_format
 from megatron_gmai.convert.tokenizer import IMAGE_TOKEN
 
 
@@ -26,33 +27,6 @@ class Format:
     opening_text: str  # the plain text right before an answer
     end_of_answer: str
 
-
-_CHATML = Format(
-    system=("<|im_start|>system\n", "<|im_end|>\n"),
-    user=("<|im_start|>user\n", "<|im_end|>\n"),
-    assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
-    opening_text="assistant\n",
-    end_of_answer="<|im_end|>",
-)
-
-
-def _llama3(role: str) -> tuple[str, str]:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"
-
-
-_FORMATS = {
-    "internlm2": _CHATML,
-    "qwen": _CHATML,
-    "llama3_chat": Format(
-        system=_llama3("system"),
-        user=_llama3("user"),
-        assistant=_llama3("assistant"),
-        opening_text="\n\n",
-        end_of_answer="<|eot_id|>",
-    ),
-}
-
-TEMPLATE_NAMES = ", ".join(_FORMATS)
 
 # One {{ }} a message; every tag strips the whitespace around it, so only quoted newlines count.
 _JINJA = """\
@@ -99,10 +73,15 @@ _JINJA = """\
 
 
 def get_format(name: str) -> Format:
-    """The format of a `--chat-template` name; ValueError with the known names otherwise."""
-    if name not in _FORMATS:
-        raise ValueError(f"unknown chat template {name!r}; known are {TEMPLATE_NAMES}")
-    return _FORMATS[name]
+    """The format of a `--chat-template` name, as whole strings. Raises ValueError for others."""
+    pieces = chat_format(name)
+    return Format(
+        system=("".join(pieces.system[0]), "".join(pieces.system[1])),
+        user=("".join(pieces.user[0]), "".join(pieces.user[1])),
+        assistant=("".join(pieces.answer_opening), pieces.end_of_answer + pieces.separator),
+        opening_text=pieces.answer_opening[-1],
+        end_of_answer=pieces.end_of_answer,
+    )
 
 
 def jinja_template(name: str, special_tokens: Iterable[str], add_dummy_prefix: bool) -> str:
@@ -131,7 +110,8 @@ def jinja_template(name: str, special_tokens: Iterable[str], add_dummy_prefix: b
 def template_name(jinja: str) -> str | None:
     """The `--chat-template` name that gives the same tokens as this content of
     `chat_template.jinja`; None if training knows none that does."""
-    for name, form in _FORMATS.items():
+    for name in CHAT_FORMATS:
+        form = get_format(name)
         if any(f"set openings = {_literal(_openings(form, p))} -%}}" in jinja for p in ("", " ")):
             return name
     return None

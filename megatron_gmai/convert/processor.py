@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gmai.config import ModelConfig
+from megatron_gmai.config import CLIP_MEAN, CLIP_STD, ModelConfig
 from megatron_gmai.convert.chat_template import get_format, jinja_template
 from megatron_gmai.convert.sentencepiece_model import SentencePieceModel, read_sentencepiece
 from megatron_gmai.convert.tokenizer import IMAGE_TOKEN, added_token, tokenizer_json
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 

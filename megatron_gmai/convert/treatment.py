@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_gmai.chat_formats import CHAT_FORMATS
 from megatron_gmai.config import DataConfig
-from megatron_gmai.convert.chat_template import TEMPLATE_NAMES, template_name
+from megatron_gmai.convert.chat_template import template_name
 from megatron_gmai.convert.mapping import Flavour
 
 MAX_BYTES = 2**20
@@ -31,7 +32,7 @@ def _chat_template(path: Path) -> str:
     name = template_name(_read(path))
     if name is None:
         raise ValueError(
-            f"{path} is none of the chat templates that training knows ({TEMPLATE_NAMES})"
+            f"{path} is none of the chat templates that training knows ({', '.join(CHAT_FORMATS)})"
         )
     return name
 

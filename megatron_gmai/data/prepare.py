@@ -24,7 +24,8 @@ from megatron_gmai.data.shards.lengths import token_lengths
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.remote import is_url
 from megatron_gmai.data.text.encoder import make_encoder
-from megatron_gmai.data.text.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
+from megatron_gmai.data.text.tokenizer import CONFIG_FILE, load_tokenizer
+from megatron_gmai.tokenizer_file import MODEL_FILE, tokenizer_file
 
 READY_FILE = ".ready.json"
 SILENCE_S = 600.0  # of the builder, after which it is given up
@@ -154,18 +155,13 @@ def resolve_tokenizer(data: DataConfig) -> Path:
 
     Raises ValueError if there is neither.
     """
-    if data.tokenizer is not None:
-        return Path(data.tokenizer)
-    if data.shards is not None and (Path(data.shards) / MODEL_FILE).is_file():
-        return Path(data.shards) / MODEL_FILE
-    raise ValueError("no tokenizer: give --tokenizer FILE, or shards that hold tokenizer.model")
+    return tokenizer_file(data.tokenizer if data.tokenizer is not None else data.shards)
 
 
 def copy_tokenizer(tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Puts a tokenizer into a folder of shards, so that they can be trained on as they are."""
     load_tokenizer(tokenizer)
-    file = Path(tokenizer)
-    file = file / MODEL_FILE if file.is_dir() else file
+    file = tokenizer_file(tokenizer)
     write_atomically(Path(folder) / MODEL_FILE, file.read_bytes())
     if (file.parent / CONFIG_FILE).is_file():
         shutil.copyfile(file.parent / CONFIG_FILE, Path(folder) / CONFIG_FILE)

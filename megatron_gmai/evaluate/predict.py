@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.config import DataConfig, ModelConfig
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.images.resize import to_square
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import parse_conversation
-from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.template import render
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, Item
 from megatron_gmai.evaluate.generate import Prompt, generate
@@ -42,7 +43,7 @@ class BenchmarkQuestions:
         max_new_tokens: int,
     ) -> None:
         self.benchmark, self.style, self.tokenizer = benchmark, style, tokenizer
-        self.template = get_template(data.chat_template)
+        self.template = chat_format(data.chat_template)
         self.pad_to_square = data.pad_to_square
         self.vision = model.vision
         self.longest_prompt = model.language.max_position_embeddings - max_new_tokens

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.config import DataConfig, ModelConfig
 from megatron_gmai.data.images.decode import load_image
 from megatron_gmai.data.ledger import BadSample
@@ -19,7 +20,7 @@ from megatron_gmai.data.shards.build import check_record
 from megatron_gmai.data.sources.mixture import Source
 from megatron_gmai.data.sources.records import Records, read_record
 from megatron_gmai.data.text.conversation import IMAGE_TAG, Conversation, parse_conversation
-from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.template import render
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.generate import Prompt
 
@@ -72,7 +73,7 @@ class HeldOut:
         if not len(self.records):
             raise ValueError(f"{file} holds no questions; give --data a file with some")
         self.source = Source(file.stem, (file,), (file.parent,))
-        self.template = get_template(data.chat_template)
+        self.template = chat_format(data.chat_template)
         self.pad_to_square = data.pad_to_square
         self.vision = model.vision
         self.tokenizer = tokenizer

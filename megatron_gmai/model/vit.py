@@ -4,15 +4,11 @@ import torch
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from torch import Tensor
 
-from megatron_gmai.config import VisionConfig
+from megatron_gmai.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from megatron_gmai.model.norm import LayerNorm
 from megatron_gmai.model.transformer import vision_layer_spec, vision_transformer_config
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.runtime.groups import Groups
-
-# Pixel statistics of OpenAI's CLIP, in units of the 0..1 range.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionTower(CLIPViTModel):

@@ -9,7 +9,8 @@ from megatron_gmai.convert.treatment import read_treatment
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import load_checkpoint, open_checkpoint
-from megatron_gmai.training.setup import Start, fill_base, with_base
+from megatron_gmai.training.setup import fill_base
+from megatron_gmai.training.start import Start, with_base
 
 _CONFIG = "config.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")

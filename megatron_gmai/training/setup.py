@@ -1,10 +1,9 @@
-"""Builds what a run needs from its configuration: sizes, data, model, optimizer, position."""
+"""Builds what a run needs from its complete configuration: data, model, optimizer, position."""
 
-import dataclasses
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,56 +14,21 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_gmai.config import Config, ModelConfig
-from megatron_gmai.convert.carried import read_carried
-from megatron_gmai.convert.huggingface import check_tokenizer, open_pretrained
+from megatron_gmai.config import Config, DataConfig
+from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
-from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
-from megatron_gmai.training.checkpoint import (
-    Checkpoint,
-    Position,
-    load_checkpoint,
-    newest_whole_checkpoint,
-    open_checkpoint,
-)
+from megatron_gmai.training.checkpoint import Position, load_checkpoint
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
+from megatron_gmai.training.start import Start
 from megatron_gmai.training.step import TrainStep
 from megatron_gmai.training.weights import fill
-from megatron_gmai.validation import tokenizer_path
-
-Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run begins from, found before anything large is built."""
-
-    resume: Checkpoint | None = None
-    load: Checkpoint | None = None
-    llava: Path | None = None
-    base: Checkpoint | None = None  # under a checkpoint that holds adapters only
-
-    @property
-    def model(self) -> ModelConfig | None:
-        """Sizes that the start weights dictate."""
-        checkpoint = self.resume or self.load
-        if checkpoint is not None:
-            return checkpoint.config.model
-        return None if self.llava is None else open_pretrained(self.llava).model
-
-    def carried(self) -> Mapping[str, Tensor]:
-        """Parts of CLIP that never run, which go from checkpoint to checkpoint to an export."""
-        checkpoint = self.resume or self.load
-        if checkpoint is not None:
-            return read_carried(checkpoint.path, checkpoint.config.model)
-        leftovers = {} if self.llava is None else open_pretrained(self.llava).leftovers
-        return {name: tensor.clone() for name, tensor in leftovers.items()}
 
 
 @dataclass(frozen=True)
@@ -83,81 +47,31 @@ class Run:
     carried: Mapping[str, Tensor]  # on rank 0, which saves it; empty elsewhere
 
 
-def find_start(config: Config, log: Log) -> Start:
-    """Choose between resuming, weights of a checkpoint, Hugging Face weights and a fresh start.
+def prepare(config: Config, world: World) -> DataConfig:
+    """Make the shards and measure them, where nobody has yet; where they lie is filled in.
 
-    `--resume` wins where its folder holds a whole checkpoint; else `--load` or `--llava` count.
+    Rank 0 does the work. The others wait outside collectives, however long it takes.
     """
-    run = config.run
-    if run.resume:
-        assert run.save is not None
-        checkpoint, skipped = newest_whole_checkpoint(Path(run.save))
-        for reason in skipped:
-            log(f"passed over a checkpoint: {reason}")
-        if checkpoint is not None:
-            log(f"resuming from {checkpoint.path}")
-            return with_base(Start(resume=checkpoint), config)
-        log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
-    if run.load is not None:
-        return with_base(Start(load=open_checkpoint(Path(run.load))), config)
-    return Start(llava=Path(run.llava) if run.llava is not None else None)
-
-
-def with_base(start: Start, config: Config) -> Start:
-    """A checkpoint of adapters lies on top of the weights that its run began with: `--llava` or
-    `--load` of this run, or else of the run that saved it."""
-    checkpoint = start.resume or start.load
-    assert checkpoint is not None
-    if not checkpoint.config.lora.llm_use_lora:
-        return start
-    own, saved = config.run, checkpoint.config.run
-    llava = own.llava or saved.llava
-    if llava is not None:
-        return dataclasses.replace(start, llava=Path(llava))
-    load = (own.load if start.resume else None) or saved.load
-    return dataclasses.replace(start, base=open_checkpoint(Path(load)) if load else None)
-
-
-def with_sizes(config: Config, start: Start) -> Config:
-    """The configuration with the model sizes of the start weights, where there are any."""
-    return dataclasses.replace(config, model=start.model or config.model)
-
-
-def with_data(config: Config) -> tuple[Config, Tokenizer]:
-    """Make or find the shards, then settle the vocabulary by the tokenizer."""
-    work_dir = Path(config.run.work_dir)
-    # A name that ranks agree on at once; what takes long they then wait for outside collectives.
+    # A name that ranks agree on at once; what takes long they then wait for on the file system.
     run = [uuid.uuid4().hex]
     dist.broadcast_object_list(run, src=0)
-    speaks = dist.get_rank() <= 1 or os.environ.get("LOCAL_RANK") == "0"
-    tokenizer_file = tokenizer_path(config)
-    data = prepare_data(
-        dataclasses.replace(config.data, tokenizer=str(tokenizer_file) if tokenizer_file else None),
+    speaks = world.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"
+    return prepare_data(
+        config.data,
         config.model.vision,
-        default_cache_dir=str(work_dir / "shards"),
-        is_builder=dist.get_rank() == 0,
+        default_cache_dir=os.path.join(config.run.work_dir, "shards"),
+        is_builder=world.is_first_rank,
         run=run[0],
         log=partial(print, flush=True) if speaks else lambda line: None,
     )
-    assert data.tokenizer is not None
-    tokenizer = load_tokenizer(data.tokenizer)
-    if config.model.image_token_id >= 0:  # of start weights
-        check_tokenizer(config.model, tokenizer.vocab_size, tokenizer.image_token_id)
-    language = dataclasses.replace(
-        config.model.language,
-        vocab_size=max(config.model.language.vocab_size, tokenizer.vocab_size),
-    )
-    model = dataclasses.replace(
-        config.model, language=language, image_token_id=tokenizer.image_token_id
-    )
-    return dataclasses.replace(config, data=data, model=model), tokenizer
 
 
-def build_run(config: Config, tokenizer: Tokenizer, start: Start, world: World) -> Run:
-    """Model, optimizer, data stream and position of a run, from a complete configuration."""
+def build_run(config: Config, start: Start, world: World) -> Run:
+    """Data, model, optimizer and position of a run, from a complete configuration."""
+    assert config.data.tokenizer is not None
     dataset = open_dataset(
-        config.data,
-        tokenizer,
+        prepare(config, world),
+        load_tokenizer(config.data.tokenizer),
         config.model.vision,
         config.train.seed,
         Path(config.run.work_dir) / "rejected.jsonl" if world.is_first_rank else None,

@@ -13,13 +13,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.runtime.world import World
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class _Counts:
     rejected: int = 0
 
     def add(self, batch: MicroBatch) -> None:
-        self.supervised_tokens += int((batch.labels != IGNORED).sum())
+        self.supervised_tokens += int((batch.labels != IGNORE_INDEX).sum())
         self.tokens += batch.num_tokens
         self.positions += batch.tokens.numel()
         self.images += batch.image_starts.numel()
@@ -147,7 +146,7 @@ def forward_step(
 
 def sum_losses(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 [T] -> (sum to differentiate, supervised tokens, the same sum in fp64 to report)."""
-    supervised = (labels != IGNORED).sum(dtype=torch.int)
+    supervised = (labels != IGNORE_INDEX).sum(dtype=torch.int)
     return losses.sum(), supervised, losses.detach().double().sum()
 
 

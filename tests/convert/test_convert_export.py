@@ -21,11 +21,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.convert.huggingface import open_pretrained, write_pretrained
 from megatron_gmai.convert.write import plan_shards
 from megatron_gmai.data.images.decode import load_image
 from megatron_gmai.data.text.conversation import parse_conversation
-from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.template import render
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.convert.conftest import Export, special_tokens
 
@@ -183,7 +184,7 @@ def assert_same_tokens(
     processor = processor_of(written.folder)
     record = {"conversations": [{"from": who, "value": text} for who, text in turns]}
     conversation = parse_conversation(record, num_images, require_answer=False)
-    expected = render(conversation, get_template(template), written.tokenizer, 16)
+    expected = render(conversation, chat_format(template), written.tokenizer, 16)
     for as_parts in (False, True):
         text = processor.apply_chat_template(
             messages_of(turns, as_parts), add_generation_prompt=turns[-1][0] == "human"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.data.shards.lengths import token_lengths
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.encoder import Encoder
-from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.data.world import mixed_records, open_list
 
@@ -30,7 +30,7 @@ def other_tokenizer(file: Path, folder: Path) -> Tokenizer:
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "template": {"template": get_template("qwen")},
+    "template": {"template": chat_format("qwen")},
     "tokens per image": {"tokens_per_image": 5},
     "length limit": {"max_length": 64},
     "cutting": {"cut": True},
@@ -43,7 +43,7 @@ def test_token_lengths_belong_to_one_way_of_encoding(
     list_file: Path, tokenizer_file: Path, tmp_path: Path, name: str
 ) -> None:
     shards: Shards = open_list(list_file, tokenizer_file).shards
-    encoder = Encoder(load_tokenizer(tokenizer_file), get_template("internlm2"), 4, 128)
+    encoder = Encoder(load_tokenizer(tokenizer_file), chat_format("internlm2"), 4, 128)
     folder = tmp_path / "other"
     folder.mkdir()
     change = CHANGES.get(name) or {"tokenizer": other_tokenizer(tokenizer_file, folder)}

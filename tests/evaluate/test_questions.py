@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.config import DataConfig
 from megatron_gmai.data.images.decode import load_image
 from megatron_gmai.data.text.conversation import parse_conversation
-from megatron_gmai.data.text.template import get_template, render
+from megatron_gmai.data.text.template import render
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.questions import Asked, HeldOut, Skipped, batches
 from tests.evaluate.models import config_for
@@ -34,7 +35,7 @@ def test_a_prompt_is_the_training_sample_up_to_its_last_answer(
     record = json.loads(held_out_file.read_text())[number]
     conversation = parse_conversation(record, str(record).count("<image>"))
     sample = render(
-        conversation, get_template("internlm2"), tokenizer, MODEL.vision.tokens_per_image
+        conversation, chat_format("internlm2"), tokenizer, MODEL.vision.tokens_per_image
     )
     one = asked(held_out, number)
     length = len(one.prompt.tokens)

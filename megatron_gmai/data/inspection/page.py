@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.inspection.rejected import Finder, group
 from megatron_gmai.data.ledger import BadSample, Rejection
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.encoder import Encoder
-from megatron_gmai.data.text.template import IGNORE, Rendered
+from megatron_gmai.data.text.template import Rendered
 
 THUMBNAIL = 160
 MOST_IMAGES = 8  # of one sample
@@ -121,7 +122,7 @@ def coloured(rendered: Rendered, encoder: Encoder) -> str:
     """The tokens as text, supervised runs marked, special tokens boxed, an image's placeholders as
     one note."""
     starts = set(rendered.image_starts.tolist())
-    supervised = rendered.labels != IGNORE
+    supervised = rendered.labels != IGNORE_INDEX
     edges = {0, len(rendered.tokens), *(np.flatnonzero(np.diff(supervised)) + 1).tolist()}
     edges |= starts | {start + rendered.tokens_per_image for start in starts}
     bounds, parts = sorted(edges), []

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.ledger import Rejection
 from megatron_gmai.data.loading.augment import Tone
-from megatron_gmai.data.text.template import IGNORE, Rendered
+from megatron_gmai.data.text.template import Rendered
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class BatchBuilder:
         self.max_length = max_length
         total = packs * max_length
         self.tokens = np.full(total, pad_id, dtype=np.int64)
-        self.labels = np.full(total, IGNORE, dtype=np.int64)
+        self.labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
         self.bounds = [0]
         self.image_starts: list[int] = []
         self.images: list[SampleImage] = []

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_gmai.chat_formats import ChatFormat, chat_format
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import parse_conversation
-from megatron_gmai.data.text.template import Rendered, Template, fit, get_template, render
+from megatron_gmai.data.text.template import Rendered, fit, render
 from megatron_gmai.data.text.tokenizer import Tokenizer
 
 
@@ -19,7 +20,7 @@ class Encoder:
     `max_length`, since the packer cuts them."""
 
     tokenizer: Tokenizer
-    template: Template
+    template: ChatFormat
     tokens_per_image: int
     max_length: int
     cut: bool = False
@@ -58,7 +59,7 @@ def make_encoder(data: DataConfig, tokenizer: Tokenizer, vision: VisionConfig) -
     """How `data` wants samples turned into tokens."""
     return Encoder(
         tokenizer,
-        get_template(data.chat_template),
+        chat_format(data.chat_template),
         vision.tokens_per_image,
         data.max_length,
         cut=data.dset_pack_level == "hard",

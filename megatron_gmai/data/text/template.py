@@ -11,52 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_gmai.chat_formats import ChatFormat
+from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import IMAGE_TAG, Conversation, Turn
 from megatron_gmai.data.text.tokenizer import Tokenizer
-
-IGNORE = -100  # label of a position that is not supervised
-
-
-@dataclass(frozen=True)
-class Template:
-    """What surrounds the texts. Pieces are special tokens (`<|...|>`) or plain text."""
-
-    name: str
-    system: tuple[tuple[str, ...], tuple[str, ...]]
-    user: tuple[tuple[str, ...], tuple[str, ...]]
-    answer_opening: tuple[str, ...]
-    end_of_answer: str  # supervised, and what stops generation
-    separator: str  # after an answer, not supervised
-
-
-def _chatml(name: str) -> Template:
-    return Template(
-        name=name,
-        system=(("<|im_start|>", "system\n"), ("<|im_end|>", "\n")),
-        user=(("<|im_start|>", "user\n"), ("<|im_end|>", "\n")),
-        answer_opening=("<|im_start|>", "assistant\n"),
-        end_of_answer="<|im_end|>",
-        separator="\n",
-    )
-
-
-def _llama3_opening(role: str) -> tuple[str, ...]:
-    return ("<|start_header_id|>", role, "<|end_header_id|>", "\n\n")
-
-
-TEMPLATES = {
-    "internlm2": _chatml("internlm2"),
-    "qwen": _chatml("qwen"),
-    "llama3_chat": Template(
-        name="llama3_chat",
-        system=(_llama3_opening("system"), ("<|eot_id|>",)),
-        user=(_llama3_opening("user"), ("<|eot_id|>",)),
-        answer_opening=_llama3_opening("assistant"),
-        end_of_answer="<|eot_id|>",
-        separator="",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -120,18 +79,11 @@ class _Writer:
     def _append(self, ids: "array[int]") -> None:
         self.flush()
         self.tokens += ids
-        self.labels += array("q", [IGNORE]) * len(ids)
-
-
-def get_template(name: str) -> Template:
-    """The template of that name. Raises ValueError with the known names."""
-    if name not in TEMPLATES:
-        raise ValueError(f"--chat-template {name!r} is unknown; known are {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+        self.labels += array("q", [IGNORE_INDEX]) * len(ids)
 
 
 def render(
-    conversation: Conversation, template: Template, tokenizer: Tokenizer, tokens_per_image: int
+    conversation: Conversation, template: ChatFormat, tokenizer: Tokenizer, tokens_per_image: int
 ) -> Rendered:
     """Ids, labels and image positions of a conversation.
 
@@ -155,7 +107,7 @@ def render(
     )
 
 
-def _write_turn(writer: _Writer, template: Template, turn: Turn) -> None:
+def _write_turn(writer: _Writer, template: ChatFormat, turn: Turn) -> None:
     if turn.role == "assistant":
         writer.answer(turn.text, template.end_of_answer)
         return

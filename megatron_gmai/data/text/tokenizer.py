@@ -10,9 +10,9 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_gmai.data.text.pieces import as_control
+from megatron_gmai.tokenizer_file import MODEL_FILE, tokenizer_file
 
 IMAGE_TOKEN = "<image>"
-MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 # Texts between special tokens repeat: short ones are remembered, so many of them.
 SHORT, MOST_SHORT = 16, 4096
@@ -146,10 +146,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises ValueError if there is none, or if the file is not a sentencepiece model.
     """
-    file = Path(path)
-    file = file / MODEL_FILE if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"no sentencepiece model at {file}; give --tokenizer FILE or FOLDER")
+    file = tokenizer_file(path)
     try:
         return Tokenizer(file.read_bytes(), _added_tokens(file.parent / CONFIG_FILE))
     except (RuntimeError, OSError) as error:

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.config import Config
 from megatron_gmai.data.images.resize import to_square
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.text.template import Rendered, get_template, render
+from megatron_gmai.data.text.template import Rendered, render
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.generate import Prompt, generate_steps
 from megatron_gmai.evaluate.server.generator import Piece, Request
@@ -22,7 +23,7 @@ class ModelGenerator:
 
     def __init__(self, name: str, model: GMAIVL, config: Config, tokenizer: Tokenizer) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.template = get_template(config.data.chat_template)
+        self.template = chat_format(config.data.chat_template)
         self.vision, self.pad_to_square = config.model.vision, config.data.pad_to_square
         self.positions = config.model.language.max_position_embeddings
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.images.decode import load_image
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset
 from megatron_gmai.data.loading.loader import iterate
-from megatron_gmai.data.text.template import IGNORE
 from megatron_gmai.layout import ImageShare
 from tests.data.world import VISION, mixed_records, open_list, record
 
@@ -52,8 +52,8 @@ def test_segments_hold_whole_samples_and_predict_only_their_own_tokens(
         for segment in segments(batch):
             tokens, labels = batch.tokens[segment], batch.labels[segment]
             assert batch.position_ids[segment].tolist() == list(range(len(tokens)))
-            assert labels[-1] == IGNORE
-            supervised = labels[:-1] != IGNORE
+            assert labels[-1] == IGNORE_INDEX
+            supervised = labels[:-1] != IGNORE_INDEX
             assert torch.equal(labels[:-1][supervised], tokens[1:][supervised])
             if supervised.any():
                 found += 1
@@ -121,7 +121,7 @@ def test_the_last_step_is_filled_up_with_empty_packs(dataset: PackDataset) -> No
     assert len(batches) == -(-total // GLOBAL) * GLOBAL
     for batch in batches[total:]:
         assert batch.num_samples == 0 and len(batch.pixel_values) == 0
-        assert (batch.labels == IGNORE).all()
+        assert (batch.labels == IGNORE_INDEX).all()
         assert batch.cu_seqlens.tolist() == [0, 128]
 
 

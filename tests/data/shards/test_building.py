@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.data.ledger import read_ledger
 from megatron_gmai.data.pool import Report
 from megatron_gmai.data.shards import build, inputs, units
@@ -22,7 +23,6 @@ from megatron_gmai.data.shards.index import MANIFEST_FILE
 from megatron_gmai.data.shards.lengths import token_lengths
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.encoder import Encoder
-from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import mixed_records, picture, record
 from tools.make_shards import main
@@ -221,7 +221,7 @@ class TestLengths:
         tokenizer: Tokenizer,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        encoder = Encoder(tokenizer, get_template("internlm2"), 4, 40)
+        encoder = Encoder(tokenizer, chat_format("internlm2"), 4, 40)
         build_shards(list_file, tmp_path / "alone")
         alone, rejected = token_lengths(Shards(tmp_path / "alone"), encoder)
         build_shards(list_file, tmp_path / "both", workers=2, encoder=encoder)
@@ -237,7 +237,7 @@ class TestLengths:
         tokenizer: Tokenizer,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        encoder = Encoder(tokenizer, get_template("internlm2"), 4, 128)
+        encoder = Encoder(tokenizer, chat_format("internlm2"), 4, 128)
         build_shards(list_file, tmp_path / "shards")
         shards = Shards(tmp_path / "shards")
         measured: list[int] = []

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.pool import Report
 from megatron_gmai.data.shards import build, lengths, units
@@ -20,7 +21,6 @@ from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.index import MANIFEST_FILE
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.encoder import Encoder
-from megatron_gmai.data.text.template import get_template
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import encoded, mixed_records, open_list, picture, record
 from tools.make_shards import main
@@ -311,7 +311,7 @@ class TestTokenLengths:
         monkeypatch.setattr(units, "RECORDS_PER_SHARD", 5)
         build_shards(write_list(A=mixed_records(tmp_path, 12)), tmp_path / "shards")
         shards = Shards(tmp_path / "shards")
-        encoder = Encoder(tokenizer, get_template("internlm2"), 4, 40)
+        encoder = Encoder(tokenizer, chat_format("internlm2"), 4, 40)
         alone, rejected = lengths.token_lengths(shards, encoder)
         for file in shards.folder.glob("lengths-*"):
             file.unlink()
@@ -331,7 +331,7 @@ class TestTokenLengths:
     ) -> None:
         build_shards(write_list(A=[record("what", "yes " * words)]), tmp_path / "shards")
         shards = Shards(tmp_path / "shards")
-        encoder = Encoder(tokenizer, get_template("internlm2"), 4, 2048, cut=True)
+        encoder = Encoder(tokenizer, chat_format("internlm2"), 4, 2048, cut=True)
         table, _ = lengths.token_lengths(shards, encoder)
         assert table.itemsize == bytes_a_sample
         assert table["length"].tolist() == [encoder_length(encoder, shards, 0)]

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from megatron_gmai.chat_formats import chat_format
+from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import Conversation, parse_conversation
-from megatron_gmai.data.text.template import IGNORE, Rendered, fit, get_template, render
+from megatron_gmai.data.text.template import Rendered, fit, render
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from tests.data.world import record
 
@@ -18,7 +20,7 @@ def conversation(*turns: tuple[str, str], images: int = 0) -> Conversation:
 
 
 def internlm2(tokenizer: Tokenizer, spoken: Conversation) -> Rendered:
-    return render(spoken, get_template("internlm2"), tokenizer, IMAGE_TOKENS)
+    return render(spoken, chat_format("internlm2"), tokenizer, IMAGE_TOKENS)
 
 
 def test_internlm2_with_system_image_and_two_turns(tokenizer: Tokenizer) -> None:
@@ -45,7 +47,7 @@ def test_internlm2_with_system_image_and_two_turns(tokenizer: Tokenizer) -> None
     ]
     rendered = internlm2(tokenizer, spoken)
     tokens = [token for ids, _ in parts for token in ids]
-    labels = [token if supervised else IGNORE for ids, supervised in parts for token in ids]
+    labels = [token if supervised else IGNORE_INDEX for ids, supervised in parts for token in ids]
     assert rendered.tokens.tolist() == tokens
     assert rendered.labels.tolist() == labels
     assert rendered.image_starts.tolist() == [tokens.index(tokenizer.image_token_id)]
@@ -55,7 +57,7 @@ def test_supervised_tokens_are_the_answers_and_their_ends(tokenizer: Tokenizer) 
     rendered = internlm2(
         tokenizer, conversation(("human", "what"), ("gpt", "yes"), ("human", "of"), ("gpt", "no"))
     )
-    supervised = rendered.tokens[rendered.labels != IGNORE]
+    supervised = rendered.tokens[rendered.labels != IGNORE_INDEX]
     assert tokenizer.decode(supervised.tolist()) == "yes<|im_end|>no<|im_end|>"
 
 
@@ -65,8 +67,8 @@ def test_a_prompt_is_the_beginning_of_what_training_saw(tokenizer: Tokenizer) ->
         tokenizer, conversation(("human", "<image>\nwhat"), ("gpt", "yes"), images=1)
     )
     assert trained.tokens[: len(prompt.tokens)].tolist() == prompt.tokens.tolist()
-    assert trained.labels[len(prompt.tokens)] != IGNORE
-    assert (prompt.labels == IGNORE).all()
+    assert trained.labels[len(prompt.tokens)] != IGNORE_INDEX
+    assert (prompt.labels == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_images_come_before_the_text_unless_words_surround_them(written: str, se
 
 def test_qwen_and_internlm2_agree_where_the_tokens_do(tokenizer: Tokenizer) -> None:
     spoken = conversation(("system", "a"), ("human", "what"), ("gpt", "yes"))
-    qwen = render(spoken, get_template("qwen"), tokenizer, IMAGE_TOKENS)
+    qwen = render(spoken, chat_format("qwen"), tokenizer, IMAGE_TOKENS)
     assert qwen.tokens.tolist() == internlm2(tokenizer, spoken).tokens.tolist()
 
 
@@ -95,7 +97,7 @@ def test_llama3_headers(tokenizer_file, tmp_path) -> None:
     names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer = Tokenizer(model, {name: base + i for i, name in enumerate(names)})
     rendered = render(
-        conversation(("human", "what"), ("gpt", "yes")), get_template("llama3_chat"), tokenizer, 4
+        conversation(("human", "what"), ("gpt", "yes")), chat_format("llama3_chat"), tokenizer, 4
     )
     assert tokenizer.decode(rendered.tokens.tolist()) == (
         "<|start_header_id|>user<|end_header_id|>\n\nwhat<|eot_id|>"
@@ -105,7 +107,7 @@ def test_llama3_headers(tokenizer_file, tmp_path) -> None:
 
 def test_unknown_template_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="internlm2, qwen, llama3_chat"):
-        get_template("vicuna")
+        chat_format("vicuna")
 
 
 class TestLongSamples:
@@ -166,5 +168,5 @@ def test_image_tags_and_images_must_agree(tags: int, images: int) -> None:
 
 def test_labels_are_tokens_or_ignored(tokenizer: Tokenizer) -> None:
     rendered = internlm2(tokenizer, conversation(("human", "what"), ("gpt", "yes")))
-    supervised = rendered.labels != IGNORE
+    supervised = rendered.labels != IGNORE_INDEX
     assert np.array_equal(rendered.labels[supervised], rendered.tokens[supervised])
