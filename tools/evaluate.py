@@ -7,9 +7,10 @@
     python tools/evaluate.py compare --benchmark SET.tsv PREDICTIONS_A PREDICTIONS_B
     python tools/evaluate.py leakage --benchmark SET.tsv --shards DIR
 
-CHECKPOINT is iter_NNNNNNN or a folder of checkpoints, saved in any layout. Answers are generated
-greedily from the template and the image treatment that the model was trained with, and count as
-right when they equal the expected ones but for case, spaces and a final full stop.
+CHECKPOINT is iter_NNNNNNN or a folder of checkpoints, saved in any layout, or a Hugging Face folder
+of either flavour. Answers are generated greedily from the template and the image treatment that the
+model was trained with. Those to --data count as right when they equal the expected ones but for
+case, spaces and a final full stop.
 """
 
 import argparse
@@ -51,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n\n")[0],
         epilog=f"Other commands: {', '.join(COMMANDS)}; evaluate.py COMMAND --help.",
     )
-    flags.add_argument("--load", type=Path, required=True, help="checkpoint, or folder of them")
+    flags.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        help="checkpoint, folder of them, or Hugging Face folder",
+    )
     asked = flags.add_mutually_exclusive_group(required=True)
     asked.add_argument("--data", type=Path, help="held-out questions (JSON)")
     asked.add_argument("--benchmark", type=Path, help="benchmark (TSV); answers are not scored")
@@ -105,12 +111,11 @@ def predict(argv: list[str]) -> None:
     from megatron_gmai.evaluate.predict import BenchmarkQuestions
     from megatron_gmai.evaluate.questions import HeldOut
     from megatron_gmai.runtime.world import close_world, open_world
-    from megatron_gmai.training.checkpoint import open_checkpoint
-    from megatron_gmai.training.setup import load_for_inference
+    from megatron_gmai.training.inference import load_for_inference, open_trained
 
-    checkpoint = open_checkpoint(flags.load)
+    trained = open_trained(flags.load)
     tensor_parallel = flags.tensor_model_parallel_size
-    config = for_evaluation(checkpoint.config, flags.device, flags.dtype, tensor_parallel)
+    config = for_evaluation(trained.config, flags.device, flags.dtype, tensor_parallel)
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = tokenizer_for(config, flags.tokenizer)
     treatment = (config.data, config.model, tokenizer, flags.max_new_tokens)
@@ -121,11 +126,11 @@ def predict(argv: list[str]) -> None:
         questions = HeldOut(flags.data, *treatment)
 
     world = open_world(config)
-    model = load_for_inference(checkpoint, config, world)
+    model = load_for_inference(trained, config, world)
     if isinstance(questions, HeldOut):
-        score_held_out(model, questions, world, flags, checkpoint.path)
+        score_held_out(model, questions, world, flags, trained.path)
     else:
-        predict_benchmark(model, questions, world, flags, checkpoint.path)
+        predict_benchmark(model, questions, world, flags, trained.path)
     close_world()
 
 

@@ -31,7 +31,12 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     flags = Parser(description=(__doc__ or "").split("\n\n")[0])
-    flags.add_argument("--load", type=Path, required=True, help="checkpoint, or folder of them")
+    flags.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        help="checkpoint, folder of them, or Hugging Face folder",
+    )
     flags.add_argument("--name", default="gmai-vl", help="the model's name for clients (gmai-vl)")
     flags.add_argument("--tokenizer", help="sentencepiece model (default: the run's own)")
     flags.add_argument("--host", default="127.0.0.1", help="address to bind to (127.0.0.1)")
@@ -70,19 +75,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
-    """The model of a checkpoint, in this process."""
+    """The model of a checkpoint or a Hugging Face folder, in this process."""
     quiet_libraries()
     from megatron_gmai.evaluate.server.model import ModelGenerator
     from megatron_gmai.runtime.world import open_world
-    from megatron_gmai.training.checkpoint import open_checkpoint
-    from megatron_gmai.training.setup import load_for_inference
+    from megatron_gmai.training.inference import load_for_inference, open_trained
 
-    checkpoint = open_checkpoint(flags.load)
-    config = for_evaluation(checkpoint.config, flags.device, flags.dtype)
+    trained = open_trained(flags.load)
+    config = for_evaluation(trained.config, flags.device, flags.dtype)
     validate_layout(config, 1)
     tokenizer = tokenizer_for(config, flags.tokenizer)
-    model = load_for_inference(checkpoint, config, open_world(config))
-    print(f"{checkpoint.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
+    model = load_for_inference(trained, config, open_world(config))
+    print(f"{trained.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
     return ModelGenerator(flags.name, model, config, tokenizer)
 
 

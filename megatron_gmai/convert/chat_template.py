@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_gmai.chat_formats import chat_format
+from megatron_gmai.chat_formats import CHAT_FORMATS, chat_format
 from megatron_gmai.convert.tokenizer import IMAGE_TOKEN
 
 
@@ -94,11 +94,7 @@ def jinja_template(name: str, special_tokens: Iterable[str], add_dummy_prefix: b
     """
     form = get_format(name)
     prompt, end = form.assistant
-    openings = {
-        "system": form.system[0],
-        "user": form.user[0],
-        "assistant": prompt + (" " if add_dummy_prefix else ""),
-    }
+    openings = _openings(form, " " if add_dummy_prefix else "")
     closings = {"system": form.system[1], "user": form.user[1], "assistant": end}
     values = {
         "OPENINGS": openings,
@@ -107,6 +103,26 @@ def jinja_template(name: str, special_tokens: Iterable[str], add_dummy_prefix: b
         "SPECIALS": sorted(special_tokens),
         "PROMPT": prompt,
     }
-    # JSON strings, lists and objects are Jinja literals too.
-    literals = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    literals = {key: _literal(value) for key, value in values.items()}
     return re.sub(rf"\b({'|'.join(literals)})\b", lambda match: literals[match[1]], _JINJA)
+
+
+def template_name(jinja: str) -> str | None:
+    """The `--chat-template` name that gives the same tokens as this content of
+    `chat_template.jinja`; None if training knows none that does."""
+    for name in CHAT_FORMATS:
+        form = get_format(name)
+        if any(f"set openings = {_literal(_openings(form, p))} -%}}" in jinja for p in ("", " ")):
+            return name
+    return None
+
+
+def _openings(form: Format, dummy_prefix: str) -> dict[str, str]:
+    """What stands before the text of each role."""
+    system, user, assistant = form.system[0], form.user[0], form.assistant[0]
+    return {"system": system, "user": user, "assistant": assistant + dummy_prefix}
+
+
+def _literal(value: object) -> str:
+    # JSON strings, lists and objects are Jinja literals too.
+    return json.dumps(value, ensure_ascii=False)

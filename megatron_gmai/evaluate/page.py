@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, Item
 from megatron_gmai.evaluate.scores import Scored
 
@@ -147,7 +147,7 @@ def _pictures(benchmark: Benchmark, item: Item) -> str:
 
 
 def _picture(data: bytes) -> str:
-    image = Image.fromarray(to_pixels(data))
+    image = Image.fromarray(decode(data))
     image.thumbnail((_PICTURE, _PICTURE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)

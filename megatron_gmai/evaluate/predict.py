@@ -16,12 +16,12 @@ import torch.distributed as dist
 from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.config import DataConfig, ModelConfig
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.images.decode import to_square
+from megatron_gmai.data.images.decode import decode
+from megatron_gmai.data.images.resize import to_square
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import parse_conversation
 from megatron_gmai.data.text.template import render
 from megatron_gmai.data.text.tokenizer import Tokenizer
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, Item
 from megatron_gmai.evaluate.generate import Prompt, generate
 from megatron_gmai.evaluate.prompts import ask
@@ -74,7 +74,7 @@ class BenchmarkQuestions:
         side = self.vision.image_size
         pixels = torch.empty(len(asking.images), 3, side, side, dtype=torch.uint8)
         for image, place in zip(pixels, asking.images, strict=True):
-            square = to_square(to_pixels(files[place]), side, self.pad_to_square)
+            square = to_square(decode(files[place]), side, self.pad_to_square)
             image.copy_(torch.from_numpy(square))
         return Prompt(
             torch.from_numpy(rendered.tokens), torch.from_numpy(rendered.image_starts), pixels

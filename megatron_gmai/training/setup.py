@@ -24,9 +24,9 @@ from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
-from megatron_gmai.training.checkpoint import Checkpoint, Position, load_checkpoint
+from megatron_gmai.training.checkpoint import Position, load_checkpoint
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
-from megatron_gmai.training.start import Start, with_base
+from megatron_gmai.training.start import Start
 from megatron_gmai.training.step import TrainStep
 from megatron_gmai.training.weights import fill
 
@@ -122,16 +122,6 @@ def build_model(
     if start.resume is None:
         optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
     return wrapped, optimizer
-
-
-def load_for_inference(checkpoint: Checkpoint, config: Config, world: World) -> GMAIVL:
-    """A checkpoint's model in eval mode, whole on each pipeline rank (there must be one)."""
-    (model,) = build_chunks(config, world)
-    start = with_base(Start(load=checkpoint), config)
-    if checkpoint.config.lora.llm_use_lora:
-        fill_base([model], config, start)
-    load_checkpoint(checkpoint, [model], optimizer=None)
-    return model.requires_grad_(False).eval()
 
 
 def fill_base(chunks: Sequence[GMAIVL], config: Config, start: Start) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_gmai.data.shards.format import (
+from megatron_gmai.data.shards.format import ShardWriter
+from megatron_gmai.data.shards.index import (
     Manifest,
     ShardFile,
-    ShardWriter,
     SourceInfo,
     read_manifest,
     save_index,

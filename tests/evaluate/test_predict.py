@@ -23,11 +23,11 @@ from megatron_gmai.evaluate.questions import Asked, HeldOut, Skipped
 from megatron_gmai.evaluate.report import read_settings
 from tests.evaluate.models import build, config_for
 from tests.evaluate.tables import cell, png, write_tsv
-from tests.evaluate.test_program import checkpoints, evaluate
-from tests.parallel.cases import World
+from tests.evaluate.test_program import checkpoints, evaluate, exported
+from tests.parallel.cases import Processes
 from tools.make_benchmark import main as make_benchmark
 
-__all__ = ["checkpoints"]
+__all__ = ["checkpoints", "exported"]
 NEW = 5
 
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_asked_has_a_reason(table: Path, tokenizer: Tokenizer) ->
 
 
 def test_only_what_is_not_answered_yet_is_asked(
-    table: Path, tokenizer: Tokenizer, alone: World, tmp_path: Path
+    table: Path, tokenizer: Tokenizer, alone: Processes, tmp_path: Path
 ) -> None:
     model = build(alone, config_for(tokenizer))
     ours, folder = questions(table, tokenizer), tmp_path / "answers"
@@ -126,20 +126,31 @@ def test_a_hash_of_files_knows_names_and_contents(tmp_path: Path) -> None:
     assert files_hash(tmp_path / "a") != first
 
 
-def test_one_process_and_two_ranks_predict_the_same(
-    checkpoints: Path, table: Path, tmp_path: Path
+def predicted(ranks: int, load: Path, table: Path, output: Path, *flags: str) -> Path:
+    words = ["--load", load, "--benchmark", table, "--output", output, *flags]
+    status, said = evaluate(ranks, *words, "--batch-size", 2, "--max-new-tokens", NEW)
+    assert status == 0, said
+    assert "6 predictions, 1 of questions not asked" in said
+    return output
+
+
+def test_any_layout_and_an_export_predict_the_same(
+    checkpoints: Path, exported: Path, table: Path, tmp_path: Path
 ) -> None:
-    files = [tmp_path / "one_Set.tsv", tmp_path / "two_Set.json"]
-    for ranks, file, extra in ((1, files[0], []), (2, files[1], ["--tp", 2])):
-        flags = ["--load", checkpoints, "--benchmark", table, "--output", file, *extra]
-        status, output = evaluate(ranks, *flags, "--batch-size", 2, "--max-new-tokens", NEW)
-        assert status == 0, output
-        assert "6 predictions, 1 of questions not asked" in output
-    one, two = map(read_predictions, files)
-    assert one == two and one["5"] == ""
-    settings = read_settings(files[0])
+    one = predicted(1, checkpoints, table, tmp_path / "one_Set.tsv")
+    predictions, settings = read_predictions(one), read_settings(one)
+    assert predictions["5"] == "" and len(set(predictions.values())) > 2
     assert settings is not None and settings["prompt"] == "vlmevalkit"
     assert len(settings["weights_sha256"]) == 64 and list(settings["skipped"]) == ["5"]
-    assert settings == read_settings(files[1])
+
+    data_parallel = predicted(2, checkpoints, table, tmp_path / "two_Set.tsv")
+    assert data_parallel.read_bytes() == one.read_bytes()
+    tensor_parallel = predicted(2, checkpoints, table, tmp_path / "three_Set.json", "--tp", "2")
+    assert read_predictions(tensor_parallel) == predictions
+    assert json.loads(tensor_parallel.read_text())[0]["question"] == "is a lung shown"
+    for file in (data_parallel, tensor_parallel):
+        assert read_settings(file) == settings
+
+    export = predicted(1, exported, table, tmp_path / "four_Set.tsv")
+    assert export.read_bytes() == one.read_bytes()
     assert not list(tmp_path.glob("*.answers"))
-    assert json.loads(files[1].read_text())[0]["question"] == "is a lung shown"

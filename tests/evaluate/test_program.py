@@ -15,6 +15,7 @@ from tests.evaluate.models import build, config_for
 from tests.parallel.cases import Processes
 from tests.parallel.world import run_world
 from tests.training.command import ROOT, finish, launcher, run
+from tools.convert_checkpoint import main as convert
 from tools.evaluate import main
 
 
@@ -30,6 +31,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) 
     """A checkpoint that two tensor-parallel ranks have written."""
     folder = tmp_path_factory.mktemp("checkpoints")
     run_world(2, save_from_two_ranks, folder, tokenizer_file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    assert convert(["to-hf", "--load", str(checkpoints), "--output", str(folder)]) == 0
     return folder
 
 

@@ -12,19 +12,22 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.evaluate.test_program import checkpoints
+from tests.evaluate.test_program import checkpoints, exported
 from tests.training.command import ROOT
 from tools.serve import KEY, main
 
-__all__ = ["checkpoints"]
+__all__ = ["checkpoints", "exported"]
 
 
-def test_a_checkpoint_is_served_to_the_openai_client(checkpoints: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log"
+@pytest.mark.parametrize("kind", ["checkpoints", "exported"])
+def test_a_model_is_served_to_the_openai_client(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    load, log = str(request.getfixturevalue(kind)), tmp_path / "log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    program = [sys.executable, str(ROOT / "tools" / "serve.py"), "--load", str(checkpoints)]
+    program = [sys.executable, str(ROOT / "tools" / "serve.py"), "--load", load]
     words = [*program, "--port", port, "--name", "tiny", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:
@@ -50,7 +53,7 @@ def test_a_checkpoint_is_served_to_the_openai_client(checkpoints: Path, tmp_path
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-    assert re.search(r"iter_\d+ as tiny: http://127.0.0.1:" + port, log.read_text())
+    assert re.search(r"(iter_\d+|hf) as tiny: http://127.0.0.1:" + port, log.read_text())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.evaluate.judge import openai_ask
 from megatron_gmai.evaluate.server.app import Settings
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
@@ -292,7 +293,8 @@ class TestPreview:
         return raw(address, data, f"/preview{query}", Content_Type="application/octet-stream")
 
     def pixels(self, told: dict[str, Any]) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(told["image"].split(",")[1]))))
+        data = base64.b64decode(told["image"].split(",")[1])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
     def test_a_deep_image_is_windowed_as_in_training_and_can_be_windowed_anew(
         self, address: str
@@ -302,11 +304,11 @@ class TestPreview:
         status, told = self.look(address, data)
         assert status == 200 and told["range"] == [0, 4000]
         assert told["window"] == pytest.approx([20, 3980], abs=1)
-        usual = self.pixels(told)[..., 0]
+        assert (self.pixels(told) == decode(data)).all()
         _, told = self.look(address, data, "?low=1000&high=1400")
-        moved = self.pixels(told)
+        moved = self.pixels(told)[..., 0]
         assert told["window"] == [1000, 1400]
-        assert moved[20, 0] < 20 and moved[40, 0] > 235 and 60 < usual[30, 0] < 110
+        assert moved[20, 0] < 20 and moved[40, 0] > 235 and 100 < moved[30, 0] < 156
 
     def test_a_plain_image_has_no_window(self, address: str) -> None:
         status, told = self.look(address, encoded(Image.new("RGB", (9, 5), (1, 2, 3))))
@@ -322,7 +324,8 @@ class TestPreview:
         status, told = self.look(address, data)
         assert status == 200 and told["range"][0] < told["window"][0] < told["window"][1]
         _, moved = self.look(address, data, "?low=0&high=200")
-        assert (self.pixels(moved) != self.pixels(told)[..., 0]).any()
+        assert (self.pixels(told) == decode(data)).all()
+        assert (self.pixels(moved) != self.pixels(told)).any()
 
     @pytest.mark.parametrize(
         "query", ["?low=1", "?low=2&high=1", "?low=a&high=b", "?low=nan&high=1"]

@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from megatron_gmai.config import Config
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import parse_conversation
 from megatron_gmai.data.text.tokenizer import Tokenizer
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
 from megatron_gmai.evaluate.generate import generate
 from megatron_gmai.evaluate.server.generator import Request
 from megatron_gmai.evaluate.server.model import ModelGenerator, Sampler
 from tests.evaluate.models import build, config_for
 from tests.evaluate.serving import serving
 from tests.evaluate.tables import png
-from tests.parallel.cases import World
+from tests.parallel.cases import Processes
 
 NEW = 12
 
 
 @pytest.fixture
-def generator(alone: World, tokenizer: Tokenizer) -> ModelGenerator:
+def generator(alone: Processes, tokenizer: Tokenizer) -> ModelGenerator:
     config: Config = config_for(tokenizer)
     return ModelGenerator("tiny", build(alone, config), config, tokenizer)
 
@@ -37,7 +37,7 @@ def request(
     value = "<image>\n" * len(seeds) + text
     record = {"conversations": [{"from": "human", "value": value}]}
     conversation = parse_conversation(record, len(seeds), require_answer=False)
-    images = tuple(generator.prepare(to_pixels(png(seed))) for seed in seeds)
+    images = tuple(generator.prepare(decode(png(seed))) for seed in seeds)
     return Request(conversation, images, most, temperature, seed=5)
 
 

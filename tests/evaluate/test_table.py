@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
 from megatron_gmai.evaluate.benchmarks.write import Row, TableWriter
 from tests.evaluate.tables import OPTIONS, cell, choices, encoded, png, write_tsv
@@ -152,7 +152,7 @@ def test_deep_images_are_windowed_as_in_training(tmp_path: Path) -> None:
     deep = np.linspace(0, 60_000, 64 * 64).astype(np.uint16).reshape(64, 64)
     image = cell(encoded(Image.fromarray(deep)))
     benchmark = read_benchmark(write_tsv(tmp_path / "s.tsv", [row(0, image)]))
-    pixels = to_pixels(benchmark.images(benchmark.items[0])[0])
+    pixels = decode(benchmark.images(benchmark.items[0])[0])
     assert pixels.shape == (64, 64, 3) and len(np.unique(pixels)) > 200
 
 

@@ -9,6 +9,7 @@ from PIL import UnidentifiedImageError
 
 from megatron_gmai.data.images import dicom, nifti, pictures, tiff
 from megatron_gmai.data.images.formats import kind_of
+from megatron_gmai.data.images.grey import Grey, Picture
 from megatron_gmai.data.images.jpeg import decode_jpeg
 from megatron_gmai.data.images.sizes import halved_if_huge
 from megatron_gmai.data.ledger import BadSample
@@ -34,9 +35,24 @@ def decode(data: bytes) -> np.ndarray:
     kind = kind_of(data)
     with _only_bad_samples(kind):
         pixels = decode_jpeg(data) if kind == "JPEG" else None
-        if pixels is None:
-            pixels = halved_if_huge(next(iter_pages(kind, data)))
-        return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+        return to_rgb(next(iter_pages(kind, data)) if pixels is None else pixels)
+
+
+def decode_grey(data: bytes) -> Grey | None:
+    """The deep grey values that `decode` windows; None for colours, and for those of 8 bits. Raises
+    BadSample like it."""
+    kind = kind_of(data)
+    if kind == "JPEG":  # always of 8 bits
+        return None
+    with _only_bad_samples(kind):
+        picture = next(iter_pages(kind, data))
+    return picture if isinstance(picture, Grey) else None
+
+
+def to_rgb(picture: Picture) -> np.ndarray:
+    """uint8 [height, width, 3]: deep values windowed, huge pictures halved."""
+    levels = halved_if_huge(picture.levels() if isinstance(picture, Grey) else picture)
+    return levels if levels.ndim == 3 else np.repeat(levels[:, :, None], 3, axis=2)
 
 
 def decode_pages(data: bytes) -> Iterator[np.ndarray]:
@@ -48,8 +64,8 @@ def decode_pages(data: bytes) -> Iterator[np.ndarray]:
             page = next(pages, None)
             if page is None:
                 return
-            page = halved_if_huge(page)
-        yield page if page.ndim == 3 else np.repeat(page[:, :, None], 3, axis=2)
+            rgb = to_rgb(page)
+        yield rgb
 
 
 def decode_slices(data: bytes, rule: object) -> Iterator[np.ndarray]:
@@ -63,8 +79,8 @@ def decode_slices(data: bytes, rule: object) -> Iterator[np.ndarray]:
         yield picture
 
 
-def iter_pages(kind: str, data: bytes) -> Iterator[np.ndarray]:
-    """uint8 [h, w] or [h, w, 3] of each page or frame, by the reader of the format."""
+def iter_pages(kind: str, data: bytes) -> Iterator[Picture]:
+    """Each page or frame, by the reader of the format."""
     if kind == "TIFF":
         return tiff.pages(data)
     if kind == "DICOM":

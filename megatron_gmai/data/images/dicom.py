@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_gmai.data.images.dicom_pixels import stored_values
 from megatron_gmai.data.images.formats import MAX_VOLUME, needs
+from megatron_gmai.data.images.grey import Grey, Picture, Window
 from megatron_gmai.data.images.sizes import check_size
 from megatron_gmai.data.images.window import window_to_8_bits
 from megatron_gmai.data.ledger import BadSample
@@ -25,9 +26,9 @@ CHUNK = 2**24
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
-def frames(data: bytes) -> Iterator[np.ndarray]:
-    """uint8 [h, w] or [h, w, 3] of each frame. Without a window in the file, deep grey values are
-    windowed by percentiles, frame by frame."""
+def frames(data: bytes) -> Iterator[Picture]:
+    """Each frame. Without a window in the file, deep grey values are windowed by percentiles, frame
+    by frame."""
     file = _read(data)
     for number in range(_count(file)):
         yield _frame(file, number)
@@ -75,7 +76,7 @@ def _check_deflated(data: bytes) -> None:
             raise BadSample(f"unpacks to more than {MAX_VOLUME} bytes")
 
 
-def _frame(file: Any, number: int) -> np.ndarray:
+def _frame(file: Any, number: int) -> Picture:
     from pydicom.pixels import apply_color_lut, apply_modality_lut
 
     height, width = int(file.Rows), int(file.Columns)
@@ -89,10 +90,10 @@ def _frame(file: Any, number: int) -> np.ndarray:
         return pixels if pixels.dtype == np.uint8 else window_to_8_bits(pixels)
     if pixels.shape != (height, width):
         raise BadSample(f"a DICOM file of shape {pixels.shape}, not {height} x {width}")
-    window = file_window(file)
-    plain = pixels.dtype == np.uint8 and file.BitsStored == 8 and window is None
-    levels = pixels if plain else window_to_8_bits(apply_modality_lut(pixels, file), window)
-    return 255 - levels if colours == "MONOCHROME1" else levels
+    window, inverted = _window(file), colours == "MONOCHROME1"
+    if pixels.dtype == np.uint8 and file.BitsStored == 8 and window is None:
+        return 255 - pixels if inverted else pixels
+    return Grey(apply_modality_lut(pixels, file), window, inverted)
 
 
 def _upper_8_bits(colours: np.ndarray) -> np.ndarray:
@@ -102,7 +103,7 @@ def _upper_8_bits(colours: np.ndarray) -> np.ndarray:
     return (colours[:, :, :3] >> 8).astype(np.uint8)
 
 
-def file_window(file: Any) -> tuple[float, float] | None:
+def _window(file: Any) -> Window | None:
     """Lower and upper end of the first window of the file."""
     centre, width = file.get("WindowCenter"), file.get("WindowWidth")
     if centre is None or width is None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from megatron_gmai.data.images.deep import read_deep
 from megatron_gmai.data.images.formats import needs
+from megatron_gmai.data.images.grey import Grey, Picture
 from megatron_gmai.data.images.orientation import orientation_of, turn
 from megatron_gmai.data.images.sizes import check_size, is_huge
 from megatron_gmai.data.images.window import MEAN_COLOUR, blend, window_to_8_bits
@@ -17,8 +18,8 @@ DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 ANIMATED = {"PNG", "WEBP", "GIF", "AVIF"}  # a JPEG's further pictures are previews
 
 
-def frames(kind: str, data: bytes) -> Iterator[np.ndarray]:
-    """uint8 [h, w] or [h, w, 3] of each frame, upright."""
+def frames(kind: str, data: bytes) -> Iterator[Picture]:
+    """Each frame, upright."""
     deep = read_deep(kind, data)
     with Image.open(io.BytesIO(data), formats=(kind,)) as image:
         count = _count(kind, image)
@@ -32,7 +33,11 @@ def frames(kind: str, data: bytes) -> Iterator[np.ndarray]:
                 image.seek(number)
             check_size(*image.size)
             _load(image)
-            yield turn(to_array(image), orientation_of(image))
+            picture, orientation = to_picture(image), orientation_of(image)
+            if isinstance(picture, Grey):
+                yield picture.turned(orientation)
+            else:
+                yield turn(picture, orientation)
 
 
 def count_frames(kind: str, data: bytes) -> int:
@@ -57,9 +62,8 @@ def _load(image: Image.Image) -> None:
     image.load()
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [h, w] or [h, w, 3] of a loaded picture: deep values windowed, palettes applied, alpha
-    blended on the mean colour."""
+def to_picture(image: Image.Image) -> Picture:
+    """A loaded picture with palettes applied and alpha blended on the mean colour."""
     if image.mode in DEEP_MODES:
         return _deep_grey(image)
     if image.has_transparency_data:
@@ -69,13 +73,12 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.array(image.reduce(2) if is_huge(*image.size) else image)
 
 
-def _deep_grey(image: Image.Image) -> np.ndarray:
+def _deep_grey(image: Image.Image) -> Picture:
     values = np.asarray(image)
-    levels = window_to_8_bits(values)
     key = image.info.get("transparency")  # of PNG: the one value that is transparent
     if image.format == "PNG" and isinstance(key, int) and (values == key).any():
-        return blend(levels, values != key, 1)
-    return levels
+        return blend(window_to_8_bits(values), values != key, 1)
+    return Grey(values)
 
 
 def _blended(image: Image.Image) -> np.ndarray:
@@ -91,7 +94,7 @@ def _blended(image: Image.Image) -> np.ndarray:
     return np.array(ground)
 
 
-def heic(data: bytes) -> Iterator[np.ndarray]:
+def heic(data: bytes) -> Iterator[Picture]:
     """The main picture of a HEIC file (extra `heic`), turned as the file says: its EXIF block
     repeats what was done already."""
     try:
@@ -100,4 +103,4 @@ def heic(data: bytes) -> Iterator[np.ndarray]:
         raise needs("HEIC", "pillow-heif", "heic") from error
     file = pillow_heif.open_heif(data, convert_hdr_to_8bit=True)
     check_size(*file.size)
-    yield to_array(file.to_pillow())
+    yield to_picture(file.to_pillow())

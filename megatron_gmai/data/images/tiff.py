@@ -9,9 +9,10 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2 as Directory
 
 from megatron_gmai.data.images import orientation, pictures
 from megatron_gmai.data.images.deep import imagecodecs
+from megatron_gmai.data.images.grey import Grey, Picture
 from megatron_gmai.data.images.orientation import turn
 from megatron_gmai.data.images.sizes import check_size
-from megatron_gmai.data.images.window import flatten, window_to_8_bits
+from megatron_gmai.data.images.window import flatten
 from megatron_gmai.data.ledger import BadSample
 
 KIND, WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES = 254, 256, 257, 258, 262, 277
@@ -23,8 +24,8 @@ COLOUR_SAMPLES = {0: 1, 1: 1, 2: 3, PALETTE: 1}  # by photometric interpretation
 PREMULTIPLIED = 1  # of EXTRA_SAMPLES; alpha that is not is 2
 
 
-def pages(data: bytes) -> Iterator[np.ndarray]:
-    """uint8 [h, w] or [h, w, 3] of each page; smaller copies and masks are none."""
+def pages(data: bytes) -> Iterator[Picture]:
+    """Each page; smaller copies and masks are none."""
     for number, tags in enumerate(_directories(data)):
         if number == 0 or not _first(tags, KIND, 0) & NO_PICTURE:
             yield _page(data, number, tags)
@@ -68,7 +69,7 @@ def _first(tags: Directory, tag: int, default: int) -> int:
     return _numbers(tags, tag, default)[0]
 
 
-def _page(data: bytes, number: int, tags: Directory) -> np.ndarray:
+def _page(data: bytes, number: int, tags: Directory) -> Picture:
     bits = _numbers(tags, BITS, 1)
     samples = _first(tags, SAMPLES, 1)
     size = (_first(tags, WIDTH, 0), _first(tags, HEIGHT, 0))
@@ -77,7 +78,8 @@ def _page(data: bytes, number: int, tags: Directory) -> np.ndarray:
         image = _open(data, number)
         if image is not None:
             return _by_pillow(image, tags)
-    return turn(_by_imagecodecs(data, number, tags), _first(tags, orientation.TAG, 1))
+    picture, upright = _by_imagecodecs(data, number, tags), _first(tags, orientation.TAG, 1)
+    return picture.turned(upright) if isinstance(picture, Grey) else turn(picture, upright)
 
 
 def _open(data: bytes, number: int) -> Image.Image | None:
@@ -90,21 +92,22 @@ def _open(data: bytes, number: int) -> Image.Image | None:
     return image
 
 
-def _by_pillow(image: Image.Image, tags: Directory) -> np.ndarray:
+def _by_pillow(image: Image.Image, tags: Directory) -> Picture:
     signed = _first(tags, SAMPLE_FORMAT, UNSIGNED) == SIGNED
     image.load()  # turns it upright
     if image.mode not in pictures.DEEP_MODES:
-        levels = pictures.to_array(image)
-        # Pillow takes signed bytes for unsigned ones: the upper half of the order comes first.
-        return levels ^ 0x80 if signed and image.mode == "L" else levels
+        picture = pictures.to_picture(image)
+        if signed and image.mode == "L" and isinstance(picture, np.ndarray):
+            # Pillow takes signed bytes for unsigned ones: the upper half of the order comes first.
+            return picture ^ 0x80
+        return picture
     values = np.asarray(image)
     if image.mode == "I" and not signed and _first(tags, BITS, 1) == 32:
         values = values.view(np.uint32)  # Pillow has no unsigned mode; the bits are right
-    levels = window_to_8_bits(values)
-    return 255 - levels if _first(tags, PHOTOMETRIC, 1) == WHITE_IS_ZERO else levels
+    return Grey(values, inverted=_first(tags, PHOTOMETRIC, 1) == WHITE_IS_ZERO)
 
 
-def _by_imagecodecs(data: bytes, number: int, tags: Directory) -> np.ndarray:
+def _by_imagecodecs(data: bytes, number: int, tags: Directory) -> Picture:
     photometric, samples = _first(tags, PHOTOMETRIC, 1), _first(tags, SAMPLES, 1)
     bits = max(_numbers(tags, BITS, 1))
     colours = COLOUR_SAMPLES.get(photometric)
@@ -120,6 +123,8 @@ def _by_imagecodecs(data: bytes, number: int, tags: Directory) -> np.ndarray:
     # Samples beyond the colours that are not alpha belong to no picture.
     extra = _numbers(tags, EXTRA_SAMPLES, 0)[0]
     values = values[:, :, : colours + (extra in (1, 2) and samples > colours)]
+    if values.shape[2] == 1:
+        return Grey(values[:, :, 0], inverted=photometric == WHITE_IS_ZERO)
     opaque = float(np.iinfo(values.dtype).max) if values.dtype.kind in "iu" else 1.0
     if extra == PREMULTIPLIED and values.shape[2] > colours:
         values = _divided(values, opaque)

@@ -23,10 +23,10 @@ def window_to_8_bits(values: np.ndarray, window: tuple[float, float] | None = No
     one window, so hues stay. A constant image gives mid-grey. NaN counts as the smallest value.
     """
     flat = np.ascontiguousarray(values).reshape(-1)
-    smallest, largest = _range(flat)
+    smallest, largest = value_range(flat)
     if smallest == largest:
         return np.full(values.shape, 128, dtype=np.uint8)
-    low, high = window or _percentiles(flat)
+    low, high = window or percentile_window(flat)
     low, high = max(low, smallest), min(high, largest)
     if low >= high:
         low, high = smallest, largest
@@ -40,15 +40,18 @@ def window_to_8_bits(values: np.ndarray, window: tuple[float, float] | None = No
     return levels.reshape(values.shape)
 
 
-def _range(flat: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest of the finite values."""
+def value_range(values: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest of the finite values, 0 and 0 if there are none."""
+    flat = values.reshape(-1)
     if flat.dtype.kind == "f":
         finite = np.isfinite(flat)
         flat = flat if finite.all() else flat[finite]
     return (float(flat.min()), float(flat.max())) if flat.size else (0.0, 0.0)
 
 
-def _percentiles(flat: np.ndarray) -> tuple[float, float]:
+def percentile_window(values: np.ndarray) -> tuple[float, float]:
+    """The window of values whose file names none."""
+    flat = values.reshape(-1)
     step = 1 + flat.size // SAMPLED
     step += step > 1 and step % 3 == 0  # values of colours take turns: all have to be met
     sample = flat[::step].astype(np.float64)

@@ -5,11 +5,9 @@ import base64
 import binascii
 from pathlib import Path
 
-import numpy as np
-
-from megatron_gmai.data.images.decode import decode
-from megatron_gmai.data.images.dicom import decode_dicom, is_dicom
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.shards.check import locate, read_image
+from megatron_gmai.data.sources.mixture import Source
 
 MAX_REFERENCE = 64  # characters; VLMEvalKit takes longer cells for base64
 MAX_IMAGE_BYTES = 64 * 1024**2
@@ -50,17 +48,11 @@ def to_cell(images: list[bytes]) -> str:
     return texts[0] if len(texts) == 1 else repr(texts)
 
 
-def read_file(path: Path) -> bytes:
-    """An image file of bounded size. Raises BadSample."""
-    try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise BadSample(f"image {path.name}: larger than {MAX_IMAGE_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"image {path.name}: {error.strerror}") from error
-
-
-def to_pixels(data: bytes) -> np.ndarray:
-    """uint8 [height, width, 3] as training sees the image: deep ones windowed. Raises BadSample."""
-    pixels = decode_dicom(data) if is_dicom(data) else decode(data)
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+def read_file(name: str, *folders: Path) -> bytes:
+    """The image file of this name in one of the folders, of bounded size. Raises BadSample, also
+    for names that lead out of the folder."""
+    source = Source("", (), folders)
+    found = locate(name, source)
+    if found.size > MAX_IMAGE_BYTES:
+        raise BadSample(f"image {name}: larger than {MAX_IMAGE_BYTES} bytes")
+    return read_image(name, source, found)

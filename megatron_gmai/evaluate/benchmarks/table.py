@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.shards.build import find_image
 from megatron_gmai.evaluate.benchmarks.cells import MAX_REFERENCE, read_file, split_cell, to_bytes
 
 MAX_ROW_BYTES = 512 * 1024**2
@@ -61,7 +60,7 @@ class Benchmark:
         if not cells:
             roots = (self.path.parent, self.path.parent / "images" / self.name)
             names = split_cell(row["image_path"])
-            return [read_file(find_image(name, roots)) for name in names]
+            return [read_file(name, *roots) for name in names]
         if len(cells) == 1 and len(cells[0]) <= MAX_REFERENCE:
             cells = split_cell(self._row(self._referred(cells[0]))["image"])
         return [to_bytes(cell) for cell in cells]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.shards.format import Shards
+from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, Item
 from megatron_gmai.evaluate.leakage.compare import Finder, Near
 from megatron_gmai.evaluate.leakage.hashes import (
@@ -116,7 +116,7 @@ def _match(indices: list[str], found: Near, training: np.ndarray, shards: Shards
         "distance": found.distance,
         "training_key": shards.read_record(row)[0],
         "training_source": shards.source_name(row),
-        "training_place": shards.place(row),
+        "training_place": shards.location(row),
         "training_image": int(hashed["image"]),
         "near_training_images": found.count,
     }

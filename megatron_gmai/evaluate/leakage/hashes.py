@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.shards.format import Shards
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
+from megatron_gmai.data.shards.reader import Shards
 
 SIDE = 16  # of the grid of bits
 WORDS = SIDE * SIDE // 64
@@ -34,7 +34,7 @@ def hash_image(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """uint64 [2] of the pixels and uint64 [WORDS] of the looks. Raises BadSample."""
     import imagehash
 
-    pixels = to_pixels(data)
+    pixels = decode(data)
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.tobytes())
     exact = np.frombuffer(digest.digest()[:16], dtype="<u8")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
 from megatron_gmai.evaluate.benchmarks.write import Row, TableWriter
 
 Attempt = tuple[str, Row | BadSample]  # key of a record, and its row or why there is none
@@ -81,4 +81,4 @@ def _check(row: Row) -> None:
     if not row.images:
         raise BadSample("no image")
     for data in row.images:
-        to_pixels(data)
+        decode(data)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gmai.data.ledger import BadSample
-from megatron_gmai.data.shards.build import find_image
 from megatron_gmai.evaluate.benchmarks.cells import MAX_IMAGE_BYTES, read_file
 
 MAX_JSON_BYTES = 2 * 1024**3
@@ -89,7 +88,7 @@ def image_file(name: Any, *folders: Path) -> bytes:
     """The image of this name in one of the folders. Raises BadSample."""
     if not isinstance(name, str) or not name:
         raise BadSample("no image is named")
-    return read_file(find_image(name, folders))
+    return read_file(name, *folders)
 
 
 def text_of(record: dict[str, Any], key: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_gmai.chat_formats import chat_format
 from megatron_gmai.config import Config
-from megatron_gmai.data.images.decode import to_square
+from megatron_gmai.data.images.resize import to_square
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.template import Rendered, render
 from megatron_gmai.data.text.tokenizer import Tokenizer

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import IMAGE_TAG, parse_conversation
-from megatron_gmai.evaluate.benchmarks.cells import to_pixels
 from megatron_gmai.evaluate.server.generator import Generator, Request
 
 MAX_BODY_BYTES = 64 * 1024**2
@@ -141,6 +141,6 @@ def _image(value: Any, where: str) -> np.ndarray:
     if not head.endswith(";base64"):
         raise BadRequest(f"{where}: the data URL must be in base64", where)
     try:
-        return to_pixels(b64decode(encoded, validate=True))
+        return decode(b64decode(encoded, validate=True))
     except (BadSample, binascii.Error, ValueError) as error:
         raise BadRequest(f"{where}: {error}", where) from error
