@@ -75,7 +75,9 @@ class _Writing(SavePlanner):
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = {_index(piece): piece for piece in pieces}
 
-    def set_up_planner(self, *arguments: Any, **options: Any) -> None: ...
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None: ...
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan([_write_item(index, piece) for index, piece in self.pieces.items()])
