@@ -11,7 +11,7 @@ CORE := tests/kernels tests/runtime tests/model \
 	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slurm test-latest test-lowest lint verify clean
+.PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
 .PHONY: bench bench-kernels bench-data bench-convert bench-evaluation
 .DELETE_ON_ERROR:
 
@@ -23,6 +23,11 @@ help:  ## show this list
 
 train: $(VENV)/.train  ## the quick start: real images, three stages, evaluation, export
 	$(RUN) -m examples.quickstart.run $(ARGS)
+
+chat: $(VENV)/.serve  ## a page to talk to the quick start's model, on http://127.0.0.1:8000
+	@test -e runs/quickstart/stage3/checkpoints/latest || { echo "make train comes first" >&2; exit 1; }
+	$(RUN) tools/serve.py --load runs/quickstart/stage3/checkpoints --name gmai-vl-tiny \
+		--examples runs/quickstart/examples $(ARGS)
 
 test: $(VENV)/.dev  ## all tests (those of Slurm where it is installed)
 	$(RUN) -m pytest $(ARGS)
@@ -75,11 +80,15 @@ $(VENV)/.train: $(addprefix requirements/,cpu.txt quickstart.txt images.txt) set
 	$(RUN) -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(VENV)/.serve: $(VENV)/.train requirements/serve.txt
+	$(RUN) -m pip install --quiet -r requirements/serve.txt
+	touch $@
+
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	$(RUN) -m pip install --quiet --no-deps -r requirements/bench.txt
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.train requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.serve requirements/dev.txt
 	$(RUN) -m pip install --quiet -r requirements/dev.txt
 	touch $@
 

@@ -182,6 +182,8 @@ def predict_benchmark(
         "pad_to_square": questions.pad_to_square,
     }
     if first:
+        # Before anything is asked: a run that was ended may have been of other weights.
+        settings["weights_sha256"] = files_hash(load)
         claim(answers, settings)
     predicted = predict_all(
         model,
@@ -197,7 +199,7 @@ def predict_benchmark(
     texts = {index: answer["prediction"] for index, answer in predicted.items()}
     write_predictions(flags.output, questions.benchmark, texts)
     skipped = {i: answer["skipped"] for i, answer in predicted.items() if "skipped" in answer}
-    settings |= {"weights_sha256": files_hash(load), "skipped": skipped}
+    settings["skipped"] = skipped
     text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
     write_atomically(settings_path(flags.output), text.encode())
     shutil.rmtree(answers)

@@ -1,10 +1,14 @@
 """What came of the quick start: `summary.json`, a table, and `loss.png`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Both need no judge model. The first has no rule for open questions, the second has.
+PROTOCOLS = ("vlmevalkit", "medevalkit")
 
 Summary = dict[str, Any]
 Rows = list[dict[str, float]]
@@ -24,9 +28,11 @@ def summarise(output: Path, stages: list[str], seconds: dict[str, float]) -> Sum
     """
     scores = json.loads((output / "evaluation.json").read_text())
     guesses = json.loads((output / "data" / "data_set.json").read_text())["guess_accuracy"]
+    result = json.loads((output / "scores" / "scores.json").read_text())
     summary = {
         "held_out_accuracy": scores["accuracy"],
         "guess_accuracy": guesses["overall"],
+        "by_protocol": {name: result["protocols"][name]["all"] for name in PROTOCOLS},
         "by_question_type": scores["by_question_type"],
         "by_class": scores["by_class"],
         "guess_by_question_type": {k: v for k, v in guesses.items() if k != "overall"},
@@ -56,6 +62,7 @@ def table(summary: Summary) -> str:
         f"held-out accuracy {summary['held_out_accuracy']:.3f} "
         f"(guessing: {summary['guess_accuracy']:.3f})"
     )
+    lines += [_protocol(name, score) for name, score in summary["by_protocol"].items()]
     lines.append(f"Hugging Face export: {summary['export']}")
     lines.append(f"all steps together: {summary['seconds_total'] / 60:.1f} minutes")
     return "\n".join(lines)
@@ -80,6 +87,18 @@ def draw(output: Path, summary: Summary) -> None:
         fontsize=14,
     )
     figure.savefig(output / "loss.png", metadata={"Software": None})
+
+
+def copy_examples(output: Path) -> None:
+    """Write `examples/`: for the chat page, a held-out picture of each class, and one of 16 bits,
+    whose window the page can move."""
+    folder = output / "examples"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, path in _one_image_per_class(output / "data").items():
+        shutil.copyfile(path, folder / f"{name}{path.suffix}")
+    deep = sorted((output / "data" / "images").glob("chest_xray_held_out_*.png"))[0]
+    shutil.copyfile(deep, folder / "chest_xray_16_bits.png")
 
 
 def _stage(folder: Path, seconds: float) -> dict[str, Any]:
@@ -110,6 +129,14 @@ def _scores(title: str, scores: dict[str, float], guesses: dict[str, float]) -> 
         guess = f"{guesses[name]:>8.3f}" if name in guesses else ""
         lines.append(f"{name:<{width}}{score:>8.3f}{guess}")
     return lines
+
+
+def _protocol(name: str, score: dict[str, Any]) -> str:
+    low, high = score["interval_95"]
+    return (
+        f"under the rules of {name}: {score['accuracy']:.3f}, 95 % interval {low:.3f} to "
+        f"{high:.3f}, {score['n']} questions"
+    )
 
 
 def _draw_losses(axes: Any, stages: list[Rows]) -> None:

@@ -63,6 +63,10 @@ class Folders:
         return self.output / "evaluation.json"
 
     @property
+    def scores(self) -> Path:
+        return self.output / "scores"
+
+    @property
     def last_checkpoints(self) -> Path:
         return self.stage(STAGES[-1]) / "checkpoints"
 
@@ -112,10 +116,12 @@ def train(output: Path) -> None:
         previous = _command_step(steps, stage.name, previous, words, made, going_on=("--resume",))
         done[stage.name] = previous
     done["evaluation"] = _evaluation(steps, folders, previous)
+    done["scores"] = _scores(steps, folders, previous)
     done["export"] = _export(steps, folders, previous)
     seconds = {name: step.seconds for name, step in done.items()}
     summary = report.summarise(folders.output, [stage.name for stage in STAGES], seconds)
     report.draw(folders.output, summary)
+    report.copy_examples(folders.output)
     print(report.table(summary))
 
 
@@ -149,6 +155,25 @@ def _evaluation(steps: Steps, folders: Folders, trained: Done) -> Done:
     words = [sys.executable, "tools/evaluate.py", "--load", str(folders.last_checkpoints)]
     words += ["--data", str(folders.data / "held_out.json"), "--output", str(folders.evaluation)]
     return _command_step(steps, "evaluation", trained, words, folders.evaluation)
+
+
+def _scores(steps: Steps, folders: Folders, trained: Done) -> Done:
+    """The same questions as published benchmarks are asked and scored: docs/evaluation.md."""
+    table = folders.scores / "QuickStart.tsv"
+    made = folders.scores / "predictions"
+    predictions = made / "gmai-vl-tiny_QuickStart.tsv"
+    words = [sys.executable, "tools/make_benchmark.py", "records", "--name", table.stem]
+    words += ["--source", str(folders.data), "--output", str(folders.scores)]
+    benchmark = _command_step(steps, "benchmark", trained, words, table)
+    words = [sys.executable, "tools/evaluate.py", "predict", "--load"]
+    words += [str(folders.last_checkpoints), "--benchmark", str(table), "--prompt", "plain"]
+    words += ["--output", str(predictions)]
+    predicted = _command_step(steps, "predictions", benchmark, words, made, going_on=())
+    words = [sys.executable, "tools/evaluate.py", "score", "--benchmark", str(table)]
+    words += ["--predictions", str(predictions), "--html", str(folders.scores / "cases.html")]
+    words += [word for name in report.PROTOCOLS for word in ("--protocol", name)]
+    result = folders.scores / "scores.json"
+    return _command_step(steps, "scores", predicted, [*words, "--output", str(result)], result)
 
 
 def _export(steps: Steps, folders: Folders, trained: Done) -> Done:

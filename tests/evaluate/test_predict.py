@@ -154,3 +154,18 @@ def test_any_layout_and_an_export_predict_the_same(
     export = predicted(1, exported, table, tmp_path / "four_Set.tsv")
     assert export.read_bytes() == one.read_bytes()
     assert not list(tmp_path.glob("*.answers"))
+
+
+def test_answers_of_other_weights_in_the_same_place_are_not_gone_on_with(
+    checkpoints: Path, table: Path, tmp_path: Path
+) -> None:
+    output = predicted(1, checkpoints, table, tmp_path / "one_Set.tsv")
+    settings = read_settings(output)
+    assert settings is not None
+    del settings["skipped"]
+    claim(tmp_path / "same_Set.answers", settings)
+    predicted(1, checkpoints, table, tmp_path / "same_Set.tsv")
+    claim(tmp_path / "other_Set.answers", settings | {"weights_sha256": "0" * 64})
+    flags = ["--load", checkpoints, "--benchmark", table, "--output", tmp_path / "other_Set.tsv"]
+    status, said = evaluate(1, *flags, "--batch-size", 2, "--max-new-tokens", NEW)
+    assert status == 2 and "other settings; delete it" in said
