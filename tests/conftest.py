@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,23 @@ if TYPE_CHECKING:
 
 # Threads that wait by spinning make several processes on few cores very slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tiers, by folder: what starts worlds of processes or whole programs, and what compiles kernels.
+TIERS = {
+    "parallel": "worlds",
+    "training": "worlds",
+    "cluster": "worlds",
+    "evaluate": "worlds",
+    "kernels": "kernels",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with its tier: `quick` needs neither processes nor a compiler."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0]
+        item.add_marker(TIERS.get(folder, "quick"))
 
 
 @pytest.fixture
