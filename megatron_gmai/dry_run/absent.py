@@ -1,0 +1,161 @@
+"""Devices that do not exist: a device type without memory, and any rank of any world.
+
+torch lets a Python program register a device type ("gpu" here) for which FakeTensorMode computes
+shapes, dtypes and devices and nothing else. Host tensors stay real, so what the program decides by
+reading them (the lengths of segments, say) is decided as always.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from gmai_kernels import use_implementation
+from megatron_gmai.config import Config
+from megatron_gmai.runtime import cpu
+from megatron_gmai.runtime.cpu import is_cuda
+from megatron_gmai.runtime.device import DTYPES, Device
+from megatron_gmai.runtime.groups import destroy_groups
+from megatron_gmai.runtime.world import World, lay_out
+
+NAME = "gpu"  # of the device type; "cuda" needs torch's CUDA build even for tensors without data
+
+
+@functools.cache  # torch takes the name once a process
+def absent_device() -> torch.device:
+    """The device type, registered."""
+    _setup_privateuseone_for_python_backend(NAME)
+    return torch.device(NAME, 0)
+
+
+@contextlib.contextmanager
+def world_of(config: Config, rank: int, world_size: int, kind: str) -> Iterator[World]:
+    """Rank `rank` of a world of absent processes, its code on the path of `kind` ("cuda", "cpu").
+
+    Megatron's `torch.cuda` calls and its choice of kernels see a GPU where `kind` is "cuda"; the
+    processes answer every collective at once, with nothing.
+    """
+    dtype = config.run.dtype
+    name = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
+    place = absent_device() if kind == "cuda" else cpu.CPU
+    join_absent_processes(rank, world_size)
+    # Compiled functions run as they are written: nothing is compiled for a device that is absent.
+    with stand_in(place), torch.compiler.set_stance("force_eager"):
+        try:
+            yield lay_out(Device(kind, place, "fake", DTYPES[name]), config)
+        finally:
+            destroy_groups()
+
+
+def join_absent_processes(rank: int, world_size: int) -> None:
+    """Initialise torch.distributed as one of `world_size` processes, of which only this exists."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    absent_device()
+    backends = f"cpu:fake,{NAME}:fake"
+    dist.init_process_group(backends, rank=rank, world_size=world_size, store=FakeStore())
+
+
+@contextlib.contextmanager
+def stand_in(device: torch.device) -> Iterator[None]:
+    """`torch.cuda` means `device`, in this block."""
+    if device == cpu.CPU:
+        was_installed = cpu.installed()
+        cpu.install()
+        try:
+            yield
+        finally:
+            if not was_installed:
+                cpu.uninstall()
+        return
+    assert not cpu.installed(), "torch.cuda means the CPU already"
+    replaced = cpu.Installation()
+    try:
+        replaced.replace(torch.cuda, _torch_cuda(device))
+        replaced.replace(torch.cuda.nvtx, cpu.TORCH_CUDA_NVTX)
+        replaced.replace(megatron_random, _MEGATRON_RANDOM)
+        replaced.replace(megatron_random.CudaRNGStatesTracker, {"fork": _fork, "add": _nothing})
+        replaced.replace(dist, {"all_gather_object": _gather_own_object})
+        with _CudaMeansAbsent(device), use_implementation("torch"):
+            yield
+    finally:
+        replaced.restore()
+
+
+class _CudaMeansAbsent(cpu.CudaMeans):
+    """Sends what was meant for a GPU to the absent device, which answers as a GPU would."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is _IS_CUDA:
+            return args[0].device.type == NAME
+        if func is torch.tensor:
+            made = _constant(*args, **(kwargs or {}))
+            device = (kwargs or {}).get("device")
+            return made if device is None else made.to(self.device if is_cuda(device) else device)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _flash_attention(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace(f"torch.{NAME}.", "torch.").replace("cuda.gpu", "cuda")
+        return result
+
+
+def _constant(data: Any, dtype: torch.dtype | None = None, **unused: Any) -> torch.Tensor:
+    """torch.tensor on the host: it reads tensors inside `data`, and copies the result to its
+    device, below the level at which devices are absent."""
+    return torch.tensor(_read(data), dtype=dtype)
+
+
+def _read(data: Any) -> Any:
+    if isinstance(data, list | tuple):
+        return [_read(x) for x in data]
+    return data.tolist() if isinstance(data, torch.Tensor) else data
+
+
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+
+
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch runs on a GPU in half precision; elsewhere it would choose the plain formula,
+    whose scores of all queries by all keys exist on no GPU."""
+    assert mask is None, "training has no attention masks"
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    return attention(query, key, value, dropout_p, is_causal)[0]
+
+
+def _torch_cuda(device: torch.device) -> dict[str, Any]:
+    """The names that Megatron uses, of a GPU without random states."""
+    state = cpu.answering(torch.zeros(1, dtype=torch.uint8))
+    return cpu.TORCH_CUDA | {
+        "current_device": cpu.answering(device),
+        "manual_seed": cpu.answering(),
+        "get_rng_state": state,
+        "set_rng_state": cpu.answering(),
+    }
+
+
+_nothing = cpu.answering()
+_fork = cpu.answering(contextlib.nullcontext())
+_MEGATRON_RANDOM = {
+    "_get_cuda_rng_state": cpu.answering(),
+    "_set_cuda_rng_state": cpu.answering(),
+}
+
+
+def _gather_own_object(found: list[Any], own: Any, group: Any = None) -> None:
+    found[:] = [own] * len(found)
