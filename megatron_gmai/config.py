@@ -2,7 +2,7 @@
 
 `cli.py` makes the command line from these fields: `metadata["flags"]` lists the spellings besides
 `--field-name`, `metadata["help"]` is the line that `--help` shows. The defaults are GMAI-VL's sizes
-and the recipe's third stage; `presets.py` names complete sets, `validation.py` judges a set.
+and the recipe's third phase; `presets.py` names complete sets, `validation.py` judges a set.
 """
 
 import json
@@ -153,6 +153,9 @@ class TrainConfig:
     selective_recompute: float = option(
         0.0, "share of the decoder layers, 0 to 1, that are recomputed in the backward pass"
     )
+    vit_micro_batch_size: int = option(
+        32, "images that the vision tower encodes at once; of more, activations are recomputed"
+    )
     recompute_granularity: str | None = option(
         None, "Megatron's activation recomputation", choices=("full", "selective")
     )
@@ -175,7 +178,9 @@ class RunConfig:
     )
     work_dir: str = option("runs/train", "metrics, checkpoints, logs and the saved config")
     save: str | None = option(None, "checkpoint folder (default: WORK_DIR/checkpoints)")
-    load: str | None = option(None, "start a new stage from the weights of this checkpoint")
+    load: str | None = option(
+        None, "start a new phase from the weights of this checkpoint"
+    )
     llava: str | None = option(None, "start from Hugging Face weights (original or transformers)")
     resume: bool = option(
         False,

@@ -58,6 +58,7 @@ def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
     bounds = [  # flag, value, lowest, highest
         ("--micro-batch-size", train.micro_batch_size, 1, math.inf),
         ("--global-batch-size", train.global_batch_size, 1, math.inf),
+        ("--vit-micro-batch-size", train.vit_micro_batch_size, 1, math.inf),
         ("--train-iters", train.train_iters, 1, math.inf),
         ("--wd", train.wd, 0, math.inf),
         ("--min-lr", train.min_lr, 0, math.inf),

@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_gmai.config import Config
 from megatron_gmai.layout import Chunk
@@ -40,6 +41,7 @@ class GMAIVL(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         self.image_token_count = config.model.vision.tokens_per_image
+        self.images_at_once = config.train.vit_micro_batch_size
         if chunk.is_first:
             self.vision_model = VisionTower(config.model.vision, world.device, world.groups)
             self.projector = Projector(config.model, world.device)
@@ -108,6 +110,19 @@ class GMAIVL(MegatronModule):
         return with_spare.index_copy(0, torch.where(is_own, positions, spare), flat)[:spare]
 
     def _project_features(self, pixels: Tensor) -> Tensor:
+        """[n, 3, I, I] -> [n, P, H], a bounded number of images at a time.
+
+        Where there are more, only their features are kept and the tower runs again in the backward
+        pass, so that a pack of many images does not set the memory peak.
+        """
+        parts = pixels.split(self.images_at_once)
+        if len(parts) == 1:
+            return self._encode(pixels)
+        # Not reentrant: one backward pass, so each gradient is complete when its hook runs and
+        # its bucket may be reduced.
+        return torch.cat([checkpoint(self._encode, p, use_reentrant=False) for p in parts])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         trains = any(p.requires_grad for p in self.vision_model.parameters())
         with nullcontext() if trains else torch.no_grad():
             features = self.vision_model(pixels)

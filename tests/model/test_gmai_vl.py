@@ -12,7 +12,7 @@ from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training.optimizer import wrap_for_training
 from megatron_gmai.weights import padded_vocab_size
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, losses_of, make_pack
-from tests.parallel.cases import STAGES, Processes
+from tests.parallel.cases import PHASES, Processes
 
 PARTS = {"vision_model", "projector", "language_model"}
 
@@ -59,11 +59,11 @@ def test_each_image_matters_at_its_own_place(model: GMAIVL) -> None:
     assert not torch.equal(losses_of(model, pack)[20:], changed[20:])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("phase", [2, 3])
 def test_a_text_only_micro_batch_gives_the_tower_a_gradient_of_zero(
-    stage: int, alone: Processes
+    phase: int, alone: Processes
 ) -> None:
-    model = build(alone, STAGES[stage])
+    model = build(alone, PHASES[phase])
     losses_of(model, make_pack(seed=1, images=0)).sum().backward()
     for name, parameter in model.vision_parameters():
         assert parameter.grad is not None, name
@@ -71,22 +71,22 @@ def test_a_text_only_micro_batch_gives_the_tower_a_gradient_of_zero(
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_every_trained_parameter_and_no_frozen_one_has_a_gradient(
-    stage: int, images: int, alone: Processes
+    phase: int, images: int, alone: Processes
 ) -> None:
-    model = build(alone, STAGES[stage])
+    model = build(alone, PHASES[phase])
     losses_of(model, make_pack(seed=1, images=images)).sum().backward()
-    trained = {1: {"projector"}, 2: {"projector", "vision_model"}, 3: PARTS}[stage]
+    trained = {1: {"projector"}, 2: {"projector", "vision_model"}, 3: PARTS}[phase]
     got = {name for name, p in model.named_parameters() if p.grad is not None}
     assert got == {n for n, _ in model.named_parameters() if n.split(".")[0] in trained}
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_frozen_parts_have_no_gradient_buffer(stage: int, alone: Processes) -> None:
-    model = build(alone, STAGES[stage])
-    config = dataclasses.replace(CONFIG, train=TrainConfig(**STAGES[stage]))
+@pytest.mark.parametrize("phase", PHASES)
+def test_frozen_parts_have_no_gradient_buffer(phase: int, alone: Processes) -> None:
+    model = build(alone, PHASES[phase])
+    config = dataclasses.replace(CONFIG, train=TrainConfig(**PHASES[phase]))
     (wrapped,) = wrap_for_training([model], config, model.groups)
     trained = [p for p in model.parameters() if p.requires_grad]
     buffers = wrapped.buffers + wrapped.expert_parallel_buffers

@@ -1,4 +1,4 @@
-"""One parity case: a layout, a training stage, and what its steps gave."""
+"""One parity case: a layout, a training phase, and what its steps gave."""
 
 import dataclasses
 import os
@@ -12,11 +12,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_gmai.config import Config, ParallelConfig
 from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
+from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.model.vision_parallel import own_gradient
 from megatron_gmai.runtime import cpu
@@ -38,7 +40,7 @@ from megatron_gmai.weights import weights
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, PACKS, global_batch, join
 
 STEPS = 4
-STAGES: dict[int, dict[str, Any]] = {
+PHASES: dict[int, dict[str, Any]] = {
     1: {"freeze_vit": True, "freeze_llm": True},
     2: {"freeze_llm": True},
     3: {},
@@ -47,13 +49,13 @@ STAGES: dict[int, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layout (of the world it is run in) and a stage; `fault` plants a bug on purpose."""
+    """A layout (of the world it is run in) and a phase; `fault` plants a bug on purpose."""
 
     name: str
     parallel: ParallelConfig = ParallelConfig()
-    stage: int = 3
+    phase: int = 3
     micro_batch_size: int = 1
-    selective_recompute: float = 0.0
+    train: tuple[tuple[str, Any], ...] = ()  # further settings
     fault: str = "none"
     dtype: str = "fp32"
 
@@ -62,8 +64,8 @@ class Case:
         train = dataclasses.replace(
             CONFIG.train,
             micro_batch_size=self.micro_batch_size,
-            selective_recompute=self.selective_recompute,
-            **STAGES[self.stage],
+            **PHASES[self.phase],
+            **dict(self.train),
         )
         return dataclasses.replace(CONFIG, parallel=self.parallel, train=train)
 
@@ -119,9 +121,7 @@ def run_case(case: Case, processes: Processes) -> Outcome:
         trainer = Trainer(case, processes)
         outcome = Outcome()
         if trainer.world.holds_first_chunk:
-            trainer.chunks[0].vision_model.register_forward_pre_hook(
-                lambda tower, arguments: outcome.encoded.extend(identify(arguments[0]))
-            )
+            count_images(trainer.chunks[0], outcome.encoded)
         for iteration in range(STEPS):
             result = trainer.step(iteration)
             outcome.losses.append(result.loss)
@@ -158,6 +158,17 @@ class Trainer:
     def step(self, iteration: int) -> StepResult:
         batches = share(iteration, self.case.micro_batch_size, self.world.groups)
         return self._step(batches, self.config.train.lr)
+
+
+def count_images(chunk: GMAIVL, encoded: list[int]) -> None:
+    """Note what this rank is given to encode (recomputation may run the tower once more)."""
+    encode = chunk._project_features
+
+    def counting(pixels: Tensor) -> Tensor:
+        encoded.extend(identify(pixels))
+        return encode(pixels)
+
+    chunk._project_features = counting  # type: ignore[method-assign]
 
 
 def identify(pixels: Tensor) -> list[int]:
@@ -199,6 +210,33 @@ def planted(fault: str) -> AbstractContextManager[Any]:
     if fault == "vision gradients not summed over TP":
         # Reduced with the language model's, over DP only.
         return mock.patch.object(GMAIVL, "_mark_vision_parameters")
+    if fault == "vision gradients not summed over CP":
+
+        def part(gradient: Tensor, groups: Groups) -> Tensor:
+            by_rank = gradient.view(groups.images.size(), -1, *gradient.shape[1:])
+            return by_rank[groups.images.rank()].contiguous()
+
+        return mock.patch("megatron_gmai.model.vision_parallel.own_gradient", part)
+    if fault == "mean of the micro-batches' means":
+
+        def mean(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            count = (labels != -100).sum()
+            loss = losses.sum() / count
+            one = torch.ones((), dtype=torch.int)
+            return loss, one, (losses.detach().double().sum())
+
+        return mock.patch("megatron_gmai.training.step.sum_losses", mean)
+    if fault == "segment boundaries off by one":
+        exact = Segments.from_cu_seqlens
+
+        def shifted(cu_seqlens: Tensor, *rest: Any) -> Segments:
+            moved = cu_seqlens.clone()
+            moved[1:-1] += 1
+            return exact(moved, *rest)
+
+        return mock.patch.object(Segments, "from_cu_seqlens", shifted)
+    if fault == "the gather of updated weights is not awaited":
+        return mock.patch.object(DistributedDataParallel, "enable_forward_pre_hook")
     if fault == "vision gradients counted once per TP rank":
 
         def summed(gradient: Tensor, groups: Groups) -> Tensor:

@@ -57,7 +57,24 @@ PP2_CP2 = dataclasses.replace(
 PP2_ZERO = ParallelConfig(
     pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True
 )
-STAGES = (1, 2, 3)
+EIGHT = ParallelConfig(
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    sequence_parallel=True,
+    use_distributed_optimizer=True,
+    overlap_grad_reduce=True,
+    overlap_param_gather=True,
+    ddp_bucket_size=4000,
+)
+HALF_RECOMPUTED = (("selective_recompute", 0.5),)
+ATTENTION_RECOMPUTED = (("recompute_granularity", "selective"),)
+UNIFORM = (
+    ("recompute_granularity", "full"),
+    ("recompute_method", "uniform"),
+    ("recompute_num_layers", 1),
+)
+ONE_IMAGE = (("vit_micro_batch_size", 1),)
+PHASES = (1, 2, 3)
 ENCODED = sorted(
     number
     for step in range(STEPS)
@@ -70,50 +87,73 @@ Outcomes = Callable[[int], dict[str, Outcome]]
 CASES = {
     1: [Case("two-packs-a-micro-batch", micro_batch_size=2)],
     2: [
-        *(Case(f"tp2-stage{stage}", TP2, stage) for stage in STAGES),
-        *(Case(f"pp2-stage{stage}", PP2, stage) for stage in STAGES),
-        *(Case(f"dp2-stage{stage}", DP2, stage) for stage in STAGES),
+        *(Case(f"tp2-phase{phase}", TP2, phase) for phase in PHASES),
+        *(Case(f"pp2-phase{phase}", PP2, phase) for phase in PHASES),
+        *(Case(f"dp2-phase{phase}", DP2, phase) for phase in PHASES),
         Case("tp2-sp", TP2_SP),
-        Case("tp2-sp-recompute", TP2_SP, selective_recompute=0.5),
+        Case("tp2-sp-recompute", TP2_SP, train=HALF_RECOMPUTED),
+        Case("tp2-sp-recompute-attention", TP2_SP, train=ATTENTION_RECOMPUTED),
+        Case("pp2-recompute-uniform", PP2, train=UNIFORM),
+        *(Case(f"tp2-vit-in-turns-phase{phase}", TP2, phase, train=ONE_IMAGE) for phase in PHASES),
+        Case("dp2-vit-in-turns", SMALL_BUCKETS, micro_batch_size=2, train=ONE_IMAGE),
         Case("dp2-zero", ZERO),
-        *(Case(f"dp2-overlap-stage{stage}", OVERLAP, stage) for stage in STAGES),
-        *(Case(f"dp2-overlap-zero-stage{stage}", OVERLAP_ZERO, stage) for stage in STAGES),
+        *(Case(f"dp2-overlap-phase{phase}", OVERLAP, phase) for phase in PHASES),
+        *(Case(f"dp2-overlap-zero-phase{phase}", OVERLAP_ZERO, phase) for phase in PHASES),
         Case("dp2-two-packs-a-micro-batch", DP2, micro_batch_size=2),
-        *(Case(f"dp2-small-buckets-stage{stage}", SMALL_BUCKETS, stage) for stage in STAGES),
-        *(Case(f"cp2-stage{stage}", CP2, stage) for stage in STAGES),
+        *(Case(f"dp2-small-buckets-phase{phase}", SMALL_BUCKETS, phase) for phase in PHASES),
+        *(Case(f"cp2-phase{phase}", CP2, phase) for phase in PHASES),
         Case("cp2-two-packs-a-micro-batch", CP2, micro_batch_size=2),
         Case("pp2-uneven", PP2_UNEVEN),
         Case("pp2-vit-alone", PP2_VIT_ALONE),
-        *(Case(f"vpp2-stage{stage}", VPP2, stage) for stage in STAGES),
+        *(Case(f"vpp2-phase{phase}", VPP2, phase) for phase in PHASES),
         Case("vpp2-uneven", VPP2_UNEVEN),
-        Case("vpp2-recompute", VPP2, selective_recompute=0.5),
+        Case("vpp2-recompute", VPP2, train=HALF_RECOMPUTED),
     ],
     4: [
-        *(Case(f"tp2-pp2-sp-zero-stage{stage}", ALL, stage) for stage in STAGES),
-        *(Case(f"tp2-dp2-sp-stage{stage}", TP2_SP, stage) for stage in STAGES),
+        *(Case(f"tp2-pp2-sp-zero-phase{phase}", ALL, phase) for phase in PHASES),
+        *(Case(f"tp2-dp2-sp-phase{phase}", TP2_SP, phase) for phase in PHASES),
         Case("pp2-dp2-zero-overlap", PP2_ZERO),
         *(
-            Case(f"tp2-dp2-small-buckets-stage{stage}", TP2_SMALL_BUCKETS, stage)
-            for stage in STAGES
+            Case(f"tp2-dp2-small-buckets-phase{phase}", TP2_SMALL_BUCKETS, phase)
+            for phase in PHASES
         ),
-        *(Case(f"tp2-cp2-sp-zero-stage{stage}", TP2_CP2, stage) for stage in STAGES),
+        *(Case(f"tp2-cp2-sp-zero-phase{phase}", TP2_CP2, phase) for phase in PHASES),
         Case("cp2-dp2-small-buckets", CP2_ALL),
         Case("pp2-cp2", PP2_CP2),
-        *(Case(f"vpp2-tp2-all-stage{stage}", VPP2_ALL, stage) for stage in STAGES),
+        *(Case(f"vpp2-tp2-all-phase{phase}", VPP2_ALL, phase) for phase in PHASES),
         Case("cp4", dataclasses.replace(CP2, context_parallel_size=4)),
+    ],
+    8: [
+        *(Case(f"tp2-pp2-dp2-all-phase{phase}", EIGHT, phase) for phase in PHASES),
+        Case("tp2-pp2-cp2-all", dataclasses.replace(EIGHT, context_parallel_size=2)),
+        Case(
+            "tp2-vpp2-cp2-all",
+            dataclasses.replace(
+                EIGHT, context_parallel_size=2, num_virtual_stages_per_pipeline_rank=2
+            ),
+        ),
     ],
 }
 FAULTS = [
     Case("fault-not-summed", TP2, fault="vision gradients not summed over TP"),
     Case("fault-counted-twice", TP2_SP, fault="vision gradients counted once per TP rank"),
+    Case("fault-not-summed-over-cp", CP2, fault="vision gradients not summed over CP"),
+    Case("fault-mean-of-means", DP2, fault="mean of the micro-batches' means"),
+]
+# Wrong from the second step on, or in the loss itself.
+LOSS_FAULTS = [
+    Case("fault-boundaries", DP2, fault="segment boundaries off by one"),
+    Case(
+        "fault-stale-weights", SMALL_BUCKETS, fault="the gather of updated weights is not awaited"
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def references() -> dict[int, Outcome]:
-    """What one process gives in each stage."""
+    """What one process gives in each phase."""
     processes = Processes()
-    found = {stage: run_case(Case("reference", stage=stage), processes) for stage in STAGES}
+    found = {phase: run_case(Case("reference", phase=phase), processes) for phase in PHASES}
     processes.close()
     return found
 
@@ -122,7 +162,7 @@ def references() -> dict[int, Outcome]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """The outcomes of all cases of a world size; the first question starts that world."""
     folder = tmp_path_factory.mktemp("outcomes")
-    cases = {1: CASES[1], 2: CASES[2] + FAULTS, 4: CASES[4]}
+    cases = {1: CASES[1], 2: CASES[2] + FAULTS + LOSS_FAULTS, 4: CASES[4], 8: CASES[8]}
 
     @cache
     def started(size: int) -> Exception | None:
@@ -149,7 +189,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def test_a_layout_gives_what_one_process_gives(
     size: int, case: Case, outcomes: Outcomes, references: dict[int, Outcome]
 ) -> None:
-    found, expected = outcomes(size)[case.name], references[case.stage]
+    found, expected = outcomes(size)[case.name], references[case.phase]
     assert found.drifted == []
     assert found.encoded == ENCODED  # each image once, whichever rank did it
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -167,15 +207,23 @@ def test_the_comparison_reveals_a_planted_fault(
     assert found.grad_norms[0] != pytest.approx(expected.grad_norms[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", LOSS_FAULTS, ids=lambda case: case.fault)
+def test_the_losses_reveal_a_planted_fault(
+    case: Case, outcomes: Outcomes, references: dict[int, Outcome]
+) -> None:
+    found, expected = outcomes(2)[case.name], references[3]
+    assert found.losses != pytest.approx(expected.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("phase", PHASES)
 def test_what_is_frozen_stays_and_what_trains_moves(
-    stage: int, references: dict[int, Outcome]
+    phase: int, references: dict[int, Outcome]
 ) -> None:
     start = SeededWeights(MODEL, seed=1)
     moved = {
         name.split(".")[0]
-        for name, weight in references[stage].weights.items()
+        for name, weight in references[phase].weights.items()
         if not torch.equal(weight, start[name])
     }
     trained = {1: {"projector"}, 2: {"projector", "vision_model"}}
-    assert moved == trained.get(stage, {"projector", "vision_model", "language_model"})
+    assert moved == trained.get(phase, {"projector", "vision_model", "language_model"})

@@ -208,7 +208,7 @@ def test_weights_alone_start_a_stage_but_cannot_resume(folder: Path, alone: Proc
     checkpoint = open_checkpoint(folder / "weights")
     names = pickle.loads((checkpoint.path / ".metadata").read_bytes()).state_dict_metadata
     assert not any(name.startswith("optimizer") for name in names)
-    trainer = Trainer(Case("run", stage=1), alone)
+    trainer = Trainer(Case("run", phase=1), alone)
     with pytest.raises(CheckpointError, match="holds weights only .* Start from its weights with"):
         load_checkpoint(checkpoint, trainer.chunks, trainer.optimizer)
     start = {name: p.clone() for name, p in trainer.chunks[0].named_parameters()}

@@ -35,12 +35,12 @@ ALL = ParallelConfig(
 )
 
 SAVED = [
-    Job("tp2-stage1", Case("tp2", TP2, stage=1), save_to="from-tp2-stage1"),
-    Job("tp2-stage3", Case("tp2", TP2, stage=3), save_to="from-tp2-stage3"),
-    Job("zero-stage3", Case("zero", ZERO, stage=3), save_to="from-zero-stage3"),
+    Job("tp2-phase1", Case("tp2", TP2, phase=1), save_to="from-tp2-phase1"),
+    Job("tp2-phase3", Case("tp2", TP2, phase=3), save_to="from-tp2-phase3"),
+    Job("zero-phase3", Case("zero", ZERO, phase=3), save_to="from-zero-phase3"),
     Job("tp2-bf16", Case("tp2", TP2, dtype="bf16"), save_to="from-tp2-bf16"),
-    Job("overlap-stage3", Case("overlap", OVERLAP, stage=3), save_to="from-overlap-stage3"),
-    Job("vpp2-stage3", Case("vpp2", VPP2, stage=3), save_to="from-vpp2-stage3"),
+    Job("overlap-phase3", Case("overlap", OVERLAP, phase=3), save_to="from-overlap-phase3"),
+    Job("vpp2-phase3", Case("vpp2", VPP2, phase=3), save_to="from-vpp2-phase3"),
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
 ]
 SAME = [
@@ -48,23 +48,23 @@ SAME = [
 ]  # fmt: skip
 OTHER = {
     1: [
-        Job("one-from-tp2-stage1", Case("one", ONE, stage=1), load_from="from-tp2-stage1"),
-        Job("one-from-tp2-stage3", Case("one", ONE, stage=3), load_from="from-tp2-stage3"),
-        Job("one-from-zero-stage3", Case("one", ONE, stage=3), load_from="from-zero-stage3"),
+        Job("one-from-tp2-phase1", Case("one", ONE, phase=1), load_from="from-tp2-phase1"),
+        Job("one-from-tp2-phase3", Case("one", ONE, phase=3), load_from="from-tp2-phase3"),
+        Job("one-from-zero-phase3", Case("one", ONE, phase=3), load_from="from-zero-phase3"),
     ],
     2: [
-        Job("zero-from-tp2-stage1", Case("zero", ZERO, stage=1), load_from="from-tp2-stage1"),
-        Job("zero-from-tp2-stage3", Case("zero", ZERO, stage=3), load_from="from-tp2-stage3"),
-        Job("pp2-from-tp2-stage1", Case("pp2", PP2, stage=1), load_from="from-tp2-stage1"),
-        Job("pp2-from-zero-stage3", Case("pp2", PP2, stage=3), load_from="from-zero-stage3"),
-        Job("cp2-from-vpp2-stage3", Case("cp2", CP2, stage=3), load_from="from-vpp2-stage3"),
-        Job("vpp2-from-overlap-stage3", Case("v", VPP2, stage=3), load_from="from-overlap-stage3"),
-        Job("tp2-from-zero-stage3", Case("tp2", TP2, stage=3), load_from="from-zero-stage3"),
+        Job("zero-from-tp2-phase1", Case("zero", ZERO, phase=1), load_from="from-tp2-phase1"),
+        Job("zero-from-tp2-phase3", Case("zero", ZERO, phase=3), load_from="from-tp2-phase3"),
+        Job("pp2-from-tp2-phase1", Case("pp2", PP2, phase=1), load_from="from-tp2-phase1"),
+        Job("pp2-from-zero-phase3", Case("pp2", PP2, phase=3), load_from="from-zero-phase3"),
+        Job("cp2-from-vpp2-phase3", Case("cp2", CP2, phase=3), load_from="from-vpp2-phase3"),
+        Job("vpp2-from-overlap-phase3", Case("v", VPP2, phase=3), load_from="from-overlap-phase3"),
+        Job("tp2-from-zero-phase3", Case("tp2", TP2, phase=3), load_from="from-zero-phase3"),
     ],
     4: [
-        Job("all-from-tp2-stage1", Case("all", ALL, stage=1), load_from="from-tp2-stage1"),
-        Job("all-from-tp2-stage3", Case("all", ALL, stage=3), load_from="from-tp2-stage3"),
-        Job("all-from-zero-stage3", Case("all", ALL, stage=3), load_from="from-zero-stage3"),
+        Job("all-from-tp2-phase1", Case("all", ALL, phase=1), load_from="from-tp2-phase1"),
+        Job("all-from-tp2-phase3", Case("all", ALL, phase=3), load_from="from-tp2-phase3"),
+        Job("all-from-zero-phase3", Case("all", ALL, phase=3), load_from="from-zero-phase3"),
     ],
 }
 Rows = dict[int, list[float]]

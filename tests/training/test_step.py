@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.parallel.batches import LENGTH, PACKS, global_batch, losses_of
-from tests.parallel.cases import STAGES, Case, Processes, Trainer
+from tests.parallel.cases import PHASES, Case, Processes, Trainer
 
 
 def plain_loss(trainer: Trainer, step: int) -> Tensor:
@@ -17,15 +17,15 @@ def plain_loss(trainer: Trainer, step: int) -> Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_loss_and_norm_are_those_of_the_mean_over_supervised_tokens(
-    stage: int, alone: Processes
+    phase: int, alone: Processes
 ) -> None:
-    reference = Trainer(Case("reference", stage=stage), alone)
+    reference = Trainer(Case("reference", phase=phase), alone)
     trained = [p for p in reference.chunks[0].parameters() if p.requires_grad]
     loss = plain_loss(reference, step=0)
     norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]).norm()
-    result = Trainer(Case("run", stage=stage), alone).step(0)
+    result = Trainer(Case("run", phase=phase), alone).step(0)
     assert result.loss == pytest.approx(float(loss), rel=1e-6)
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
     assert result.updated
