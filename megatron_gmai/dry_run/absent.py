@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from gmai_kernels import use_implementation
 from megatron_gmai.config import Config
+from megatron_gmai.dry_run import fused
 from megatron_gmai.runtime import cpu
 from megatron_gmai.runtime.cpu import is_cuda
 from megatron_gmai.runtime.device import DTYPES, Device
@@ -63,27 +65,25 @@ def join_absent_processes(rank: int, world_size: int) -> None:
 
 @contextlib.contextmanager
 def stand_in(device: torch.device) -> Iterator[None]:
-    """`torch.cuda` means `device`, in this block."""
-    if device == cpu.CPU:
-        was_installed = cpu.installed()
-        cpu.install()
-        try:
-            yield
-        finally:
-            if not was_installed:
-                cpu.uninstall()
-        return
+    """`torch.cuda` means `device` in this block: the CPU, or the absent device."""
     assert not cpu.installed(), "torch.cuda means the CPU already"
     replaced = cpu.Installation()
     try:
+        replaced.replace(dist, {"all_gather_object": _gather_own_object})
+        if device == cpu.CPU:
+            cpu.install()
+            with _ReadConstants():
+                yield
+            return
         replaced.replace(torch.cuda, _torch_cuda(device))
         replaced.replace(torch.cuda.nvtx, cpu.TORCH_CUDA_NVTX)
         replaced.replace(megatron_random, _MEGATRON_RANDOM)
         replaced.replace(megatron_random.CudaRNGStatesTracker, {"fork": _fork, "add": _nothing})
-        replaced.replace(dist, {"all_gather_object": _gather_own_object})
-        with _CudaMeansAbsent(device), use_implementation("torch"):
+        fused.install(replaced)
+        with _CudaMeansAbsent(device), _ReadConstants(), use_implementation("torch"):
             yield
     finally:
+        cpu.uninstall()
         replaced.restore()
 
 
@@ -93,12 +93,14 @@ class _CudaMeansAbsent(cpu.CudaMeans):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func is _IS_CUDA:
+        if func == _IS_CUDA:  # a new object at each access
             return args[0].device.type == NAME
-        if func is torch.tensor:
-            made = _constant(*args, **(kwargs or {}))
-            device = (kwargs or {}).get("device")
-            return made if device is None else made.to(self.device if is_cuda(device) else device)
+        if func is torch.tensor and kwargs and kwargs.get("device") is not None:
+            # torch copies a constant to its device below the level at which devices are absent.
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(self.device if is_cuda(device) else device)
+        if func is torch.Tensor.tolist and args[0].device.type == NAME:
+            return args[0].cpu().tolist()  # one wait, not one for each element
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _flash_attention(*args, **(kwargs or {}))
         result = super().__torch_function__(func, types, args, kwargs)
@@ -107,10 +109,15 @@ class _CudaMeansAbsent(cpu.CudaMeans):
         return result
 
 
-def _constant(data: Any, dtype: torch.dtype | None = None, **unused: Any) -> torch.Tensor:
-    """torch.tensor on the host: it reads tensors inside `data`, and copies the result to its
-    device, below the level at which devices are absent."""
-    return torch.tensor(_read(data), dtype=dtype)
+class _ReadConstants(TorchFunctionMode):
+    """torch.tensor reads tensors inside its data below the level at which devices are absent."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.tensor:
+            args = (_read(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _read(data: Any) -> Any:

@@ -97,11 +97,13 @@ class DeviceCounter(TorchDispatchMode):
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs, tensors)
+        self._note_wait(func, args, kwargs, tensors)
         if self._is_on_host(tensors, kwargs):
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        self._note_wait(func, args, kwargs, tensors)
-        if self.fake is None:
+                out = func(*args, **kwargs)
+            if self.device.type != "cpu":
+                return out
+        elif self.fake is None:
             out = func(*args, **kwargs)
         else:
             out = self._run_fake(func, args, kwargs, tensors)
@@ -180,7 +182,8 @@ class DeviceCounter(TorchDispatchMode):
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._known or (func.is_view and self.fake is None):
+            # A view of unknown memory shows what was there before: a batch, say.
+            if key in self._known or (func.is_view and func.overloadpacket not in _MADE):
                 continue
             self.events += 1
             block = Block(
@@ -211,6 +214,7 @@ class DeviceCounter(TorchDispatchMode):
         return self._known.get(tensor.untyped_storage()._cdata)
 
 
+_MADE = {aten.lift_fresh}  # how torch.tensor hands out what it has made
 _NO_LAUNCH = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach}
 _NO_LAUNCH |= {aten.set_, aten.resize_, aten._local_scalar_dense, aten.new_empty_strided}
 

@@ -7,12 +7,11 @@ import torch
 from megatron_gmai.config import Config
 from megatron_gmai.data.loading.batch import MicroBatch
 
-IGNORED = -100
-
 
 def made_up(config: Config, images_per_pack: int) -> Iterator[MicroBatch]:
     """Endless micro-batches of full packs: one sample an image, each image at its sample's start.
 
+    Every token has a label: the most that a pack can cost.
     Raises ValueError where the images do not fit into a pack.
     """
     length, tokens_per_image = config.data.max_length, config.model.vision.tokens_per_image
@@ -26,14 +25,11 @@ def made_up(config: Config, images_per_pack: int) -> Iterator[MicroBatch]:
     bounds = [round(i * length / samples) for i in range(samples * packs + 1)]
     sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     starts = torch.tensor(bounds[:-1] if images_per_pack else [], dtype=torch.int64)
-    labels = torch.ones(length * packs, dtype=torch.int64)
-    for start in starts.tolist():
-        labels[start : start + tokens_per_image] = IGNORED
     size = config.model.vision.image_size
     while True:
         yield MicroBatch(
             tokens=torch.ones(length * packs, dtype=torch.int64),
-            labels=labels,
+            labels=torch.ones(length * packs, dtype=torch.int64),
             position_ids=torch.cat([torch.arange(size) for size in sizes]),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
             max_seqlen=max(sizes),

@@ -14,8 +14,9 @@ def watch(chunks: Sequence[GMAIVL], counter: DeviceCounter) -> None:
     """Register hooks that label what follows them. A module's backward pass begins where the
     gradient of its output is there."""
     for chunk in chunks:
-        _watch(chunk, counter, "activations", "embedding" if chunk.pre_process else "chunk")
         layers = chunk.language_model.decoder.layers
+        # A chunk without layers returns what it was given, or the merged embeddings.
+        _watch(chunk, counter, "activations", "embedding", backward=len(layers) == 0)
         for layer, module in zip(chunk.chunk.layers, layers, strict=True):
             _watch(module, counter, "activations", f"decoder layer {layer}")
         if chunk.pre_process:
@@ -30,7 +31,12 @@ def watch(chunks: Sequence[GMAIVL], counter: DeviceCounter) -> None:
 
 
 def _watch(
-    module: torch.nn.Module, counter: DeviceCounter, kind: str, place: str, then: str | None = None
+    module: torch.nn.Module,
+    counter: DeviceCounter,
+    kind: str,
+    place: str,
+    then: str | None = None,
+    backward: bool = True,
 ) -> None:
     def before(module: torch.nn.Module, arguments: Any) -> None:
         counter.kind, counter.place = kind, f"forward pass, {place}"
@@ -38,7 +44,8 @@ def _watch(
     def after(module: torch.nn.Module, arguments: Any, output: Any) -> None:
         if then is not None:
             counter.kind, counter.place = "activations", f"forward pass, {then}"
-        _on_gradient(output, counter, kind, place)
+        if backward:
+            _on_gradient(output, counter, kind, place)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
