@@ -35,19 +35,27 @@ def absent_device() -> torch.device:
     return torch.device(NAME, 0)
 
 
+def device_of(kind: str) -> torch.device:
+    """Where the tensors of a dry run on the path of `kind` are."""
+    return absent_device() if kind == "cuda" else cpu.CPU
+
+
 @contextlib.contextmanager
-def world_of(config: Config, rank: int, world_size: int, kind: str) -> Iterator[World]:
+def world_of(
+    config: Config, rank: int, world_size: int, kind: str, synchronize: Callable[[], None]
+) -> Iterator[World]:
     """Rank `rank` of a world of absent processes, its code on the path of `kind` ("cuda", "cpu").
 
+    `synchronize` is called for torch.cuda.synchronize.
     Megatron's `torch.cuda` calls and its choice of kernels see a GPU where `kind` is "cuda"; the
     processes answer every collective at once, with nothing.
     """
     dtype = config.run.dtype
     name = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
-    place = absent_device() if kind == "cuda" else cpu.CPU
+    place = device_of(kind)
     join_absent_processes(rank, world_size)
     # Compiled functions run as they are written: nothing is compiled for a device that is absent.
-    with stand_in(place), torch.compiler.set_stance("force_eager"):
+    with stand_in(place, synchronize), torch.compiler.set_stance("force_eager"):
         try:
             yield lay_out(Device(kind, place, "fake", DTYPES[name]), config)
         finally:
@@ -64,7 +72,7 @@ def join_absent_processes(rank: int, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def stand_in(device: torch.device) -> Iterator[None]:
+def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[None]:
     """`torch.cuda` means `device` in this block: the CPU, or the absent device."""
     assert not cpu.installed(), "torch.cuda means the CPU already"
     replaced = cpu.Installation()
@@ -75,7 +83,7 @@ def stand_in(device: torch.device) -> Iterator[None]:
             with _ReadConstants():
                 yield
             return
-        replaced.replace(torch.cuda, _torch_cuda(device))
+        replaced.replace(torch.cuda, _torch_cuda(device, synchronize))
         replaced.replace(torch.cuda.nvtx, cpu.TORCH_CUDA_NVTX)
         replaced.replace(megatron_random, _MEGATRON_RANDOM)
         replaced.replace(megatron_random.CudaRNGStatesTracker, {"fork": _fork, "add": _nothing})
@@ -145,11 +153,12 @@ def _flash_attention(
     return attention(query, key, value, dropout_p, is_causal)[0]
 
 
-def _torch_cuda(device: torch.device) -> dict[str, Any]:
+def _torch_cuda(device: torch.device, synchronize: Callable[[], None]) -> dict[str, Any]:
     """The names that Megatron uses, of a GPU without random states."""
     state = cpu.answering(torch.zeros(1, dtype=torch.uint8))
     return cpu.TORCH_CUDA | {
         "current_device": cpu.answering(device),
+        "synchronize": synchronize,
         "manual_seed": cpu.answering(),
         "get_rng_state": state,
         "set_rng_state": cpu.answering(),

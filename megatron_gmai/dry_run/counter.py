@@ -94,6 +94,8 @@ class DeviceCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks a tensor what it is
+            return func(*args, **kwargs)
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs, tensors)
@@ -160,6 +162,10 @@ class DeviceCounter(TorchDispatchMode):
                 ends.append(torch.device(target).type == self.device.type)
             if self.device.type != "cpu" and any(ends) and not all(ends):
                 self.waits[place_outside_torch("copy between host and device")] += 1
+
+    def note_synchronize(self, *unused: Any) -> None:
+        """torch.cuda.synchronize was called."""
+        self.waits[place_outside_torch("synchronize")] += 1
 
     def _note_work(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         packet = func.overloadpacket

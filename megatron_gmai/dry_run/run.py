@@ -1,5 +1,6 @@
 """One rank's training step, run for its shapes: what it holds, allocates, computes and sends."""
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_gmai.config import Config
-from megatron_gmai.dry_run.absent import world_of
+from megatron_gmai.dry_run.absent import device_of, world_of
 from megatron_gmai.dry_run.collectives import Call
 from megatron_gmai.dry_run.counter import Block, DeviceCounter, Wait
 from megatron_gmai.dry_run.packs import made_up
@@ -65,9 +66,8 @@ def dry_run(
     """
     began = time.monotonic()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with world_of(config, rank, world_size, kind) as world:
-        device = world.device.torch_device
-        counter = DeviceCounter(device, fake)
+    counter = DeviceCounter(device_of(kind), fake)
+    with world_of(config, rank, world_size, kind, counter.note_synchronize) as world:
         with fake, counter:
             report = count_step(config, world, counter, images_per_pack)
     report.seconds = time.monotonic() - began
@@ -88,12 +88,17 @@ def count_step(
         ),
         micro_batches=step.num_microbatches,
     )
+    gc.collect()  # tensors in reference cycles would be freed at some time or other
     report.static = by_kind(block for block in counter.blocks if block.died is None)
     begin = counter.events
     watch(chunks, counter)
     forget_work(counter)
-    with counter.during("activations", "between micro-batches"):
-        step(made_up(config, images_per_pack), config.train.lr)
+    gc.disable()
+    try:
+        with counter.during("activations", "between micro-batches"):
+            step(made_up(config, images_per_pack), config.train.lr)
+    finally:
+        gc.enable()
     alive = alive_at_peak(counter.blocks, begin)
     report.peak = by_kind(alive)
     report.peak_place = max(alive, key=lambda block: block.born).place

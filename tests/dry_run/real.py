@@ -1,13 +1,14 @@
-"""The same counting around real CPU tensors of a real gloo world."""
+"""The same counting around the real CPU tensors of a real gloo world."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_gmai.dry_run.counter import DeviceCounter
-from megatron_gmai.dry_run.run import count_step
+from megatron_gmai.dry_run.run import RankReport, count_step
 from tests.parallel.cases import Case, Processes
 
 IMAGES = 2
@@ -21,10 +22,12 @@ def count_cases(cases: list[Case], folder: Path) -> None:
         counter = DeviceCounter(world.device.torch_device, fake=None)
         with counter:
             report = count_step(case.config, world, counter, IMAGES)
-        torch.save(memory_of(report), folder / f"{case.name}-{dist.get_rank()}.pt")
+        torch.save(compared(report), folder / f"{case.name}-{dist.get_rank()}.pt")
     dist.barrier()
 
 
-def memory_of(report):
-    report = dataclasses.asdict(report)
-    return {key: report[key] for key in ("static", "peak", "peak_place", "flops", "collectives")}
+def compared(report: RankReport) -> dict[str, Any]:
+    """What has to be the same."""
+    tree = dataclasses.asdict(report)
+    names = ("static", "peak", "peak_place", "flops", "collectives")
+    return {name: tree[name] for name in names}
