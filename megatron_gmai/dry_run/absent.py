@@ -28,10 +28,34 @@ from megatron_gmai.runtime.world import World, lay_out
 NAME = "gpu"  # of the device type; "cuda" needs torch's CUDA build even for tensors without data
 
 
+class _DeviceModule:
+    """What torch asks `torch.cuda` about a GPU: one device, and autocast when checkpoints rerun."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None: ...
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
 @functools.cache  # torch takes the name once a process
 def absent_device() -> torch.device:
     """The device type, registered."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())
     return torch.device(NAME, 0)
 
 
@@ -54,8 +78,13 @@ def world_of(
     name = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
     place = device_of(kind)
     join_absent_processes(rank, world_size)
-    # Compiled functions run as they are written: nothing is compiled for a device that is absent.
-    with stand_in(place, synchronize), torch.compiler.set_stance("force_eager"):
+    with (
+        stand_in(place, synchronize),
+        # Compiled functions run as they are written: nothing is compiled for an absent device.
+        torch.compiler.set_stance("force_eager"),
+        # Backward passes in this thread, so that the host's waits in them have a place.
+        torch.autograd.set_multithreading_enabled(False),
+    ):
         try:
             yield lay_out(Device(kind, place, "fake", DTYPES[name]), config)
         finally:
