@@ -7,12 +7,14 @@ reading them (the lengths of segments, say) is decided as always.
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -116,6 +118,10 @@ def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[
         replaced.replace(torch.cuda.nvtx, cpu.TORCH_CUDA_NVTX)
         replaced.replace(megatron_random, _MEGATRON_RANDOM)
         replaced.replace(megatron_random.CudaRNGStatesTracker, {"fork": _fork, "add": _nothing})
+        # The optimizer takes whole lists of tensors, as on a GPU, if it knows their type.
+        optimizers = importlib.import_module("torch.optim.optimizer")
+        known = [*optimizers._foreach_supported_types, FakeTensor]
+        replaced.replace(optimizers, {"_foreach_supported_types": known})
         fused.install(replaced)
         with _CudaMeansAbsent(device), _ReadConstants(), use_implementation("torch"):
             yield
