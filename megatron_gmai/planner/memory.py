@@ -6,10 +6,11 @@ A dry run (megatron_gmai/dry_run) counts the same from the code itself; the two 
 tests/planner.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
-from megatron_gmai.config import Config
+from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.layout import Chunk, ImageShare, Layout, Recompute, chunks_of_rank
 from megatron_gmai.layout import virtual_stages as virtual_stages_of
 from megatron_gmai.planner.cost import Load
@@ -80,7 +81,7 @@ def static_bytes(
     """Bytes of weights, gradients and optimizer state."""
     held = gradients = optimizer = 0.0
     sharded = config.parallel.use_distributed_optimizer
-    for weight in weights(config.model).values():
+    for weight in weight_table(config.model):
         copies = sum(weight.is_in(chunk) for chunk in chunks)
         size = copies * math.prod(local_shape(weight, layout.tensor))
         held += HALF * size
@@ -89,6 +90,12 @@ def static_bytes(
             ranks = _copies(weight, layout) if sharded else 1
             optimizer += 3 * SINGLE * size / ranks  # master, two moments
     return held, gradients, optimizer
+
+
+@functools.lru_cache(maxsize=8)
+def weight_table(model: ModelConfig) -> tuple[Weight, ...]:
+    """The weights, kept because a search asks for them thousands of times."""
+    return tuple(weights(model).values())
 
 
 def is_trained(config: Config, weight: Weight) -> bool:
@@ -110,7 +117,7 @@ def _update_peak(config: Config, layout: Layout, chunks: tuple[Chunk, ...]) -> f
     """The optimizer's temporaries: a square root of the second moments of one of its two parts."""
     sizes = {True: 0.0, False: 0.0}
     sharded = config.parallel.use_distributed_optimizer
-    for weight in weights(config.model).values():
+    for weight in weight_table(config.model):
         if is_trained(config, weight) and any(weight.is_in(chunk) for chunk in chunks):
             ranks = _copies(weight, layout) if sharded else 1
             size = math.prod(local_shape(weight, layout.tensor)) / ranks
