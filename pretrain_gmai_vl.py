@@ -20,9 +20,16 @@ def main() -> None:
     quiet_libraries()
     import torch.distributed as dist
 
+    from megatron_gmai.planner.layout import settle_layout
     from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
-    from megatron_gmai.training.setup import build_run, find_start, with_data, with_sizes
+    from megatron_gmai.training.setup import (
+        build_run,
+        find_start,
+        mean_images_per_pack,
+        with_data,
+        with_sizes,
+    )
     from megatron_gmai.validation import validate
 
     first = os.environ.get("RANK", "0") == "0"
@@ -35,6 +42,14 @@ def main() -> None:
         log(note)
     start = find_start(config, log)
     config = with_sizes(config, start)
+    if config.run.dry_run is not None:
+        from megatron_gmai.dry_run.report import tell
+
+        print(tell(config, config.run.dry_run), flush=True)
+        return
+    config, note = settle_layout(config, mean_images_per_pack(config))
+    if note:
+        log(note)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
     world = open_world(config)

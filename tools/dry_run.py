@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_gmai.cli import parse
-from megatron_gmai.planner.layout import settle_layout
 from megatron_gmai.runtime.quiet import quiet_libraries
-from megatron_gmai.validation import validate_layout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     flags.add_argument("--world-size", type=int, required=True, help="processes of the run")
     flags.add_argument("--ranks", help="which to run, as 0,8 (default: one of three stages)")
-    flags.add_argument("--images-per-pack", type=int, default=1, help="images in each pack (1)")
+    flags.add_argument("--images-per-pack", type=int, help="(default: packs full of images)")
     flags.add_argument("--json", type=Path, help="write the counts here")
     own, rest = flags.parse_known_args(argv)
     try:
@@ -32,15 +30,13 @@ def main(argv: list[str] | None = None) -> int:
         for note in notes:
             print(note, file=sys.stderr)
         quiet_libraries()
-        from megatron_gmai.dry_run.report import as_json, as_text, dry_runs
-        from megatron_gmai.dry_run.settle import settled
+        from megatron_gmai.dry_run.report import as_json, as_text, dry_runs, prepared
 
-        config, note = settle_layout(settled(config), own.images_per_pack)
+        config, images, note = prepared(config, own.world_size, own.images_per_pack)
         if note:
             print(note)
-        validate_layout(config, own.world_size)
         ranks = [int(rank) for rank in own.ranks.split(",")] if own.ranks else None
-        reports = dry_runs(config, own.world_size, own.images_per_pack, ranks)
+        reports = dry_runs(config, own.world_size, images, ranks)
     except ValueError as error:
         print(f"dry_run: {error}", file=sys.stderr)
         return 2

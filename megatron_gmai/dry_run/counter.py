@@ -63,14 +63,14 @@ class DeviceCounter(TorchDispatchMode):
         super().__init__()
         self.device, self.fake = device, fake
         self.kind, self.place = "weights", "build"
-        self.events = self.live = self.launches = 0
+        self.events = self.launches = 0
         self.blocks: list[Block] = []
         self.flops: Counter[str] = Counter()
         self.calls: dict[tuple[str, str], Call] = {}
         self.waits: Counter[Wait] = Counter()
         self.single_precision: Counter[Wait] = Counter()  # matrix products in fp32
         self.group_names: dict[tuple[int, ...], str] = {}
-        self._known: dict[int, Block] = {}
+        self._known: dict[int, tuple[weakref.ref, Block]] = {}  # by the storage's address
 
     @contextlib.contextmanager
     def during(self, kind: str, place: str) -> Iterator[None]:
@@ -189,7 +189,9 @@ class DeviceCounter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             # A view of unknown memory shows what was there before: a batch, say.
-            if key in self._known or (func.is_view and func.overloadpacket not in _MADE):
+            if self._block_of(storage) is not None:
+                continue
+            if func.is_view and func.overloadpacket not in _MADE:
                 continue
             self.events += 1
             block = Block(
@@ -202,22 +204,26 @@ class DeviceCounter(TorchDispatchMode):
                 self.events,
             )
             self.blocks.append(block)
-            self._known[key] = block
-            self.live += block.bytes
+            self._known[key] = weakref.ref(storage), block
             weakref.finalize(storage, self._forget, key, block)
 
     def _forget(self, key: int, block: Block) -> None:
         self.events += 1
         block.died = self.events
-        self.live -= block.bytes
-        self._known.pop(key, None)
+        # Another storage may lie at its address by now.
+        if key in self._known and self._known[key][1] is block:
+            del self._known[key]
+
+    def _block_of(self, storage: torch.UntypedStorage) -> Block | None:
+        known = self._known.get(storage._cdata)
+        return known[1] if known is not None and known[0]() is storage else None
 
     def _is_on_device(self, tensor: Tensor) -> bool:
         return tensor.device.type == self.device.type
 
     def block_of(self, tensor: Tensor) -> Block | None:
         """The memory that holds a tensor, if it was allocated under this counter."""
-        return self._known.get(tensor.untyped_storage()._cdata)
+        return self._block_of(tensor.untyped_storage())
 
 
 _MADE = {aten.lift_fresh}  # how torch.tensor hands out what it has made

@@ -6,7 +6,11 @@ from typing import Any
 
 from megatron_gmai.config import Config
 from megatron_gmai.dry_run.run import RankReport, dry_run
+from megatron_gmai.dry_run.settle import settled
 from megatron_gmai.layout import Layout
+from megatron_gmai.planner.cost import typical_images
+from megatron_gmai.planner.layout import settle_layout
+from megatron_gmai.validation import validate_layout
 
 GIB = 2**30
 KINDS = ("weights", "gradients", "optimizer", "activations", "vision", "loss")
@@ -28,6 +32,24 @@ def dry_runs(
     if wrong := [rank for rank in chosen if not 0 <= rank < world_size]:
         raise ValueError(f"--ranks {wrong[0]}: the world has ranks 0 to {world_size - 1}")
     return [dry_run(config, rank, world_size, images_per_pack) for rank in chosen]
+
+
+def tell(config: Config, world_size: int, images_per_pack: int | None = None) -> str:
+    """Dry runs of a configuration as the user gave it. Raises ValueError for a wrong layout."""
+    config, images, note = prepared(config, world_size, images_per_pack)
+    text = as_text(dry_runs(config, world_size, images))
+    return f"{note}\n\n{text}" if note else text
+
+
+def prepared(
+    config: Config, world_size: int, images_per_pack: int | None
+) -> tuple[Config, int, str | None]:
+    """The configuration with a vocabulary and a layout, images per pack, and a line about it."""
+    config = settled(config)
+    images = typical_images(config) if images_per_pack is None else images_per_pack
+    config, note = settle_layout(config, images)
+    validate_layout(config, world_size)
+    return config, images, note
 
 
 def as_json(report: RankReport) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
         update.append(update_seconds(config, layout, held, gpu))
     parts = {
         "pipeline": timeline.seconds,
-        "gradients and weights between data-parallel ranks": max(0.0, *exposed),
+        "exposed": max(0.0, *exposed),
         "optimizer": max(update),
     }
     return StepTime(

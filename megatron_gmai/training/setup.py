@@ -17,8 +17,11 @@ from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
+from megatron_gmai.data.shards.format import MANIFEST_FILE
+from megatron_gmai.data.shards.mean_load import images_per_pack
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.model.gmai_vl import build_chunks
+from megatron_gmai.planner.cost import typical_images
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
@@ -90,6 +93,15 @@ def find_start(config: Config, log: Log) -> Start:
 def with_sizes(config: Config, start: Start) -> Config:
     """The configuration with the model sizes of the start weights, where there are any."""
     return dataclasses.replace(config, model=start.model or config.model)
+
+
+def mean_images_per_pack(config: Config) -> float:
+    """Of the run's shards; where they are still to be made, of packs full of single images."""
+    folder = config.data.shards or config.data.dset_cache_dir
+    if folder is None or not (Path(folder) / MANIFEST_FILE).is_file():
+        return typical_images(config)
+    vision = config.model.vision
+    return images_per_pack(Path(folder), vision.tokens_per_image, config.data.max_length)
 
 
 def with_data(config: Config, barrier: Callable[[], None]) -> tuple[Config, Tokenizer]:
