@@ -180,9 +180,7 @@ class RunConfig:
     )
     work_dir: str = option("runs/train", "metrics, checkpoints, logs and the saved config")
     save: str | None = option(None, "checkpoint folder (default: WORK_DIR/checkpoints)")
-    load: str | None = option(
-        None, "start a new phase from the weights of this checkpoint"
-    )
+    load: str | None = option(None, "start a new phase from the weights of this checkpoint")
     llava: str | None = option(None, "start from Hugging Face weights (original or transformers)")
     resume: bool = option(
         False,

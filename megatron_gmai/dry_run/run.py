@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -67,9 +66,9 @@ def dry_run(
     began = time.monotonic()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = DeviceCounter(device_of(kind), fake)
-    with world_of(config, rank, world_size, kind, counter.note_synchronize) as world:
-        with fake, counter:
-            report = count_step(config, world, counter, images_per_pack)
+    place = world_of(config, rank, world_size, kind, counter.note_synchronize)
+    with place as world, fake, counter:
+        report = count_step(config, world, counter, images_per_pack)
     report.seconds = time.monotonic() - began
     return report
 

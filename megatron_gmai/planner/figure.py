@@ -41,7 +41,9 @@ def _box(interval: Interval, stages: int, scale: float) -> str:
     if width < NUMBERED:
         return box
     middle = x + width / 2
-    return box + f'<text x="{middle:.2f}" y="{y + 15}" text-anchor="middle">{work.micro_batch}</text>'
+    return (
+        box + f'<text x="{middle:.2f}" y="{y + 15}" text-anchor="middle">{work.micro_batch}</text>'
+    )
 
 
 def _legend(y: int) -> str:

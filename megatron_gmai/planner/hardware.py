@@ -6,7 +6,7 @@ direction, of one GPU. `memory_gib` leaves the driver, NCCL and fragmentation th
 
 | GPU | figures |
 |---|---|
-| A100 | NVIDIA A100 datasheet (312 TFLOP/s; 1,555 and 2,039 GB/s; NVLink 600 GB/s); HDR InfiniBand |
+| A100 | NVIDIA A100 datasheet (312 TFLOP/s; 1,555, 2,039 GB/s; NVLink 600 GB/s); HDR InfiniBand |
 | H100 | NVIDIA H100 SXM datasheet (989 TFLOP/s; 3,350 GB/s; NVLink 900 GB/s); NDR InfiniBand |
 | H200 | NVIDIA H200 SXM datasheet (989 TFLOP/s; 141 GB, 4,800 GB/s; NVLink 900 GB/s) |
 | B200 | NVIDIA HGX B200 datasheet (2,250 TFLOP/s; 180 GB, 7,700 GB/s; NVLink 1,800 GB/s) |

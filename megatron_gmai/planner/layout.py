@@ -36,7 +36,7 @@ def settle_layout(config: Config, images_per_pack: float) -> tuple[Config, str |
 
 
 def balanced_layers(config: Config, load: Load) -> tuple[int, ...]:
-    """Decoder layers of each chunk, in the order of the model, so that the slowest chunk is fastest.
+    """Decoder layers of each chunk, in the order of the model: the slowest is as fast as can be.
 
     The first chunk also encodes the images, the last one has output layer and loss. Layers are
     alike, so giving each to the chunk that is least loaded with it is optimal. All chunks but the

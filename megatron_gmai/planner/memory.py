@@ -260,8 +260,8 @@ def _loss(share: Share) -> float:
     rows = padded_vocab_size(language.vocab_size, tp) / tp
     gathered = HALF * s * hidden if share.scattered > 1 else 0
     logits = HALF * min(s, LOSS_CHUNK) * rows
-    gradients = SINGLE * s * hidden
-    backward = gradients + HALF * s * hidden
+    gradients: float = SINGLE * s * hidden
+    backward: float = gradients + HALF * s * hidden
     if trains_language(share.config):
         gradients += SINGLE * rows * hidden
         backward = gradients + HALF * s * hidden + HALF * rows * hidden

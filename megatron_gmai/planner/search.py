@@ -96,10 +96,11 @@ def _judge(
         if candidate is None:
             return dataclasses.replace(found, refused=found.refused + 1)
         memory = memory_of(candidate, world_size, load)
-        if max(stage.peak for stage in memory) <= gpu.memory_gib * GIB:
-            found.plans.append(plan(candidate, world_size, load, gpu, memory))
-            return found
-    found.too_large.append(plan(candidate, world_size, load, gpu, memory))
+        fits = max(stage.peak for stage in memory) <= gpu.memory_gib * GIB
+        if fits or recompute == RECOMPUTED[-1]:
+            made = plan(candidate, world_size, load, gpu, memory)
+            (found.plans if fits else found.too_large).append(made)
+            break
     return found
 
 

@@ -133,8 +133,10 @@ def layer_traffic(share: Share) -> float:
     stream = HALF * s * language.hidden_size
     # Two norms read and write; two sums read two and write one; turning queries and keys takes
     # about eight passes unfused; SwiGLU reads two and writes one; attention is copied once.
-    return 10 * stream / share.scattered + 12 * stream / tp + 3 * (
-        HALF * s * language.ffn_hidden_size / tp
+    return (
+        10 * stream / share.scattered
+        + 12 * stream / tp
+        + 3 * (HALF * s * language.ffn_hidden_size / tp)
     )
 
 
@@ -199,8 +201,8 @@ def loss_seconds(share: Share, gpu: Gpu, direction: str) -> float:
     config, layout = share.config, share.layout
     tokens = config.train.micro_batch_size * share.load.length
     times = 1 + Passes.of(config.train).language
-    flops = times * tokens * output_products(config.model.language)
-    flops /= layout.tensor * layout.context
+    ranks = layout.tensor * layout.context
+    flops = times * tokens * output_products(config.model.language) / ranks
     rows = config.model.language.vocab_size / layout.tensor
     traffic = 4 * HALF * share.tokens * rows  # logits, written and read by the kernels
     return flops / gpu.product_flops + traffic / (gpu.memory_gb_s * 1e9 * MOVED)
@@ -236,9 +238,7 @@ def state_messages(
     return reduce, gather
 
 
-def update_seconds(
-    config: Config, layout: Layout, chunks: tuple[Chunk, ...], gpu: Gpu
-) -> float:
+def update_seconds(config: Config, layout: Layout, chunks: tuple[Chunk, ...], gpu: Gpu) -> float:
     """AdamW reads and writes its state about twice over, by lists of tensors."""
     _, gradients, state = static_bytes(config, layout, chunks)
     return (3 * state + gradients) / (gpu.memory_gb_s * 1e9 * MOVED) + 200 * LAUNCH
