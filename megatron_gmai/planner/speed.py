@@ -26,6 +26,7 @@ from megatron_gmai.planner.hardware import Gpu
 from megatron_gmai.planner.memory import HALF, SINGLE, Share, static_bytes
 from megatron_gmai.planner.schedule import Timeline, simulate
 
+SIMULATED, SPAN = 8, 4  # rounds of PP micro-batches; and of which the pace is taken
 LAUNCH = 5e-6  # seconds of the host for an operator in eager PyTorch
 LATENCY = 15e-6  # seconds of a collective or a message
 SENT = 0.8  # share of a link's bandwidth that large messages get
@@ -42,7 +43,8 @@ class StepTime:
     """A predicted step."""
 
     seconds: float
-    timeline: Timeline
+    timeline: Timeline  # of the step, or of its first micro-batches
+    bubble: float  # share of the pipeline's time in which stages wait
     parts: dict[str, float] = field(default_factory=dict)  # seconds beside the pipeline's
     model_flops: float = 0.0  # of the global batch
     world_size: int = 1
@@ -65,7 +67,16 @@ def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
         chunks.append(by_stage[index % stages][index // stages])
     forward = [pass_seconds(share, chunk, gpu, "forward") for chunk in chunks]
     backward = [pass_seconds(share, chunk, gpu, "backward") for chunk in chunks]
-    timeline = simulate(stages, virtual, count, forward, backward, transfer(share, gpu))
+    shown = min(count, SIMULATED * stages)
+    timeline, shorter = (
+        simulate(stages, virtual, n, forward, backward, transfer(share, gpu))
+        for n in (shown, max(stages, shown - SPAN * stages))
+    )
+    # More micro-batches repeat what those in the middle do, at the pace of the slowest stage.
+    slowest = max(sum(forward[p::stages]) + sum(backward[p::stages]) for p in range(stages))
+    pace = max(slowest, (timeline.seconds - shorter.seconds) / (SPAN * stages))
+    pipeline = timeline.seconds + (count - shown) * pace
+    bubble = 1 - count * (sum(forward) + sum(backward)) / (stages * pipeline)
     exposed, update = [], []
     for stage, held in enumerate(by_stage):
         own = range(stage, len(chunks), stages)
@@ -78,12 +89,12 @@ def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
         exposed.append(end - timeline.seconds + max(0.0, gather - hidden[1]))
         update.append(update_seconds(config, layout, held, gpu))
     parts = {
-        "pipeline": timeline.seconds,
+        "pipeline": pipeline,
         "exposed": max(0.0, *exposed),
         "optimizer": max(update),
     }
     return StepTime(
-        sum(parts.values()), timeline, parts, useful_flops(config, load), layout.world_size
+        sum(parts.values()), timeline, bubble, parts, useful_flops(config, load), layout.world_size
     )
 
 

@@ -35,7 +35,7 @@ def table(plans: list[Plan], load: Load, gpu: Gpu, phase: int, fill: float) -> s
             f"{number:3}{layout.tensor:4}{layout.pipeline:4}"
             f"{parallel.num_virtual_stages_per_pipeline_rank:4}{layout.context:4}{layout.data:5}"
             f"{train.micro_batch_size:4}{train.selective_recompute:11.0%}{made.peak_gib:10.1f}"
-            f"{made.time.seconds:8.2f}{made.time.timeline.bubble:8.1%}{made.time.mfu(gpu):7.1%}"
+            f"{made.time.seconds:8.2f}{made.time.bubble:8.1%}{made.time.mfu(gpu):7.1%}"
             f"{tokens:10,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, phase):7.2f}"
         )
     return "\n".join(rows)
@@ -64,9 +64,9 @@ def why(found: Search, gpu: Gpu) -> str:
 
 
 def _shares(made: Plan) -> str:
-    timeline, parts = made.time.timeline, made.time.parts
+    parts = made.time.parts
     return (
-        f"the pipeline runs {timeline.seconds:.2f} s, {timeline.bubble:.1%} of it waiting; "
+        f"the pipeline runs {parts['pipeline']:.2f} s, {made.time.bubble:.1%} of it waiting; "
         f"{parts['exposed']:.2f} s of messages between data-parallel ranks are not hidden; "
         f"the update takes {parts['optimizer']:.2f} s"
     )
@@ -90,7 +90,7 @@ def as_json(made: Plan, load: Load, gpu: Gpu, phase: int, fill: float) -> dict[s
         "memory_gib": [memory.peak / GIB for memory in made.memory],
         "step_s": made.time.seconds,
         "parts_s": made.time.parts,
-        "bubble": made.time.timeline.bubble,
+        "bubble": made.time.bubble,
         "mfu": made.time.mfu(gpu),
         "tokens_per_s": tokens,
         "tokens_per_s_per_gpu": tokens / made.layout.world_size,

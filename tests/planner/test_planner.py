@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_gmai.config import Config, ParallelConfig
-from megatron_gmai.layout import Layout
+from megatron_gmai.layout import Layout, chunks_of_rank
 from megatron_gmai.planner.cost import Load, load_of, step_flops, with_vocabulary
 from megatron_gmai.planner.figure import timeline_svg
 from megatron_gmai.planner.hardware import GPUS, device_peak, gpu_called
 from megatron_gmai.planner.layout import balanced_layers, imbalance, settle_layout
+from megatron_gmai.planner.memory import Share
 from megatron_gmai.planner.schedule import order, simulate
 from megatron_gmai.planner.search import plan, search
+from megatron_gmai.planner.speed import pass_seconds, transfer
 from megatron_gmai.presets import preset
 from tools.plan import main
 
@@ -174,3 +176,20 @@ def test_the_picture_has_a_box_for_every_pass() -> None:
     timeline = simulate(2, 1, 4, [1.0, 1.0], [2.0, 2.0])
     assert timeline_svg(timeline, "a < b").count("<rect") == 1 + len(timeline.intervals) + 2
     assert Layout(4, 2, 2).data == 1
+
+
+def test_a_long_step_repeats_its_middle() -> None:
+    config = dataclasses.replace(
+        SEVEN_B,
+        parallel=ParallelConfig(pipeline_model_parallel_size=4, pipeline_layout="7,9,9,7"),
+    )
+    time = plan(config, 4, load_of(config, 3), gpu_called("h200")).time
+    share = Share(config, load_of(config, 3), Layout(4, 1, 4))
+    chunks = [chunks_of_rank(config.parallel, 32, stage)[0] for stage in range(4)]
+    forward, backward = (
+        [pass_seconds(share, chunk, gpu_called("h200"), way) for chunk in chunks]
+        for way in ("forward", "backward")
+    )
+    whole = simulate(4, 1, 512, forward, backward, transfer(share, gpu_called("h200")))
+    assert time.parts["pipeline"] == pytest.approx(whole.seconds)
+    assert time.bubble == pytest.approx(whole.bubble)
