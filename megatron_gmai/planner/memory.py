@@ -247,11 +247,17 @@ def _feed_forward_backward(share: Share, chunk: Chunk) -> float:
     swiglu = stream + 5 * ffn - (ffn if trains else 0)
     matrix = HALF * 2 * language.ffn_hidden_size * hidden / tp if trains else 0.0
     product = stream + 2 * ffn + matrix + HALF * s * hidden - (3 * ffn if trains else 2 * ffn)
-    recompute, again = Recompute.of(share.config, chunk), 0.0
-    if recompute.granularity == "full":
-        turns = 1 if recompute.method == "block" else (recompute.num_layers or 1)
-        again = turns * layer_bytes(share)
-    return again + max(swiglu, product)
+    highest = max(swiglu, product)
+    recompute = Recompute.of(share.config, chunk)
+    if recompute.granularity != "full":
+        return highest
+    each, count = recompute.num_layers or 1, len(chunk.layers)
+    if recompute.method == "uniform":
+        return each * layer_bytes(share) + highest
+    # The first layers are computed again when what the others kept has gone.
+    kept = max(0, count - each) * layer_bytes(share)
+    again = layer_bytes(share) - kept + highest
+    return max(again, highest) if kept else again
 
 
 def _loss(share: Share) -> float:
