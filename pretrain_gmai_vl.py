@@ -21,11 +21,12 @@ def main() -> None:
     # Imported once the flags are known to be right: `--help` and mistakes answer at once.
     quiet_libraries()
 
+    from megatron_gmai.planner.layout import settle_layout
     from megatron_gmai.runtime.environment import record_start
     from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
     from megatron_gmai.training.setup import build_run
-    from megatron_gmai.training.start import complete, find_start
+    from megatron_gmai.training.start import complete, find_start, mean_images_per_pack
     from megatron_gmai.validation import validate
 
     first = os.environ.get("RANK", "0") == "0"
@@ -38,6 +39,14 @@ def main() -> None:
         log(note)
     start = find_start(config, log)
     config = complete(config, start)
+    if config.run.dry_run is not None:
+        from megatron_gmai.dry_run.report import tell
+
+        print(tell(config, config.run.dry_run), flush=True)
+        return
+    config, chosen = settle_layout(config, mean_images_per_pack(config))
+    if chosen:
+        log(chosen)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
     world = open_world(config)

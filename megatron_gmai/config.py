@@ -122,7 +122,9 @@ class ParallelConfig:
         None, "the same, said by the decoder layers of a chunk"
     )
     pipeline_layout: str | None = option(
-        None, "decoder layers of each chunk in model order, as 6,9,9,8 (default: even)"
+        None,
+        "decoder layers of each chunk in model order, as 6,9,9,8, or auto: balanced with ViT and "
+        "loss (default: even)",
     )
     sequence_parallel: bool = option(False, "split activations over the TP ranks between layers")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP ranks (ZeRO-1)")
@@ -202,6 +204,11 @@ class RunConfig:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "bf16", "fp16", "fp32")
+    )
+    dry_run: int | None = option(
+        None,
+        "take one step as N processes on devices that do not exist, tell memory, messages and "
+        "waits, and end",
     )
     distributed_timeout_minutes: float = option(10.0, "time-out of every collective")
 

@@ -29,7 +29,9 @@ ALLOWED = {
     "model": {"gmai_kernels", "runtime"},
     "data": set[str](),
     "convert": set[str](),
-    "training": {"model", "data", "convert", "runtime"},
+    "planner": set[str](),
+    "training": {"model", "data", "convert", "runtime", "planner"},
+    "dry_run": {"gmai_kernels", "training", "model", "data", "runtime", "planner"},
     "evaluate": {"model", "data", "runtime"},
     "report": {"data"},
     "preflight": {"data", "convert", "runtime"},
@@ -45,7 +47,7 @@ DATA_ROOMS = {
     "inspection": {"text", "images", "sources", "shards"},
 }
 DATA_TOP = {"files", "ledger", "lock", "pool", "progress", "schema"}
-MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate"}
+MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate", "dry_run"}
 
 
 def layer_of(module: str) -> str | None:
@@ -138,8 +140,10 @@ def test_data_and_conversion_know_no_process_groups(path: Path) -> None:
     assert not groups
 
 
-@pytest.mark.parametrize("path", [path for layer, path in SOURCES if layer == "config"], ids=str)
-def test_the_configuration_reads_instantly(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", [path for layer, path in SOURCES if layer in {"config", "planner"}], ids=str
+)
+def test_configuration_and_planner_read_instantly(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports_of(path)}
     assert not roots & {"torch", "numpy", "megatron", "transformers"}
 

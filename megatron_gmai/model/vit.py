@@ -18,16 +18,18 @@ class VisionTower(CLIPViTModel):
     """
 
     def __init__(self, vision: VisionConfig, device: Device, groups: Groups) -> None:
-        super().__init__(
-            vision_transformer_config(vision, device),
-            vision_layer_spec(device),
-            ln_pre_impl=LayerNorm,
-            patch_dim=vision.patch_size,
-            img_h=vision.image_size,
-            img_w=vision.image_size,
-            pg_collection=groups.for_vision(),
-        )
-        self.to(device=device.torch_device, dtype=device.dtype)
+        with device.torch_device:  # Megatron makes the patch embedding on the CPU otherwise
+            super().__init__(
+                vision_transformer_config(vision, device),
+                vision_layer_spec(device),
+                ln_pre_impl=LayerNorm,
+                patch_dim=vision.patch_size,
+                img_h=vision.image_size,
+                img_w=vision.image_size,
+                pg_collection=groups.for_vision(),
+            )
+        for parameter in self.parameters():  # ... and in fp32
+            parameter.data = parameter.data.to(device.dtype)
         shape = (1, 3, 1, 1)
         # Plain attributes: constants belong neither in a checkpoint nor among the parameters.
         self.mean = torch.tensor(CLIP_MEAN, device=device.torch_device).view(shape) * 255

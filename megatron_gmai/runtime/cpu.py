@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _Stream:
+class Stream:
     """Work on a CPU is in order, so waiting is no work."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,16 +30,16 @@ class _Stream:
     def query(self) -> bool:
         return True
 
-    def record_event(self, event: Any = None) -> "_Event":
-        return event or _Event()
+    def record_event(self, event: Any = None) -> "Event":
+        return event or Event()
 
-    def __enter__(self) -> "_Stream":
+    def __enter__(self) -> "Stream":
         return self
 
     def __exit__(self, *error: Any) -> None: ...
 
 
-class _Event:
+class Event:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def record(self, stream: Any = None) -> None: ...
@@ -52,18 +52,22 @@ class _Event:
         return True
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Sends what was meant for a GPU to the CPU, whichever torch function it is given to."""
+class CudaMeans(TorchFunctionMode):
+    """Sends what was meant for a GPU to `device`, whichever torch function it is given to."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs["device"] = CPU
+        if kwargs and "device" in kwargs and is_cuda(kwargs["device"]):
+            kwargs["device"] = self.device
         if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
+            return args[0].to(self.device)
+        if func is torch.Tensor.to and len(args) > 1 and is_cuda(args[1]):
+            args = (args[0], self.device, *args[2:])
         result = func(*args, **(kwargs or {}))
         # The optimizer sorts parameters by the names that CUDA tensors answer.
         if func is torch.Tensor.type and isinstance(result, str):
@@ -71,13 +75,13 @@ class _CudaMeansCpu(TorchFunctionMode):
         return result
 
 
-def _is_cuda(device: Any) -> bool:
+def is_cuda(device: Any) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-def _answering(value: Any = None) -> Callable:
+def answering(value: Any = None) -> Callable:
     """A new function that returns `value` whatever it is given.
 
     New each time: torch.compile keeps a table of torch's functions and refuses the same object
@@ -104,28 +108,28 @@ def _set_rng_state(state: torch.Tensor, device: Any = None, *args: Any, **kwargs
 
 # Every name that the imported parts of Megatron-Core use and that needs a GPU otherwise.
 TORCH_CUDA: dict[str, Any] = {
-    "current_device": _answering(CPU),
-    "set_device": _answering(),
-    "synchronize": _answering(),
-    "empty_cache": _answering(),
-    "Stream": _Stream,
-    "Event": _Event,
-    "stream": _answering(contextlib.nullcontext()),
-    "set_stream": _answering(),
-    "current_stream": _Stream,
-    "default_stream": _Stream,
+    "current_device": answering(CPU),
+    "set_device": answering(),
+    "synchronize": answering(),
+    "empty_cache": answering(),
+    "Stream": Stream,
+    "Event": Event,
+    "stream": answering(contextlib.nullcontext()),
+    "set_stream": answering(),
+    "current_stream": Stream,
+    "default_stream": Stream,
     "manual_seed": _seed,
     "get_rng_state": _get_rng_state,
     "set_rng_state": _set_rng_state,
-    "is_current_stream_capturing": _answering(False),
-    "memory_allocated": _answering(0),
-    "memory_reserved": _answering(0),
-    "memory_stats": _answering({}),
+    "is_current_stream_capturing": answering(False),
+    "memory_allocated": answering(0),
+    "memory_reserved": answering(0),
+    "memory_stats": answering({}),
 }
 TORCH_CUDA_NVTX = {
-    "range_push": _answering(),
-    "range_pop": _answering(),
-    "range": _answering(contextlib.nullcontext()),
+    "range_push": answering(),
+    "range_pop": answering(),
+    "range": answering(contextlib.nullcontext()),
 }
 MEGATRON_RANDOM = {
     "_get_cuda_rng_state": lambda device="cuda", clone=False, graph_safe=False: _get_rng_state(),
@@ -133,12 +137,12 @@ MEGATRON_RANDOM = {
 }
 
 
-class _Installation:
+class Installation:
     """What `install` replaced, so that `uninstall` can put it back."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[Any, str, Any]] = []
-        self.mode: _CudaMeansCpu | None = None
+        self.mode: CudaMeans | None = None
 
     def replace(self, owner: Any, names: dict[str, Any]) -> None:
         for name, stand_in in names.items():
@@ -156,7 +160,7 @@ class _Installation:
             setattr(owner, name, original)
 
 
-_installation = _Installation()
+_installation = Installation()
 
 
 def installed() -> bool:
@@ -181,7 +185,7 @@ def install() -> None:
     except RuntimeError:
         _installation.restore()
         raise
-    _installation.mode = _CudaMeansCpu()
+    _installation.mode = CudaMeans(CPU)
     _installation.mode.__enter__()
 
 

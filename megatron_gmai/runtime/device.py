@@ -119,6 +119,11 @@ def installed_packages() -> dict[str, bool]:
     return {name: importlib.util.find_spec(module) is not None for name, module in names.items()}
 
 
+def device_name(device: Device) -> str:
+    """The GPU's name by its driver; "cpu" without one."""
+    return torch.cuda.get_device_name(device.torch_device) if device.is_cuda else device.kind
+
+
 def peak_memory_bytes(device: Device) -> int:
     """Peak device memory of this process; on CPU the peak resident set."""
     if device.is_cuda:

@@ -8,13 +8,16 @@ import torch.distributed as dist
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.prepare import copy_tokenizer
-from megatron_gmai.runtime.device import Device, peak_memory_bytes
+from megatron_gmai.planner.cost import step_flops
+from megatron_gmai.planner.hardware import device_peak
+from megatron_gmai.runtime.device import Device, device_name, peak_memory_bytes
 from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.optimizer_state import steps_taken
 from megatron_gmai.training.preemption import stop_requested
 from megatron_gmai.training.setup import Run
+from megatron_gmai.training.step import StepResult
 
 
 def train(run: Run) -> bool:
@@ -36,7 +39,9 @@ def train(run: Run) -> bool:
         if iteration % config.run.log_interval == 0 or iteration == total:
             memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
             if log is not None:
-                log.write(make_row(iteration, result, lr, seconds, memory))
+                log.write(
+                    make_row(iteration, result, lr, seconds, memory, *speed_terms(run, result))
+                )
         # A signal reaches the ranks between different steps: all stop after the same one.
         stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
         if iteration % save_every == 0 or iteration == total or stopped:
@@ -47,6 +52,13 @@ def train(run: Run) -> bool:
     if log is not None:
         log.close()
     return finished
+
+
+def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None]:
+    """Model FLOPs of the step, and what all devices could do in a second, if that is known."""
+    flops = step_flops(run.config, result.positions, result.tokens, result.images, result.samples)
+    peak = device_peak(device_name(run.world.device))
+    return flops, None if peak is None else peak * run.world.layout.world_size
 
 
 def save(run: Run, iteration: int) -> None:

@@ -25,9 +25,20 @@ class Row:
     step_time_s: float
     tokens_per_s: float
     peak_memory_bytes: int
+    model_flops_per_s: float = 0.0  # of all ranks, the vision tower's included
+    mfu: float | None = None  # share of the devices' peak; None where that is not known
 
 
-def make_row(iteration: int, result: StepResult, lr: float, seconds: float, memory: int) -> Row:
+def make_row(
+    iteration: int,
+    result: StepResult,
+    lr: float,
+    seconds: float,
+    memory: int,
+    flops: float = 0.0,
+    peak: float | None = None,
+) -> Row:
+    """`flops` of the step's model work and `peak` a second, both of all ranks."""
     return Row(
         iteration=iteration,
         loss=result.loss,
@@ -41,6 +52,8 @@ def make_row(iteration: int, result: StepResult, lr: float, seconds: float, memo
         step_time_s=seconds,
         tokens_per_s=result.tokens / seconds,
         peak_memory_bytes=memory,
+        model_flops_per_s=flops / seconds,
+        mfu=None if peak is None else flops / seconds / peak,
     )
 
 
@@ -82,12 +95,17 @@ class MetricsLog:
             f" | {row.tokens_per_s:,.0f} tokens/s"
             f" ({row.supervised_tokens / row.step_time_s:,.0f} supervised)"
             f" | {row.images / row.step_time_s:.1f} images/s | fill {row.pack_fill:.1%}"
+            f" | {row.model_flops_per_s / 1e12:.3g} TFLOP/s{_share(row.mfu)}"
             f" | {row.peak_memory_bytes / 2**30:.2f} GiB | {_duration(left)} left"
         )
 
     def close(self) -> None:
         self.file.close()
         self.tensorboard.close()
+
+
+def _share(mfu: float | None) -> str:
+    return "" if mfu is None else f" (MFU {mfu:.1%})"
 
 
 def _keep_rows_up_to(path: Path, iteration: int) -> None:

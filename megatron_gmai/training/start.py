@@ -11,7 +11,10 @@ from torch import Tensor
 from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.huggingface import check_tokenizer, open_pretrained
+from megatron_gmai.data.shards.index import MANIFEST_FILE
+from megatron_gmai.data.shards.mean_load import images_per_pack
 from megatron_gmai.data.text.tokenizer import load_tokenizer
+from megatron_gmai.planner.cost import typical_images
 from megatron_gmai.tokenizer_file import find_tokenizer
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
@@ -81,6 +84,15 @@ def with_base(start: Start, config: Config) -> Start:
         return dataclasses.replace(start, llava=Path(llava))
     load = (own.load if start.resume else None) or saved.load
     return dataclasses.replace(start, base=open_checkpoint(Path(load)) if load else None)
+
+
+def mean_images_per_pack(config: Config) -> float:
+    """Of the run's shards; where they are still to be made, of packs full of single images."""
+    folder = config.data.shards or config.data.dset_cache_dir
+    if folder is None or not (Path(folder) / MANIFEST_FILE).is_file():
+        return typical_images(config)
+    vision = config.model.vision
+    return images_per_pack(Path(folder), vision.tokens_per_image, config.data.max_length)
 
 
 def complete(config: Config, start: Start) -> Config:

@@ -13,7 +13,7 @@ from megatron_gmai.training.step import StepResult
 
 KEYS = [
     "iteration", "loss", "lr", "grad_norm", "supervised_tokens", "tokens", "images", "samples",
-    "pack_fill", "step_time_s", "tokens_per_s", "peak_memory_bytes",
+    "pack_fill", "step_time_s", "tokens_per_s", "peak_memory_bytes", "model_flops_per_s", "mfu",
 ]  # fmt: skip
 RESULT = StepResult(
     loss=1 / 3,
@@ -130,3 +130,13 @@ def test_only_every_interval_and_the_last_step_are_written(tmp_path: Path) -> No
         log.write(row(iteration))
     log.close()
     assert [found["iteration"] for found in rows_of(tmp_path)] == [3, 6, 7]
+
+
+def test_the_line_tells_the_share_of_the_peak_where_it_is_known(tmp_path: Path) -> None:
+    log = open_log(tmp_path, start=0)
+    known = make_row(1, RESULT, lr=1e-3, seconds=2.0, memory=2**30, flops=4e14, peak=1e15)
+    unknown = make_row(1, RESULT, lr=1e-3, seconds=2.0, memory=2**30, flops=4e14)
+    assert "200 TFLOP/s (MFU 20.0%)" in log.line(known)
+    assert "200 TFLOP/s |" in log.line(unknown)
+    assert (known.mfu, unknown.mfu) == (0.2, None)
+    log.close()

@@ -1,0 +1,255 @@
+"""Seconds of a training step, from operations, bytes and messages.
+
+A pass takes the longer of what the device computes and what the host needs to launch it; messages
+between tensor- and context-parallel ranks are not hidden behind products, as in Megatron's plain
+linears. Gradients are reduced behind the backward pass of the last micro-batch with
+`--overlap-grad-reduce`, weights gathered behind the first forward pass with
+`--overlap-param-gather`; what does not fit behind them is added.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_gmai.config import Config
+from megatron_gmai.layout import Chunk, Layout, Recompute, chunks_of_rank, virtual_stages
+from megatron_gmai.planner.cost import (
+    Load,
+    Passes,
+    layer_attention,
+    layer_products,
+    output_products,
+    projector_flops,
+    step_flops,
+    tower_flops,
+)
+from megatron_gmai.planner.hardware import Gpu
+from megatron_gmai.planner.memory import HALF, SINGLE, Share, static_bytes
+from megatron_gmai.planner.schedule import Timeline, simulate
+
+SIMULATED, SPAN = 8, 4  # rounds of PP micro-batches; and of which the pace is taken
+LAUNCH = 5e-6  # seconds of the host for an operator in eager PyTorch
+LATENCY = 15e-6  # seconds of a collective or a message
+SENT = 0.8  # share of a link's bandwidth that large messages get
+MOVED = 0.8  # of the memory's
+ATTENTION = 0.6  # of the products' speed, in fused attention
+TOWER = 0.8  # of the products' speed in the vision tower, whose matrices are smaller
+# Operators of a decoder layer and of a tower layer, counted by dry runs.
+LAYER_LAUNCHES = {"forward": 45, "backward": 65}
+TOWER_LAUNCHES = {"forward": 22, "backward": 42}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A predicted step."""
+
+    seconds: float
+    timeline: Timeline  # of the step, or of its first micro-batches
+    bubble: float  # share of the pipeline's time in which stages wait
+    parts: dict[str, float] = field(default_factory=dict)  # seconds beside the pipeline's
+    model_flops: float = 0.0  # of the global batch
+    world_size: int = 1
+
+    def mfu(self, gpu: Gpu) -> float:
+        return self.model_flops / (self.seconds * self.world_size * gpu.peak_tflops * 1e12)
+
+
+def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
+    """Simulate the pipeline and add what is not hidden behind it."""
+    share = Share(config, load, layout)
+    stages = layout.pipeline
+    virtual = virtual_stages(config.parallel, config.model.language.num_layers)
+    count = layout.micro_batches(config.train)
+    chunks: list[Chunk] = []
+    by_stage = [
+        chunks_of_rank(config.parallel, config.model.language.num_layers, p) for p in range(stages)
+    ]
+    for index in range(stages * virtual):
+        chunks.append(by_stage[index % stages][index // stages])
+    forward = [pass_seconds(share, chunk, gpu, "forward") for chunk in chunks]
+    backward = [pass_seconds(share, chunk, gpu, "backward") for chunk in chunks]
+    shown = min(count, SIMULATED * stages)
+    timeline, shorter = (
+        simulate(stages, virtual, n, forward, backward, transfer(share, gpu))
+        for n in (shown, max(stages, shown - SPAN * stages))
+    )
+    # More micro-batches repeat what those in the middle do, at the pace of the slowest stage.
+    slowest = max(sum(forward[p::stages]) + sum(backward[p::stages]) for p in range(stages))
+    pace = max(slowest, (timeline.seconds - shorter.seconds) / (SPAN * stages))
+    pipeline = timeline.seconds + (count - shown) * pace
+    bubble = 1 - count * (sum(forward) + sum(backward)) / (stages * pipeline)
+    exposed, update = [], []
+    for stage, held in enumerate(by_stage):
+        own = range(stage, len(chunks), stages)
+        hidden = (
+            sum(backward[c] for c in own) if config.parallel.overlap_grad_reduce else 0.0,
+            sum(forward[c] for c in own) if config.parallel.overlap_param_gather else 0.0,
+        )
+        reduce, gather = state_messages(config, layout, held, gpu)
+        end = timeline.last_end(stage) + max(0.0, reduce - hidden[0])
+        exposed.append(end - timeline.seconds + max(0.0, gather - hidden[1]))
+        update.append(update_seconds(config, layout, held, gpu))
+    parts = {
+        "pipeline": pipeline,
+        "exposed": max(0.0, *exposed),
+        "optimizer": max(update),
+    }
+    return StepTime(
+        sum(parts.values()), timeline, bubble, parts, useful_flops(config, load), layout.world_size
+    )
+
+
+def useful_flops(config: Config, load: Load) -> float:
+    """Model FLOPs of a global batch."""
+    packs = config.train.global_batch_size
+    length = round(packs * load.length)
+    images, samples = round(packs * load.images), round(packs * load.segments)
+    return step_flops(config, length, length, images, samples)
+
+
+def pass_seconds(share: Share, chunk: Chunk, gpu: Gpu, direction: str) -> float:
+    """One chunk's forward or backward pass of a micro-batch."""
+    layers = len(chunk.layers)
+    one = layer_seconds(share, gpu, direction)
+    seconds = layers * one
+    if direction == "backward":
+        again = Recompute.of(share.config, chunk)
+        if again.granularity == "full":
+            count = layers if again.method == "uniform" else min(layers, again.num_layers or 0)
+            seconds += count * layer_seconds(share, gpu, "forward")
+    if chunk.is_first:
+        seconds += vision_seconds(share, gpu, direction)
+    if chunk.is_last:
+        seconds += loss_seconds(share, gpu, direction)
+    return seconds
+
+
+def layer_seconds(share: Share, gpu: Gpu, direction: str) -> float:
+    """A decoder layer's pass."""
+    config, language, layout = share.config, share.config.model.language, share.layout
+    times = 1 if direction == "forward" else Passes.of(config.train).language
+    packs, ranks = config.train.micro_batch_size, layout.tensor * layout.context
+    products = times * packs * share.load.length * layer_products(language) / ranks
+    attention = layer_attention(language, share.load.squares) * packs / ranks
+    attention *= 1 if direction == "forward" else 2.5  # scores are computed again
+    device = products / gpu.product_flops + attention / (gpu.product_flops * ATTENTION)
+    device += layer_traffic(share) * max(1, times) / (gpu.memory_gb_s * 1e9 * MOVED)
+    launches = LAYER_LAUNCHES[direction] * LAUNCH
+    return max(device, launches) + layer_messages(share, gpu, times)
+
+
+def layer_traffic(share: Share) -> float:
+    """Bytes that a layer's element-wise work reads and writes in a forward pass."""
+    language, tp = share.config.model.language, share.layout.tensor
+    s = share.tokens
+    stream = HALF * s * language.hidden_size
+    # Two norms read and write; two sums read two and write one; turning queries and keys takes
+    # about eight passes unfused; SwiGLU reads two and writes one; attention is copied once.
+    return (
+        10 * stream / share.scattered
+        + 12 * stream / tp
+        + 3 * (HALF * s * language.ffn_hidden_size / tp)
+    )
+
+
+def layer_messages(share: Share, gpu: Gpu, times: int) -> float:
+    """Seconds of a layer's messages between TP and CP ranks in one direction."""
+    layout, language = share.layout, share.config.model.language
+    stream = HALF * share.tokens * language.hidden_size
+    seconds = 0.0
+    if layout.tensor > 1:
+        # Two all-reduces, or as many bytes as gathers and scatters; backward passes gather the
+        # inputs of two products again for the gradients of their weights.
+        one = stream * (layout.tensor - 1) / layout.tensor / (gpu.nvlink_gb_s * 1e9 * SENT)
+        gathers = 4 + (2 if times > 1 and share.scattered > 1 else 0)
+        seconds += gathers * (one + LATENCY)
+    if layout.context > 1:
+        wide = (language.num_attention_heads + 2 * language.num_query_groups) / (
+            language.num_attention_heads
+        )
+        parts = (1 + wide) * stream / layout.tensor * (layout.context - 1) / layout.context
+        rate = bandwidth(gpu, layout.tensor * layout.context, layout.tensor)
+        seconds += parts / rate + 2 * LATENCY
+    return seconds
+
+
+def bandwidth(gpu: Gpu, reach: int, stride: int = 1) -> float:
+    """Bytes a second of a collective between ranks `stride` apart, the farthest two `reach`.
+
+    Between nodes a ring may leave through the network card of each of its ranks in a node.
+    """
+    if reach <= gpu.per_node:
+        return gpu.nvlink_gb_s * 1e9 * SENT
+    inside = max(1, gpu.per_node // stride)
+    return min(gpu.nvlink_gb_s, gpu.network_gb_s * inside) * 1e9 * SENT
+
+
+def vision_seconds(share: Share, gpu: Gpu, direction: str) -> float:
+    """Tower and projector on this rank's images, and the exchange of features."""
+    config, passes, model = share.config, Passes.of(share.config.train), share.config.model
+    images, forward = share.images, direction == "forward"
+    if share.load.images == 0:
+        return 0.0
+    tower = (1 if forward else passes.tower) * tower_flops(model)
+    projector = (1 if forward else passes.projector) * projector_flops(model)
+    device = images * (tower + projector) / (gpu.product_flops * TOWER)
+    busy = forward or passes.tower
+    launches = TOWER_LAUNCHES[direction] * model.vision.layers_used * LAUNCH if busy else 0.0
+    seconds = max(device, launches)
+    again = not forward and passes.tower and images > config.train.vit_micro_batch_size
+    if again:
+        seconds += images * tower_flops(model) / (gpu.product_flops * TOWER)
+    ranks = share.layout.tensor * share.layout.context
+    if ranks > 1 and forward:
+        features = HALF * images * ranks * model.vision.tokens_per_image
+        seconds += features * model.language.hidden_size / bandwidth(gpu, ranks) + LATENCY
+    return seconds
+
+
+def loss_seconds(share: Share, gpu: Gpu, direction: str) -> float:
+    """Output layer and loss: its three products are all made in the forward pass."""
+    if direction == "backward":
+        return 20 * LAUNCH
+    config, layout = share.config, share.layout
+    tokens = config.train.micro_batch_size * share.load.length
+    times = 1 + Passes.of(config.train).language
+    ranks = layout.tensor * layout.context
+    flops = times * tokens * output_products(config.model.language) / ranks
+    rows = config.model.language.vocab_size / layout.tensor
+    traffic = 4 * HALF * share.tokens * rows  # logits, written and read by the kernels
+    return flops / gpu.product_flops + traffic / (gpu.memory_gb_s * 1e9 * MOVED)
+
+
+def transfer(share: Share, gpu: Gpu) -> float:
+    """Seconds until the next stage has a micro-batch's hidden states."""
+    layout = share.layout
+    if layout.pipeline == 1:
+        return 0.0
+    size = HALF * share.tokens * share.config.model.language.hidden_size / share.scattered
+    per_stage = layout.world_size // layout.pipeline
+    # A message has one sender: one network card.
+    return size / bandwidth(gpu, 2 * per_stage, gpu.per_node) + LATENCY
+
+
+def state_messages(
+    config: Config, layout: Layout, chunks: tuple[Chunk, ...], gpu: Gpu
+) -> tuple[float, float]:
+    """Seconds to reduce a stage's gradients over its copies, and to gather its updated weights."""
+    ranks = layout.data * layout.context
+    if ranks == 1:
+        return 0.0, 0.0
+    held, gradients, _ = static_bytes(config, layout, chunks)
+    share = (ranks - 1) / ranks
+    reach = layout.tensor * ranks
+    sharded = config.parallel.use_distributed_optimizer
+    rate = bandwidth(gpu, reach, layout.tensor)
+    rounds = math.ceil(math.log2(ranks)) * LATENCY
+    reduce = gradients * share * (1 if sharded else 2) / rate + rounds
+    trained_weights = gradients * HALF / SINGLE
+    gather = min(held, trained_weights) * share / rate + rounds if sharded else 0.0
+    return reduce, gather
+
+
+def update_seconds(config: Config, layout: Layout, chunks: tuple[Chunk, ...], gpu: Gpu) -> float:
+    """AdamW reads and writes its state about twice over, by lists of tensors."""
+    _, gradients, state = static_bytes(config, layout, chunks)
+    return (3 * state + gradients) / (gpu.memory_gb_s * 1e9 * MOVED) + 200 * LAUNCH

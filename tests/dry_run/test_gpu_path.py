@@ -1,0 +1,90 @@
+"""The code that GPUs run, without one: every layout of the matrix in bf16."""
+
+import dataclasses
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_gmai.dry_run.report import as_json, as_text, typical_ranks
+from megatron_gmai.dry_run.run import RankReport, dry_run
+from megatron_gmai.model.projector import Projector
+from tests.parallel.cases import Case
+from tests.parallel.test_parity import CASES
+
+IMAGES = 2
+# Where the host may wait for the device: once a step, for numbers that decide something.
+EXPECTED = {
+    "megatron_gmai/training/step.py",  # what the step's line shows
+    "megatron/core/distributed/finalize_model_grads.py",  # whether there are tokens
+    "megatron/core/optimizer/clip_grads.py",  # the gradient norm
+    "megatron/core/utils.py",  # the norm of each parameter, without Transformer Engine and Apex
+    "megatron/core/pipeline_parallel/p2p_communication.py",  # after sends in one batch
+    # Labels are read once a micro-batch.
+    "kernels/vocabulary.py",
+    "kernels/linear_cross_entropy.py",
+}
+EVERY_CASE = [pytest.param(size, case, id=case.name) for size in CASES for case in CASES[size]]
+
+
+def unexpected(report: RankReport) -> list[str]:
+    return [f"{w.file}:{w.line}" for w, _ in report.waits if w.file not in EXPECTED]
+
+
+@pytest.mark.parametrize(("size", "case"), EVERY_CASE)
+def test_the_gpu_path_neither_waits_nor_computes_in_fp32(size: int, case: Case) -> None:
+    for rank in typical_ranks(case.config, size):
+        report = dry_run(case.config, rank, size, IMAGES)
+        assert report.single_precision == []
+        assert unexpected(report) == []
+        assert report.peak_bytes > report.static_bytes > 0
+
+
+def projector_with(change: Callable[[torch.Tensor], torch.Tensor]):
+    forward = Projector.forward
+
+    def changed(self: Projector, features: torch.Tensor) -> torch.Tensor:
+        return change(forward(self, features))
+
+    return mock.patch.object(Projector, "forward", changed)
+
+
+CASE = CASES[1][0]
+
+
+def test_a_cpu_tensor_on_the_way_ends_the_dry_run() -> None:
+    with (
+        projector_with(lambda x: x + torch.ones(x.size(-1))),
+        pytest.raises(RuntimeError, match="device"),
+    ):
+        dry_run(CASE.config, 0, 1, IMAGES)
+
+
+def test_a_read_by_the_host_is_told_with_its_place() -> None:
+    with projector_with(lambda x: x * x.sum().item()):
+        report = dry_run(CASE.config, 0, 1, IMAGES)
+    (place,) = unexpected(report)
+    assert "test_gpu_path.py" in place
+
+
+def test_a_product_in_fp32_is_told_with_its_place() -> None:
+    with projector_with(lambda x: (x.float() @ torch.eye(x.size(-1), device=x.device)).to(x.dtype)):
+        report = dry_run(CASE.config, 0, 1, IMAGES)
+    assert any("test_gpu_path.py" in wait.file for wait, _ in report.single_precision)
+
+
+def test_the_report_names_what_the_peak_is_made_of() -> None:
+    report = dry_run(CASE.config, 0, 1, IMAGES)
+    text, tree = as_text([report]), as_json(report)
+    assert "rank 0, pipeline stage 0" in text
+    assert tree["peak_bytes"] == sum(tree["peak"].values())
+    assert len(tree["largest"]) == 10
+    assert report.peak_place in text
+
+
+def test_more_images_cost_vision_memory_and_nothing_else_static() -> None:
+    config = dataclasses.replace(CASE.config)
+    none, many = (dry_run(config, 0, 1, images) for images in (0, 3))
+    assert none.static == many.static
+    assert many.peak["vision"] > none.peak.get("vision", 0)
