@@ -125,6 +125,7 @@ def to_hf(flags: argparse.Namespace) -> int:
     config = checkpoint.config
     weights = CheckpointWeights(checkpoint.path, config.model)
     file = tokenizer_file(flags.tokenizer or config.data.tokenizer)
+    tokenizer = load_tokenizer(file)
     flavour: Flavour = "original" if flags.flavour == "gmai-vl" else "transformers"
     dtype = DTYPES[flags.dtype] if flags.dtype else weights.dtype
     count = sum(map(math.prod, export_shapes(config.model).values()))
@@ -133,7 +134,8 @@ def to_hf(flags: argparse.Namespace) -> int:
         config.model,
         weights,
         tokenizer_model=file,
-        special_tokens=load_tokenizer(file).special_tokens,
+        special_tokens=tokenizer.special_tokens,
+        reserved=tokenizer.reserved,
         chat_template=config.data.chat_template,
         dtype=dtype,
         leftovers=leftovers_of(checkpoint.path, config, flags.llava),

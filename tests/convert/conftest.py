@@ -161,6 +161,7 @@ def export(
             weights,
             tokenizer_model=tokenizer_model,
             special_tokens=special_tokens(tokenizer),
+            reserved=tokenizer.reserved,
             chat_template=chat_template,
             dtype=torch.float32,
             **settings,
