@@ -12,17 +12,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from megatron_gmai.config import Config, DataConfig, LoraConfig, RunConfig
+from megatron_gmai.config import LoraConfig, RunConfig
 from megatron_gmai.convert.adapters import open_trained
 from megatron_gmai.convert.manifest import read_manifest
-from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.evaluate.agreement import difference, run_megatron, run_transformers, samples
 from megatron_gmai.runtime.groups import destroy_groups
 from megatron_gmai.runtime.world import open_world
 from megatron_gmai.training.checkpoint import open_checkpoint
 from megatron_gmai.training.setup import load_for_inference
 from megatron_gmai.weights import weights
-from tests.convert.conftest import Export
+from tests.convert.conftest import Export, save_adapters
 from tools.convert_checkpoint import main
 
 ALL = "qkv,proj,fc1,fc2"
@@ -37,28 +36,6 @@ def lora(targets: str = ALL) -> LoraConfig:
 @pytest.fixture
 def source(export: Callable[..., Export]) -> Export:
     return export(folder="source")
-
-
-def save_adapters(
-    folder: Path,
-    source: Export,
-    lora: LoraConfig,
-    run: RunConfig,
-    changes: dict[str, Tensor] | None = None,
-) -> Path:
-    """The checkpoint of a run on top of `source`, its adapters random."""
-    generator = torch.Generator().manual_seed(1)
-    stored = {
-        name: 0.3 * torch.randn(weight.shape, generator=generator)
-        if weight.is_adapter
-        else source.weights[name]
-        for name, weight in weights(source.model, lora).items()
-        if weight.is_adapter or weight.tower != "language_model"
-    }
-    tokenizer = DataConfig(tokenizer=str(source.folder / "tokenizer.model"))
-    config = Config(model=source.model, lora=lora, data=tokenizer, run=run)
-    write_training_checkpoint(folder, config, {**stored, **(changes or {})}, {})
-    return folder
 
 
 def on_source(source: Export) -> RunConfig:
