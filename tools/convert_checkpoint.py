@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     both.set_defaults(command=verify)
     both.add_argument("a", type=Path, help="training checkpoint or Hugging Face folder")
     both.add_argument("b", type=Path, help="another one")
+    _add_base(both)
     both.add_argument("--tolerance", type=float, default=0.0, help="largest difference allowed (0)")
     both.add_argument(
         "--card", type=Path, help="default: B/card.json if B is a Hugging Face folder"
@@ -267,7 +268,7 @@ def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
 
 def verify(flags: argparse.Namespace) -> int:
     """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
-    a, b = open_side(flags.a), open_side(flags.b)
+    a, b = open_side(flags.a, flags.base), open_side(flags.b, flags.base)
     count = parameters(a.model)
     groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
     print(table(groups))
@@ -287,8 +288,8 @@ def verify(flags: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def open_side(path: Path) -> Side:
-    """A Hugging Face folder of either flavour, or a training checkpoint."""
+def open_side(path: Path, base: Path | None = None) -> Side:
+    """A Hugging Face folder of either flavour, or a training checkpoint, adapters merged."""
     if (path / "config.json").is_file():
         source = open_pretrained(path)
         kind = "transformers" if source.flavour == "transformers" else "gmai-vl"
@@ -296,7 +297,7 @@ def open_side(path: Path) -> Side:
     checkpoint = read_manifest(path)
     model = checkpoint.config.model
     carried = read_carried(checkpoint.path, model)
-    weights = open_trained(checkpoint)
+    weights = open_trained(checkpoint, base)
     return Side(checkpoint.path, _TRAINING, model, weights, carried)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_gmai.config import Config, LoraConfig, ModelConfig
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.manifest import Manifest, read_manifest
-from megatron_gmai.convert.read import open_pretrained
+from megatron_gmai.convert.read import open_pretrained, open_start
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.weights import weights
 
@@ -76,11 +76,15 @@ def open_base(config: Config, given: Path | None = None) -> Mapping[str, Tensor]
         found = _open_folder(given)
         return _of_model(given, config, *found)
     run = config.run
-    if run.llava is not None:
-        return open_base(config, Path(run.llava))
+    for folder in (run.llava, run.llm, run.vision, run.load):
+        if folder is not None:
+            _folder(Path(folder))
+    model = config.model
+    if source := open_start(config, model.language.vocab_size, model.image_token_id):
+        return _of_model(Path(run.llava or run.llm or ""), config, source.model, source.weights)
     if run.load is None:
         return SeededWeights(config.model, config.train.seed)
-    earlier = read_manifest(_folder(Path(run.load))).config
+    earlier = read_manifest(Path(run.load)).config
     if earlier.lora.llm_use_lora:  # this run went on with the adapters of an earlier one
         return open_base(earlier)
     return open_base(config, Path(run.load))

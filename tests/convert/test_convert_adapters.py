@@ -20,6 +20,7 @@ from megatron_gmai.runtime.groups import destroy_groups
 from megatron_gmai.runtime.world import open_world
 from megatron_gmai.training.checkpoint import open_checkpoint
 from megatron_gmai.training.setup import load_for_inference
+from megatron_gmai.training.start import Start, with_base
 from megatron_gmai.weights import weights
 from tests.convert.conftest import Export, save_adapters
 from tools.convert_checkpoint import main
@@ -105,6 +106,11 @@ def test_the_base_may_be_a_training_checkpoint_or_lie_under_an_earlier_run(
         found = open_trained(read_manifest(tmp_path / name))
         assert found.keys() == weights(source.model).keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
+    # Training finds the same ones, here when the last of three runs is resumed.
+    last = open_checkpoint(tmp_path / "c")
+    below = with_base(Start(resume=last), last.config).base
+    assert below is not None
+    assert below.path.parent == full
 
 
 def test_a_base_that_moved_is_asked_for(
@@ -117,6 +123,9 @@ def test_a_base_that_moved_is_asked_for(
         assert program(command, run, output) == 2
         assert "say with --base where it is" in capsys.readouterr().err
         assert program(command, run, output, "--base", str(source.folder)) == 0
+    verified = ["verify", str(run), str(tmp_path / "to-hf")]
+    assert main(verified) == 2
+    assert main([*verified, "--base", str(source.folder)]) == 0
 
 
 def test_a_base_of_another_model_or_of_adapters_is_refused(
