@@ -90,6 +90,7 @@ def make_model(folder: Path, gigabytes: float) -> None:
         RandomWeights(model),
         tokenizer_model=file,
         special_tokens=tokenizer.special_tokens,
+        reserved=tokenizer.reserved,
         chat_template="internlm2",
         dtype=torch.bfloat16,
         max_shard_bytes=1 << 62,

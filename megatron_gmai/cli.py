@@ -185,8 +185,10 @@ def _notes(config: Config, spellings: dict[str, str]) -> list[str]:
     run, data, train = config.run, config.data, config.train
     strategy = config.parallel.shard_strategy
     notes = []
-    if run.preset is None and not (run.llava or run.load):
-        notes.append("no --preset, --llava or --load: the sizes of gmai-vl-7b, random weights")
+    if run.preset is None and not (run.llava or run.llm or run.load):
+        notes.append(
+            "no --preset, --llava, --llm or --load: the sizes of gmai-vl-7b, random weights"
+        )
     if strategy:
         shared = "optimizer state and the gradient reduction are sharded over the data ranks"
         notes.append(f"--shard-strategy {strategy} -> --use-distributed-optimizer: {shared}")
@@ -207,7 +209,7 @@ def _notes(config: Config, spellings: dict[str, str]) -> list[str]:
             f"--dset-from-cache: shards in {data.dset_cache_dir} are used as they are; "
             "where there are none they are made from --datasets"
         )
-    if run.resume and (run.llava or run.load):
-        start = "--llava" if run.llava else "--load"
+    if run.resume and (run.llava or run.llm or run.load):
+        start = "--llava" if run.llava else "--llm" if run.llm else "--load"
         notes.append(f"--resume: {start} counts only while {run.save} holds no checkpoint")
     return notes

@@ -191,6 +191,10 @@ class RunConfig:
     save: str | None = option(None, "checkpoint folder (default: WORK_DIR/checkpoints)")
     load: str | None = option(None, "start a new phase from the weights of this checkpoint")
     llava: str | None = option(None, "start from Hugging Face weights (original or transformers)")
+    llm: str | None = option(
+        None, "start from this language model (InternLM2, Llama), --vision and a new projector"
+    )
+    vision: str | None = option(None, "CLIP, to go with --llm")
     resume: bool = option(
         False,
         "continue from the newest whole checkpoint of this run; where there is none, start as told",

@@ -24,7 +24,7 @@ def find_tokenizer(config: Config) -> Path | None:
     run's own checkpoints. None where there is no such file."""
     data, run = config.data, config.run
     given = (data.tokenizer,)
-    beside = (run.llava, data.shards, data.dset_cache_dir, run.load, run.save)
+    beside = (run.llava, run.llm, data.shards, data.dset_cache_dir, run.load, run.save)
     for path in given if data.tokenizer else beside:
         try:
             return tokenizer_file(path)

@@ -143,7 +143,13 @@ def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
         yield _missing("--datasets", data.datasets, "list file")
     if cached and not data.datasets and not Path(data.dset_cache_dir or "").is_dir():
         yield _missing("--dset-cache-dir", data.dset_cache_dir, "folder")
-    for flag, folder in (("--shards", data.shards), ("--llava", run.llava), ("--load", run.load)):
+    for flag, folder in (
+        ("--shards", data.shards),
+        ("--llava", run.llava),
+        ("--llm", run.llm),
+        ("--vision", run.vision),
+        ("--load", run.load),
+    ):
         if folder and not Path(folder).is_dir():
             yield _missing(flag, folder, "folder")
     if data.tokenizer and not find_tokenizer(config):
@@ -171,8 +177,13 @@ def _neighbour(path: Path) -> Path | None:
 
 def _start(config: Config, world_size: int) -> Iterator[Problem]:
     run, train = config.run, config.train
-    if run.load and run.llava:
-        yield Problem("--load and --llava", "two sets of start weights", "give one of them")
+    sources = (("--load", run.load), ("--llava", run.llava), ("--llm", run.llm or run.vision))
+    given = [flag for flag, folder in sources if folder]
+    if len(given) > 1:
+        yield Problem(" and ".join(given), "two sets of start weights", "give one of them")
+    if bool(run.llm) != bool(run.vision):
+        lone, other = ("--llm", "--vision") if run.llm else ("--vision", "--llm")
+        yield Problem(f"{lone} without {other}", "half a set of start weights", f"add {other} DIR")
     if run.resume and run.checkpoint_drop_optimizer:
         yield Problem(
             "--resume with --checkpoint-drop-optimizer",

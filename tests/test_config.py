@@ -145,6 +145,11 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     (1, {"run": {"load": "gone"}}, "--load gone: there is no such folder"),
     (1, {"run": {"llava": "gone"}}, "--llava gone: there is no such folder"),
     (1, {"run": {"load": "a", "llava": "b"}}, "--load and --llava: two sets of start weights"),
+    (1, {"run": {"llava": "b", "llm": "c"}}, "--llava and --llm: two sets of start weights"),
+    (1, {"run": {"load": "a", "vision": "d"}}, "--load and --llm: two sets of start weights"),
+    (1, {"run": {"llm": "c"}}, "--llm without --vision: half a set of start weights; add --vision"),
+    (1, {"run": {"vision": "d"}}, "--vision without --llm: half a set of start weights; add --llm"),
+    (1, {"run": {"llm": "gone", "vision": "d"}}, "--llm gone: there is no such folder"),
     (1, {"run": {"resume": True, "checkpoint_drop_optimizer": True}}, "--resume with"),
     (
         1,

@@ -3,11 +3,13 @@
     python tools/convert_checkpoint.py from-hf --model DIR --output CHECKPOINTS
     python tools/convert_checkpoint.py from-hf --llm DIR --vision DIR --output CHECKPOINTS
     python tools/convert_checkpoint.py to-hf --load CHECKPOINT --output DIR [--flavour gmai-vl]
+    python tools/convert_checkpoint.py to-peft --load CHECKPOINT --output DIR
     python tools/convert_checkpoint.py verify A B
 
 `from-hf` reads either flavour, or a language model and a CLIP, and writes weights to start from
-with `--load`. `to-hf` reads a checkpoint of any layout. Both go tensor by tensor and keep the dtype
-unless told otherwise. `verify` exits with 1 where the two differ.
+with `--load`. `to-hf` reads a checkpoint of any layout, and merges adapters; `to-peft` writes them
+alone. All go tensor by tensor and keep the dtype unless told otherwise. `verify` exits with 1 where
+the two differ.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import psutil
 import torch
 
 from megatron_gmai.config import Config, DataConfig, ModelConfig, RunConfig
+from megatron_gmai.convert.adapters import has_other_towers, open_base, open_trained
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
 from megatron_gmai.convert.distributed import CheckpointWeights
@@ -35,9 +38,10 @@ from megatron_gmai.convert.huggingface import (
     open_separate,
     write_pretrained,
 )
-from megatron_gmai.convert.manifest import read_manifest
+from megatron_gmai.convert.manifest import Manifest, read_manifest
 from megatron_gmai.convert.mapping import Flavour
 from megatron_gmai.convert.output import Progress
+from megatron_gmai.convert.peft_adapter import write_peft
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.convert.write import export_shapes
 from megatron_gmai.data.files import write_atomically
@@ -99,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint carries)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="default: that of the checkpoint")
+    _add_base(out)
+    out.add_argument(
+        "--without-adapters",
+        action="store_true",
+        help="leave adapters out: the model that to-peft's result goes on top of",
+    )
+    peft = directions.add_parser("to-peft", help="adapters of a checkpoint -> PEFT's format")
+    peft.set_defaults(command=to_peft)
+    peft.add_argument("--load", required=True, help="iter_NNNNNNN, or a folder of checkpoints")
+    peft.add_argument("--output", required=True, help="folder to write; new or empty")
+    peft.add_argument("--dtype", choices=DTYPES, help="default: that of the checkpoint")
+    _add_base(peft)
     back = directions.add_parser("from-hf", help="Hugging Face folder -> training checkpoint")
     back.set_defaults(command=from_hf)
     back.add_argument("--model", help="a whole model: original or transformers flavour")
@@ -112,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     both.set_defaults(command=verify)
     both.add_argument("a", type=Path, help="training checkpoint or Hugging Face folder")
     both.add_argument("b", type=Path, help="another one")
+    _add_base(both)
     both.add_argument("--tolerance", type=float, default=0.0, help="largest difference allowed (0)")
     both.add_argument(
         "--card", type=Path, help="default: B/card.json if B is a Hugging Face folder"
@@ -119,21 +136,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="Hugging Face folder or training checkpoint that adapters lie on (default: what the "
+        "run began with)",
+    )
+
+
 def to_hf(flags: argparse.Namespace) -> int:
     """Training checkpoint -> Hugging Face folder. Raises ValueError for the user's mistakes."""
     checkpoint = read_manifest(Path(flags.load))
     config = checkpoint.config
-    weights = CheckpointWeights(checkpoint.path, config.model)
+    weights = open_trained(checkpoint, flags.base, not flags.without_adapters)
     file = tokenizer_file(flags.tokenizer or config.data.tokenizer)
+    tokenizer = load_tokenizer(file)
     flavour: Flavour = "original" if flags.flavour == "gmai-vl" else "transformers"
-    dtype = DTYPES[flags.dtype] if flags.dtype else weights.dtype
+    dtype = _dtype(flags, checkpoint)
     count = sum(map(math.prod, export_shapes(config.model).values()))
     write_pretrained(
         flags.output,
         config.model,
         weights,
         tokenizer_model=file,
-        special_tokens=load_tokenizer(file).special_tokens,
+        special_tokens=tokenizer.special_tokens,
+        reserved=tokenizer.reserved,
         chat_template=config.data.chat_template,
         dtype=dtype,
         leftovers=leftovers_of(checkpoint.path, config, flags.llava),
@@ -143,6 +171,39 @@ def to_hf(flags: argparse.Namespace) -> int:
     )
     print(f"wrote {flags.output}")
     return 0
+
+
+def to_peft(flags: argparse.Namespace) -> int:
+    """Adapters of a checkpoint -> a folder in PEFT's format. Raises ValueError for the user's
+    mistakes."""
+    checkpoint = read_manifest(Path(flags.load))
+    config = checkpoint.config
+    if not config.lora.llm_use_lora:
+        raise ValueError(f"{checkpoint.path} holds no adapters; a whole model goes out by to-hf")
+    own = CheckpointWeights(checkpoint.path, config.model, config.lora)
+    other_towers = has_other_towers(own, open_base(config, flags.base))
+    base = str(flags.base or config.run.llava or "")
+    usable = not other_towers and base and open_side(Path(base)).kind == "transformers"
+    write_peft(
+        Path(flags.output),
+        config.model,
+        config.lora,
+        own,
+        base if usable else None,
+        other_towers,
+        _dtype(flags, checkpoint),
+    )
+    if other_towers:
+        print("the vision tower or the projector was trained too: see README.md in the folder")
+    print(f"wrote {flags.output}")
+    return 0
+
+
+def _dtype(flags: argparse.Namespace, checkpoint: Manifest) -> torch.dtype:
+    if flags.dtype:
+        return DTYPES[flags.dtype]
+    config = checkpoint.config
+    return CheckpointWeights(checkpoint.path, config.model, config.lora).dtype
 
 
 def leftovers_of(checkpoint: Path, config: Config, given: str | None) -> dict[str, torch.Tensor]:
@@ -207,7 +268,7 @@ def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
 
 def verify(flags: argparse.Namespace) -> int:
     """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
-    a, b = open_side(flags.a), open_side(flags.b)
+    a, b = open_side(flags.a, flags.base), open_side(flags.b, flags.base)
     count = parameters(a.model)
     groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
     print(table(groups))
@@ -227,8 +288,8 @@ def verify(flags: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def open_side(path: Path) -> Side:
-    """A Hugging Face folder of either flavour, or a training checkpoint."""
+def open_side(path: Path, base: Path | None = None) -> Side:
+    """A Hugging Face folder of either flavour, or a training checkpoint, adapters merged."""
     if (path / "config.json").is_file():
         source = open_pretrained(path)
         kind = "transformers" if source.flavour == "transformers" else "gmai-vl"
@@ -236,7 +297,7 @@ def open_side(path: Path) -> Side:
     checkpoint = read_manifest(path)
     model = checkpoint.config.model
     carried = read_carried(checkpoint.path, model)
-    weights = CheckpointWeights(checkpoint.path, model)
+    weights = open_trained(checkpoint, base)
     return Side(checkpoint.path, _TRAINING, model, weights, carried)
 
 

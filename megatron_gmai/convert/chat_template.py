@@ -2,10 +2,10 @@
 
 Training encodes an answer apart from the text that opens it; a leading space stands for the dummy
 prefix that sentencepiece puts before the answer. Names of special tokens inside a message are
-broken up with a space, so that no message can forge the end of a turn; training does the same,
-the space being the dummy prefix (a model without one sees such a name without the space). Images
-of a user message come before its text, each on a line of its own, unless the message places them
-between words.
+broken up with a mark that the exported tokenizer takes out again after it has looked for special
+tokens, so no message can forge the end of a turn, and the name is spelled out as in training.
+Images of a user message come before its text, each on a line of its own, unless the message places
+them between words.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_gmai.chat_formats import CHAT_FORMATS, chat_format
-from megatron_gmai.convert.tokenizer import IMAGE_TOKEN
+from megatron_gmai.convert.tokenizer import IMAGE_TOKEN, MARK
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ _JINJA = """\
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- set ns.text = ns.text | trim -%}
+  {%- set ns.text = (ns.text | trim).replace(MARK, MARK ~ MARK) -%}
   {%- for name in SPECIALS -%}
     {%- if role != 'user' or name != IMAGE -%}
-      {%- set ns.text = ns.text.replace(name, name[0] ~ ' ' ~ name[1:]) -%}
+      {%- set ns.text = ns.text.replace(name, name[0] ~ MARK ~ name[1:]) -%}
     {%- endif -%}
   {%- endfor -%}
   {%- if role == 'user' -%}
@@ -104,6 +104,7 @@ def jinja_template(name: str, special_tokens: Iterable[str], add_dummy_prefix: b
         "PROMPT": prompt,
     }
     literals = {key: _literal(value) for key, value in values.items()}
+    literals["MARK"] = json.dumps(MARK)  # escaped, because nobody would see it in the file
     return re.sub(rf"\b({'|'.join(literals)})\b", lambda match: literals[match[1]], _JINJA)
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_gmai.config import ModelConfig
+from megatron_gmai.config import LoraConfig, ModelConfig
 from megatron_gmai.convert.files import check_finite
 from megatron_gmai.weights import Shape, Weight, weights
 
@@ -61,16 +61,27 @@ class _Reader(dcp.FileSystemReader):
 class CheckpointWeights(Mapping[str, Tensor]):
     """Canonical weights of one checkpoint folder, each read when it is asked for.
 
-    Tensors are whole, in the dtype of training, vocabulary not padded. Check the folder before
+    Tensors are whole, in the dtype of training, vocabulary not padded. With `lora` the language
+    model is its adapters (`adapters.py` puts them together with the rest). Check the folder before
     (`training.checkpoint.open_checkpoint`): its metadata is a pickle.
 
     Raises ValueError if a weight of the model is missing or has another shape; reading one that
     holds NaN or infinity raises it too.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        lora: LoraConfig = LoraConfig(),  # noqa: B008
+    ) -> None:
         self.folder = folder
-        self._weights = weights(model)
+        self._weights = {
+            name: weight
+            for name, weight in weights(model, lora).items()
+            # With adapters the language model's own weights never change, so nobody saves them.
+            if not lora.llm_use_lora or weight.is_adapter or weight.tower != "language_model"
+        }
         self._reader = _Reader(folder)
         stored = self._reader.table.state_dict_metadata
         self._stored = {n: m for n, m in stored.items() if isinstance(m, TensorStorageMetadata)}

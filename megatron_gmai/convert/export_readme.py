@@ -20,6 +20,10 @@ answer = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=6
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
+Messages go through the chat template: in it the name of a special token is spelled out like any
+other text (a mark, U+FDD0, breaks it up, and the tokenizer takes the mark out again), as in
+training. In a text that reaches the tokenizer without the template, such a name is the token.
+
 The model alone also loads in transformers 4.46 to 4.48, which cannot read the image processor.
 """
 

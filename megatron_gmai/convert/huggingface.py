@@ -1,6 +1,12 @@
 """Hugging Face checkpoints in and out: the functions that the rest of the project uses."""
 
-from megatron_gmai.convert.read import Pretrained, check_tokenizer, open_pretrained, open_separate
+from megatron_gmai.convert.read import (
+    Pretrained,
+    check_tokenizer,
+    open_pretrained,
+    open_separate,
+    open_start,
+)
 from megatron_gmai.convert.write import write_pretrained
 
 __all__ = [
@@ -8,5 +14,6 @@ __all__ = [
     "check_tokenizer",
     "open_pretrained",
     "open_separate",
+    "open_start",
     "write_pretrained",
 ]

@@ -1,36 +1,80 @@
-"""Keeps the text `<0x0A>` or `<unk>` from becoming the piece of that name.
+"""Keeps texts like `<0x0A>`, `<unk>` or `<|im_end|>` from becoming the piece of that name.
 
-sentencepiece never looks up the names of its byte and unknown pieces in a text. The tokenizers
-library does in two places: a unigram model finds every name of its vocabulary, and a BPE model that
-ignores merges (which user-defined pieces need) finds the name of a whole pre-token. So the text is
-cut inside the name, at a place where sentencepiece cuts it too.
+sentencepiece never looks up the names of its byte, unknown and control pieces in a text. The
+tokenizers library does in two places: a unigram model finds every name of its vocabulary, and a BPE
+model that ignores merges (which user-defined pieces need) finds the name of a whole pre-token. So
+the text is cut inside the name, at a place where sentencepiece cuts it too; where a unigram model
+has no such place, the name gets a score that loses against its own characters.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 from megatron_gmai.convert.sentencepiece_model import SentencePieceModel
 
 
-def literal_pattern(model: SentencePieceModel, ignores_merges: bool) -> str | None:
+def literal_pattern(
+    model: SentencePieceModel, names: Sequence[str], ignores_merges: bool
+) -> str | None:
     """Matches the first part of each name, after which to cut; None if no cut is needed.
 
-    A name that sentencepiece may join with any neighbour at every place is left alone.
+    `names` are those of all ids, the ones past the pieces among them.
     """
     if model.algorithm == "bpe" and not ignores_merges:
         return None
-    names = [piece.text for piece in model.pieces if piece.kind in ("byte", "unknown")]
-    cuts = _bpe_cuts(model, names) if model.algorithm == "bpe" else _unigram_cuts(model, names)
+    literals = list(_unmatched(model, names).values())
+    if model.algorithm == "bpe":
+        cuts = _bpe_cuts(model, literals)
+    else:
+        cuts = _unigram_cuts(model, literals)
     rests = defaultdict(list)
-    for name, place in zip(names, cuts, strict=True):
+    for name, place in zip(literals, cuts, strict=True):
         if place:
             rests[name[:place]].append(re.escape(name[place:]))
     # BPE finds a name only where it is all of a pre-token; a unigram model finds it anywhere.
     start, end = (r"\A", r"\z") if model.algorithm == "bpe" else ("", "")
     parts = [f"{re.escape(head)}(?=(?:{'|'.join(tails)}){end})" for head, tails in rests.items()]
     return f"{start}(?:{'|'.join(parts)})" if parts else None
+
+
+def never_best(model: SentencePieceModel, names: Sequence[str]) -> dict[int, float]:
+    """Scores for the names that a unigram model cannot be cut inside of: below those of any way to
+    spell them.
+
+    A score below all others lowers that of unknown characters too, which changes nothing as long as
+    they are in no piece (in a trained model they never are), since then nothing competes with them.
+
+    Raises ValueError where that is not so.
+    """
+    literals = _unmatched(model, names)
+    cuts = _unigram_cuts(model, list(literals.values()))
+    uncut = {
+        number: name
+        for (number, name), place in zip(literals.items(), cuts, strict=True)
+        if not place
+    }
+    known = {piece.text for piece in model.pieces if piece.kind == "normal"}
+    inside = {character for text in known for character in text}
+    if uncut and not (inside <= known and set("".join(uncut.values())) <= known):
+        raise ValueError(
+            f"the unigram model cannot be exported: the texts {sorted(uncut.values())[:8]} would "
+            "become the tokens of that name, because it lacks pieces for single characters"
+        )
+    least = min((piece.score for piece in model.pieces if piece.kind == "normal"), default=0.0)
+    return {number: (len(name) + 1) * min(least, -1.0) for number, name in uncut.items()}
+
+
+def _unmatched(model: SentencePieceModel, names: Sequence[str]) -> dict[int, str]:
+    """The ids whose names are not text, and their names."""
+    matched = ("normal", "user_defined")
+    count = len(model.pieces)
+    return {
+        number: name
+        for number, name in enumerate(names)
+        if number >= count or model.pieces[number].kind not in matched
+    }
 
 
 def unknown_to(model: SentencePieceModel) -> Callable[[str], bool]:

@@ -1,6 +1,6 @@
 """Tokenizer and image-processor files of an export."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def processor_files(
     model: ModelConfig,
     tokenizer_model: Path,
     special_tokens: Mapping[str, int],
+    reserved: Collection[int],
     chat_template: str,
     pad_to_square: bool,
 ) -> ProcessorFiles:
@@ -35,7 +36,7 @@ def processor_files(
     Raises ValueError if the tokenizer and the model do not fit each other, or if the tokenizer
     lacks what the chat template needs.
     """
-    pieces = read_sentencepiece(tokenizer_model)
+    pieces = read_sentencepiece(tokenizer_model, reserved)
     form = get_format(chat_template)
     _check_fit(model, pieces, special_tokens, form.end_of_answer)
     ids = _special_ids(pieces)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gmai.config import ModelConfig
+from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.configs import Described, read_config, read_separate_configs
 from megatron_gmai.convert.files import TensorFolder, weight_files
 from megatron_gmai.convert.mapping import Flavour, Row, leftover_shapes, rows
@@ -109,6 +109,18 @@ def open_separate(
         if name.startswith(_PROJECTOR)
     }
     return _pretrained(replace(described, model=model), makers, tensors, [llm, vision])
+
+
+def open_start(config: Config, vocab_size: int, image_token_id: int) -> Pretrained | None:
+    """The published weights that a run names: `--llava`, or `--llm` and `--vision` for a tokenizer
+    of `vocab_size` ids; None if it names none. Raises ValueError as `open_pretrained`."""
+    run = config.run
+    if run.llava:
+        return open_pretrained(run.llava)
+    if run.llm and run.vision:
+        seed = config.train.seed
+        return open_separate(run.llm, run.vision, vocab_size, image_token_id, seed)
+    return None
 
 
 def check_tokenizer(model: ModelConfig, vocab_size: int, image_token_id: int) -> None:

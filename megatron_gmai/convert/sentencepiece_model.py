@@ -4,6 +4,7 @@ Source: sentencepiece_model.proto (pieces, trainer_spec, normalizer_spec).
 """
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +45,11 @@ class SentencePieceModel:
     charsmap: bytes  # compiled character normalisation; empty for identity
 
 
-def read_sentencepiece(path: Path) -> SentencePieceModel:
+def read_sentencepiece(path: Path, reserved: Collection[int] = ()) -> SentencePieceModel:
     """Parse a `.model` file.
+
+    `reserved` pieces count as control pieces, as in training: whatever the file declares them to
+    be, they are never matched in a text.
 
     Raises ValueError if there is no such file, if it is not a sentencepiece model, or if it uses
     a feature that a `tokenizer.json` cannot reproduce (word or character models, whitespace as
@@ -67,7 +71,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         raise ValueError(f"{path} cannot be exported: {'; '.join(problems)}")
     return SentencePieceModel(
         algorithm="bpe" if trainer.model_type == proto.TrainerSpec.BPE else "unigram",
-        pieces=tuple(Piece(p.piece, p.score, _KINDS[p.type]) for p in model.pieces),
+        pieces=tuple(
+            Piece(p.piece, p.score, "control" if number in reserved else _KINDS[p.type])
+            for number, p in enumerate(model.pieces)
+        ),
         unk_id=_place(model, "unknown", trainer.unk_id),
         bos_id=trainer.bos_id,
         eos_id=trainer.eos_id,

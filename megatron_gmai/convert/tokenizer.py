@@ -2,20 +2,24 @@
 
 The ids are those of training: text between two special tokens is one sentencepiece call, dummy
 prefix included. Two differences stay. The name of a special token inside a raw text becomes that
-token here, while training spells it out; the chat template (`chat_template.py`) takes care of it
-in messages. And where a model normalises characters (InternLM2's does not: `identity`), the
-tokenizers library treats CR LF and some combining sequences in another way than sentencepiece.
+token here, while training spells it out; in messages the chat template (`chat_template.py`) puts
+`MARK` into such a name. And where a model normalises characters (InternLM2's does not: `identity`),
+the tokenizers library treats CR LF and some combining sequences in another way than sentencepiece.
 """
 
 import base64
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from megatron_gmai.convert.piece_literals import literal_pattern, unknown_to
+from megatron_gmai.convert.piece_literals import literal_pattern, never_best, unknown_to
 from megatron_gmai.convert.sentencepiece_model import SPACE, SentencePieceModel
 
 IMAGE_TOKEN = "<image>"
+# Breaks up the names of special tokens in messages. A Unicode noncharacter: it is valid in every
+# encoding and never assigned, and a text that holds it all the same has it doubled by the template.
+MARK = "\ufdd0"
 
 
 def tokenizer_json(
@@ -37,13 +41,9 @@ def tokenizer_json(
         raise ValueError(f"the tokenizer has no {IMAGE_TOKEN} token")
     if len(set(special_tokens.values())) < len(special_tokens):
         raise ValueError(f"special tokens share ids: {dict(special_tokens)}")
+    model = _with_control(model, special_tokens)
     names = _names(model, special_tokens)
-    special_ids = set(special_tokens.values())
-    cut_out = [
-        piece.text
-        for number, piece in enumerate(model.pieces)
-        if piece.kind == "user_defined" and number not in special_ids
-    ]
+    cut_out = [piece.text for piece in model.pieces if piece.kind == "user_defined"]
     return {
         "version": "1.0",
         "truncation": None,
@@ -53,7 +53,7 @@ def tokenizer_json(
             for name, number in sorted(special_tokens.items(), key=lambda item: item[1])
         ],
         "normalizer": _normalizer(model),
-        "pre_tokenizer": _pre_tokenizer(model, cut_out, answer_opening),
+        "pre_tokenizer": _pre_tokenizer(model, names, cut_out, answer_opening),
         "post_processor": None,
         "decoder": _decoder(model),
         "model": _bpe(model, names, bool(cut_out))
@@ -68,6 +68,18 @@ def added_token(name: str, number: int) -> dict[str, Any]:
     return {"id": number, "content": name, **flags, "special": True}
 
 
+def _with_control(
+    model: SentencePieceModel, special_tokens: Mapping[str, int]
+) -> SentencePieceModel:
+    """The model with the pieces of special tokens declared control pieces, as in training."""
+    special_ids = set(special_tokens.values())
+    pieces = tuple(
+        replace(piece, kind="control") if number in special_ids else piece
+        for number, piece in enumerate(model.pieces)
+    )
+    return replace(model, pieces=pieces)
+
+
 def _names(model: SentencePieceModel, special_tokens: Mapping[str, int]) -> list[str]:
     """Name of every id up to the last special token; ids that nothing uses get a filler."""
     by_id = {number: name for name, number in special_tokens.items()}
@@ -78,26 +90,38 @@ def _names(model: SentencePieceModel, special_tokens: Mapping[str, int]) -> list
 
 
 def _normalizer(model: SentencePieceModel) -> dict[str, Any]:
-    """sentencepiece's normaliser: character map, whitespace, dummy prefix, escaped spaces."""
-    steps: list[dict[str, Any]] = []
+    """sentencepiece's normaliser: character map, whitespace, dummy prefix, escaped spaces.
+
+    Before it the chat template's marks go. It runs on what lies between special tokens, which are
+    already found by then, so a name that had a mark inside is plain text.
+    """
+    steps: list[dict[str, Any]] = [
+        _replace(f"(?<!{MARK}){MARK}(?!{MARK})", ""),
+        _replace(f"{MARK}{{2}}", MARK),
+    ]
     if model.charsmap:
         charsmap = base64.b64encode(model.charsmap).decode("ascii")
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.remove_extra_whitespaces:
         # At the end sentencepiece compares escaped text, so a literal U+2581 goes too.
         for pattern, content in ((r"\A +", ""), (rf"[ {SPACE}]+\z", ""), (" {2,}", " ")):
-            steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
+            steps.append(_replace(pattern, content))
     if model.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     return {"type": "Sequence", "normalizers": steps}
 
 
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
 def _pre_tokenizer(
-    model: SentencePieceModel, cut_out: list[str], answer_opening: str
+    model: SentencePieceModel, names: list[str], cut_out: list[str], answer_opening: str
 ) -> dict[str, Any] | None:
     """Cuts out user-defined pieces, which sentencepiece never merges with their neighbours, the
-    opening of an answer if some piece could reach over its end, and names of byte pieces."""
+    opening of an answer if some piece could reach over its end, and names that no text may
+    match."""
     changed = [text for text in cut_out if not (text.isascii() and text.isprintable())]
     if model.charsmap and changed:
         raise ValueError(
@@ -109,7 +133,7 @@ def _pre_tokenizer(
         prefix = SPACE if model.add_dummy_prefix else ""
         patterns.append(rf"\A{prefix}{re.escape(answer_opening)}(?={prefix or '.'})")
     splits = [_split("|".join(patterns), "Isolated")] if patterns else []
-    if literals := literal_pattern(model, ignores_merges=bool(cut_out)):
+    if literals := literal_pattern(model, names, ignores_merges=bool(cut_out)):
         # Only the place after the match is cut: what stands before a name may belong to it.
         splits.append(_split(literals, "MergedWithPrevious"))
     if len(splits) < 2:
@@ -182,6 +206,8 @@ def _merges(model: SentencePieceModel) -> list[list[str]]:
 def _unigram(model: SentencePieceModel, names: list[str]) -> dict[str, Any]:
     scores = [piece.score for piece in model.pieces]
     scores += [0.0] * (len(names) - len(scores))
+    for number, score in never_best(model, names).items():
+        scores[number] = score
     return {
         "type": "Unigram",
         "unk_id": model.unk_id,

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def write_pretrained(
     weights: Mapping[str, Tensor],
     tokenizer_model: Path,
     special_tokens: Mapping[str, int],
+    reserved: Collection[int],
     chat_template: str,
     dtype: torch.dtype,
     leftovers: Mapping[str, Tensor] | None = None,
@@ -48,6 +49,7 @@ def write_pretrained(
         weights: canonical name to full tensor, vocabulary not padded.
         tokenizer_model: the sentencepiece model file.
         special_tokens: name to id, as training used them.
+        reserved: the pieces that training never finds in a text (`Tokenizer.reserved`).
         chat_template: a `--chat-template` name.
         dtype: of every tensor written.
         leftovers: the parts of CLIP that this model never runs, as `open_pretrained` gives them.
@@ -65,7 +67,7 @@ def write_pretrained(
     _check_names(model, weights, leftovers)
     # The original code runs where transformers has no image processor that pads.
     pads = pad_to_square and flavour == "transformers"
-    files = processor_files(model, tokenizer_model, special_tokens, chat_template, pads)
+    files = processor_files(model, tokenizer_model, special_tokens, reserved, chat_template, pads)
     config = transformers_config if flavour == "transformers" else original_config
     json_files = {
         "config.json": config(model, str(dtype).removeprefix("torch."), files.special_ids),

@@ -15,7 +15,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_gmai.config import Config, DataConfig
-from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.data.loading.dataset import PackDataset, open_dataset
@@ -126,8 +125,8 @@ def build_model(
 
 def fill_base(chunks: Sequence[GMAIVL], config: Config, start: Start) -> None:
     """Fill the model's own weights from where the run, or the adapters that it loads, began."""
-    if start.llava is not None:
-        fill(chunks, open_pretrained(start.llava).weights)
+    if start.pretrained is not None:
+        fill(chunks, start.pretrained.weights)
     elif start.base is not None:
         load_checkpoint(start.base, chunks, optimizer=None)
     else:

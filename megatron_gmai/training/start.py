@@ -10,12 +10,12 @@ from torch import Tensor
 
 from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.carried import read_carried
-from megatron_gmai.convert.huggingface import check_tokenizer, open_pretrained
+from megatron_gmai.convert.huggingface import Pretrained, check_tokenizer, open_start
 from megatron_gmai.data.shards.index import MANIFEST_FILE
 from megatron_gmai.data.shards.mean_load import images_per_pack
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.planner.cost import typical_images
-from megatron_gmai.tokenizer_file import find_tokenizer
+from megatron_gmai.tokenizer_file import find_tokenizer, tokenizer_file
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
     newest_whole_checkpoint,
@@ -31,7 +31,7 @@ class Start:
 
     resume: Checkpoint | None = None
     load: Checkpoint | None = None
-    llava: Path | None = None
+    pretrained: Pretrained | None = None
     base: Checkpoint | None = None  # under a checkpoint that holds adapters only
 
     @property
@@ -40,21 +40,22 @@ class Start:
         checkpoint = self.resume or self.load
         if checkpoint is not None:
             return checkpoint.config.model
-        return None if self.llava is None else open_pretrained(self.llava).model
+        return None if self.pretrained is None else self.pretrained.model
 
     def carried(self) -> Mapping[str, Tensor]:
         """Parts of CLIP that never run, which go from checkpoint to checkpoint to an export."""
         checkpoint = self.resume or self.load
         if checkpoint is not None:
             return read_carried(checkpoint.path, checkpoint.config.model)
-        leftovers = {} if self.llava is None else open_pretrained(self.llava).leftovers
+        leftovers = {} if self.pretrained is None else self.pretrained.leftovers
         return {name: tensor.clone() for name, tensor in leftovers.items()}
 
 
 def find_start(config: Config, log: Log) -> Start:
     """Choose between resuming, weights of a checkpoint, Hugging Face weights and a fresh start.
 
-    `--resume` wins where its folder holds a whole checkpoint; else `--load` or `--llava` count.
+    `--resume` wins where its folder holds a whole checkpoint; else `--load`, `--llava`, or `--llm`
+    and `--vision` count.
     """
     run = config.run
     if run.resume:
@@ -68,22 +69,38 @@ def find_start(config: Config, log: Log) -> Start:
         log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
     if run.load is not None:
         return with_base(Start(load=open_checkpoint(Path(run.load))), config)
-    return Start(llava=Path(run.llava) if run.llava is not None else None)
+    return Start(pretrained=_published(config))
+
+
+def _published(config: Config) -> Pretrained | None:
+    run = config.run
+    if not (run.llm and run.vision):
+        return open_start(config, vocab_size=0, image_token_id=-1)  # a whole model has its own
+    # A language model alone has no <image>: the tokenizer says how many rows its embedding needs.
+    tokenizer = load_tokenizer(tokenizer_file(find_tokenizer(config)))
+    return open_start(config, tokenizer.vocab_size, tokenizer.image_token_id)
 
 
 def with_base(start: Start, config: Config) -> Start:
-    """A checkpoint of adapters lies on top of the weights that its run began with: `--llava` or
-    `--load` of this run, or else of the run that saved it."""
+    """A checkpoint of adapters lies on top of the weights that its run began with: those that this
+    run names, or else those that the run that saved it named."""
     checkpoint = start.resume or start.load
     assert checkpoint is not None
     if not checkpoint.config.lora.llm_use_lora:
         return start
     own, saved = config.run, checkpoint.config.run
-    llava = own.llava or saved.llava
-    if llava is not None:
-        return dataclasses.replace(start, llava=Path(llava))
+    model = checkpoint.config.model
+    for named in (config, checkpoint.config):
+        if found := open_start(named, model.language.vocab_size, model.image_token_id):
+            return dataclasses.replace(start, pretrained=found)
     load = (own.load if start.resume else None) or saved.load
-    return dataclasses.replace(start, base=open_checkpoint(Path(load)) if load else None)
+    if load is None:
+        return start
+    base = open_checkpoint(Path(load))
+    if base.config.lora.llm_use_lora:  # the run went on with an earlier one's adapters
+        below = with_base(Start(load=base), base.config)
+        return dataclasses.replace(start, pretrained=below.pretrained, base=below.base)
+    return dataclasses.replace(start, base=base)
 
 
 def mean_images_per_pack(config: Config) -> float:

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_gmai.config import (
+    Config,
+    DataConfig,
+    LanguageConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    VisionConfig,
+)
 from megatron_gmai.convert.huggingface import write_pretrained
+from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.weights import weights
 from tests.llava import random_llava
@@ -161,6 +170,7 @@ def export(
             weights,
             tokenizer_model=tokenizer_model,
             special_tokens=special_tokens(tokenizer),
+            reserved=tokenizer.reserved,
             chat_template=chat_template,
             dtype=torch.float32,
             **settings,
@@ -172,3 +182,25 @@ def export(
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return dict(tokenizer._specials)
+
+
+def save_adapters(
+    folder: Path,
+    source: Export,
+    lora: LoraConfig,
+    run: RunConfig,
+    changes: dict[str, Tensor] | None = None,
+) -> Path:
+    """The checkpoint of a run on top of `source`, its adapters random."""
+    generator = torch.Generator().manual_seed(1)
+    stored = {
+        name: 0.3 * torch.randn(weight.shape, generator=generator)
+        if weight.is_adapter
+        else source.weights[name]
+        for name, weight in weights(source.model, lora).items()
+        if weight.is_adapter or weight.tower != "language_model"
+    }
+    tokenizer = DataConfig(tokenizer=str(source.folder / "tokenizer.model"))
+    config = Config(model=source.model, lora=lora, data=tokenizer, run=run)
+    write_training_checkpoint(folder, config, {**stored, **(changes or {})}, {})
+    return folder

@@ -59,6 +59,7 @@ def test_transformers_to_canonical_and_back_is_the_same_model(
         source.weights,
         tokenizer_model=tokenizer_model,
         special_tokens=special_tokens(tokenizer),
+        reserved=tokenizer.reserved,
         chat_template="internlm2",
         dtype=torch.float32,
         leftovers=source.leftovers,
@@ -142,6 +143,7 @@ def test_the_dtype_is_that_asked_for(
         written.weights,
         tokenizer_model=train_sentencepiece(),
         special_tokens=special_tokens(written.tokenizer),
+        reserved=written.tokenizer.reserved,
         chat_template="internlm2",
         dtype=torch.bfloat16,
     )
@@ -284,6 +286,7 @@ def test_an_export_appears_only_when_it_is_complete(
             weights,
             tokenizer_model=written.folder / "tokenizer.model",
             special_tokens=special_tokens(written.tokenizer),
+            reserved=written.tokenizer.reserved,
             chat_template="internlm2",
             dtype=torch.float32,
         )
@@ -309,6 +312,7 @@ def test_weights_and_tokenizers_that_do_not_fit_are_refused(
             "weights": written.weights,
             "tokenizer_model": written.folder / "tokenizer.model",
             "special_tokens": special_tokens(written.tokenizer),
+            "reserved": written.tokenizer.reserved,
             "chat_template": "internlm2",
             "dtype": torch.float32,
         }

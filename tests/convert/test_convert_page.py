@@ -12,17 +12,22 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from tests.convert.conftest import Export
+from megatron_gmai.config import LoraConfig, RunConfig
+from tests.convert.conftest import Export, save_adapters
 from tools.convert_checkpoint import main
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "weights.md").read_text()
 COMMANDS = re.findall(r"^python tools/convert_checkpoint\.py (.+)$", PAGE, flags=re.MULTILINE)
+CODE = re.findall(r"```python\n(.+?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture
 def folders(export: Callable[..., Export], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """MODEL, and LLM and CLIP beside it: random, with the tokenizer of MODEL."""
+    """MODEL, adapters on it in LORA, and LLM and CLIP beside it: random, with the tokenizer of
+    MODEL."""
     written = export(folder="MODEL")
+    lora = LoraConfig(llm_use_lora=True, lora_rank=2)
+    save_adapters(tmp_path / "LORA", written, lora, RunConfig(llava="MODEL"))
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
@@ -46,12 +51,15 @@ def folders(export: Callable[..., Export], tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_commands_run(folders: Path) -> None:
-    whole, separate, to_hf, to_gmai, verify = map(shlex.split, COMMANDS)
+    whole, separate, to_hf, to_gmai, merge, to_peft, verify = map(shlex.split, COMMANDS)
     assert main(whole) == 0
     (folders / "START").rename(folders / "CHECKPOINTS")
-    for words in (to_hf, to_gmai, verify):
+    for words in (to_hf, to_gmai, verify, merge, to_peft):
         assert main(words) == 0, words
     assert (folders / "HF" / "card.json").is_file()
+    names: dict[str, Any] = {}
+    exec(CODE[1], names)
+    assert any("lora_B" in name for name, _ in names["model"].named_parameters())
     assert main(separate) == 0
     assert main(["to-hf", "--load", "START", "--output", "JOINED"]) == 0
 
@@ -60,8 +68,7 @@ def test_the_program_to_load_it_runs(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folders / "MODEL").rename(folders / "HF")
-    (code,) = re.findall(r"```python\n(.+?)```", PAGE, flags=re.DOTALL)
     image = Image.fromarray(np.zeros((30, 40, 3), dtype=np.uint8))
     names: dict[str, Any] = {"image": image}
-    exec(code, names)
+    exec(CODE[0], names)
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]

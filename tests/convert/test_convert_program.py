@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_gmai.config import Config, DataConfig, ModelConfig
 from megatron_gmai.convert.carried import CARRIED
 from megatron_gmai.convert.distributed import CheckpointWeights
+from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.manifest import read_manifest
 from megatron_gmai.convert.mapping import leftover_shapes
 from megatron_gmai.convert.output import Progress
@@ -163,7 +164,8 @@ def test_each_phase_of_training_hands_it_to_the_next(source: Export, tmp_path: P
     expected = leftovers_of(source.model)
     assert from_hf(source.folder, tmp_path / "checkpoints") == 0
     checkpoint = open_checkpoint(tmp_path / "checkpoints")
-    for start in (Start(llava=source.folder), Start(load=checkpoint), Start(resume=checkpoint)):
+    published = open_pretrained(source.folder)
+    for start in (Start(pretrained=published), Start(load=checkpoint), Start(resume=checkpoint)):
         carried = start.carried()
         assert all(torch.equal(carried[name], tensor) for name, tensor in expected.items())
     assert Start().carried() == {}

@@ -11,7 +11,8 @@ import sentencepiece
 import tokenizers
 
 from megatron_gmai.convert.sentencepiece_model import read_sentencepiece
-from megatron_gmai.convert.tokenizer import tokenizer_json
+from megatron_gmai.convert.tokenizer import MARK, tokenizer_json
+from megatron_gmai.data.text.tokenizer import load_tokenizer
 
 NASTY = (
     "",
@@ -44,7 +45,8 @@ def build(path: Path, **specials: int) -> tokenizers.Tokenizer:
     size = sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
     special_tokens = {"<s>": 1, "</s>": 2, "<|im_start|>": 3, "<image>": size}
     special_tokens |= {"<|im_end|>": 4, **specials}
-    content = tokenizer_json(read_sentencepiece(path), special_tokens, "assistant\n")
+    model = read_sentencepiece(path, load_tokenizer(path).reserved)
+    content = tokenizer_json(model, special_tokens, "assistant\n")
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
@@ -144,6 +146,19 @@ def test_an_answers_first_character_does_not_join_an_unknown_newline(
         joined += reference.encode(text) != apart
         assert exported.encode(text, add_special_tokens=False).ids == apart, first
     assert joined > 400
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_name_that_cannot_be_cut_is_still_spelled_out(
+    train_sentencepiece: Callable[..., Path], model_type: str
+) -> None:
+    path = train_sentencepiece(model_type=model_type, user_defined_symbols=["[UD]"])
+    path = _with_pieces(path, ["<", ">", "<s", "s>"])  # across every place inside <s>
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    exported = build(path, **{"<|im_start|>": 430, "<|im_end|>": 431})
+    for text in ("<s>", "a <s> b", "ab<s><s>é😀 <s"):
+        ids = exported.encode(text.replace("<s>", f"<{MARK}s>"), add_special_tokens=False).ids
+        assert ids == reference.encode(text), text
 
 
 def _with_pieces(path: Path, pieces: list[str]) -> Path:

@@ -38,6 +38,7 @@ def folder(shards: Path, tmp_path: Path) -> Path:
         SeededWeights(model, 1),
         tokenizer_model=tokenizer_model,
         special_tokens=tokenizer.special_tokens,
+        reserved=tokenizer.reserved,
         chat_template="internlm2",
         dtype=torch.float32,
     )

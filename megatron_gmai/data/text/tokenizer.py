@@ -72,6 +72,11 @@ class Tokenizer:
         return dict(self._specials)
 
     @property
+    def reserved(self) -> frozenset[int]:
+        """Pieces that no text can match: an export declares them control pieces too."""
+        return frozenset(self._reserved)
+
+    @property
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
         digest = hashlib.sha256(self._model + ENCODING)

@@ -1,0 +1,78 @@
+"""A run starts from a language model and a CLIP in two folders, as they are published."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from megatron_gmai.data.text.tokenizer import load_tokenizer
+from tests.training.command import finish, losses, start
+from tools.convert_checkpoint import main
+
+Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folders(shards: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """LLM with its tokenizer, whose `<image>` it has no row for, and CLIP: random, tiny."""
+    llm, clip = tmp_path / "LLM", tmp_path / "CLIP"
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=load_tokenizer(shards / "tokenizer.model").vocab_size - 1,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).save_pretrained(llm)
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            image_size=56, patch_size=14,
+        )
+    ).save_pretrained(clip)  # fmt: skip
+    shutil.copy(shards / "tokenizer.model", llm)
+    return llm, clip
+
+
+def test_two_folders_start_a_run_as_their_conversion_does(
+    folders: tuple[Path, Path], shards: Path, tmp_path: Path
+) -> None:
+    llm, clip = map(str, folders)
+    converted = tmp_path / "START"
+    assert main(["from-hf", "--llm", llm, "--vision", clip, "--output", str(converted)]) == 0
+    for name, flags in (
+        ("direct", ["--llm", llm, "--vision", clip]),
+        ("converted", ["--load", str(converted), "--tokenizer", llm]),
+    ):
+        process = start(shards, tmp_path / name, 1, "--freeze-llm", "--freeze-vit", *flags)
+        output = finish(process)
+        assert process.returncode == 0, output
+    assert losses(tmp_path / "direct") == losses(tmp_path / "converted")
+    direct = tmp_path / "direct" / "checkpoints"
+    assert list(direct.glob("*/carried.safetensors"))  # CLIP's last layer, for the export
+
+
+def test_adapters_trained_in_two_ranks_leave_merged_and_for_peft(
+    folders: tuple[Path, Path], shards: Path, tmp_path: Path
+) -> None:
+    llm, clip = map(str, folders)
+    flags = ["--llm", llm, "--vision", clip, "--llm-use-lora", "--freeze-vit", "--lr", "1e-2"]
+    process = start(shards, tmp_path / "run", 2, "--tp", "2", *flags)
+    output = finish(process)
+    assert process.returncode == 0, output
+    run = str(tmp_path / "run" / "checkpoints")
+    assert main(["to-hf", "--load", run, "--output", str(tmp_path / "merged")]) == 0
+    assert main(["to-peft", "--load", run, "--output", str(tmp_path / "adapter")]) == 0
+    before = load_file(folders[0] / "model.safetensors")[Q_PROJ.removeprefix("language_model.")]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[Q_PROJ]
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stem = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
+    delta = 2 * adapter[f"{stem}B.weight"] @ adapter[f"{stem}A.weight"]  # alpha / r is 2
+    assert delta.abs().max() > 1e-3
+    torch.testing.assert_close(merged, before + delta)
