@@ -33,7 +33,9 @@ def open_trained(path: Path) -> Trained:
     if _is_hugging_face(path):
         pretrained = open_pretrained(path)
         data = read_treatment(path, pretrained.flavour)
-        return Trained(path, Config(model=pretrained.model, data=data), Start(llava=path))
+        return Trained(
+            path, Config(model=pretrained.model, data=data), Start(pretrained=pretrained)
+        )
     checkpoint = open_checkpoint(path)
     start = with_base(Start(load=checkpoint), checkpoint.config)
     return Trained(checkpoint.path, checkpoint.config, start)

@@ -19,7 +19,8 @@ from megatron_gmai.evaluate.agreement import difference, run_megatron, run_trans
 from megatron_gmai.runtime.groups import destroy_groups
 from megatron_gmai.runtime.world import open_world
 from megatron_gmai.training.checkpoint import open_checkpoint
-from megatron_gmai.training.setup import load_for_inference
+from megatron_gmai.training.inference import load_for_inference
+from megatron_gmai.training.inference import open_trained as open_trained_run
 from megatron_gmai.training.start import Start, with_base
 from megatron_gmai.weights import weights
 from tests.convert.conftest import Export, save_adapters
@@ -78,12 +79,10 @@ def test_merged_weights_say_what_the_training_model_with_adapters_says(
     run = save_adapters(tmp_path / "run", source, lora(), on_source(source))
     assert program("to-hf", run, tmp_path / "merged") == 0
     prompts = samples(source.model)
-    checkpoint = open_checkpoint(run)
-    config = replace(
-        checkpoint.config, run=replace(checkpoint.config.run, device="cpu", dtype="fp32")
-    )
+    trained = open_trained_run(run)
+    config = replace(trained.config, run=replace(trained.config.run, device="cpu", dtype="fp32"))
     try:
-        ours = run_megatron(load_for_inference(checkpoint, config, open_world(config)), prompts)
+        ours = run_megatron(load_for_inference(trained, config, open_world(config)), prompts)
     finally:
         destroy_groups()
     theirs = run_transformers(tmp_path / "merged", prompts)
