@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_gmai.config import Config
+from megatron_gmai.config import Config, LoraConfig
 from megatron_gmai.layout import layers_of_chunks
 from megatron_gmai.layout_rules import Problem, batch_problems, layout_problems
 from megatron_gmai.tokenizer_file import find_tokenizer
@@ -202,11 +202,11 @@ def _start(config: Config, world_size: int) -> Iterator[Problem]:
             f"is above the peak, --lr {train.lr:g}",
             "give a lower one",
         )
-    if run.device == "cpu" and run.dtype == "fp16":
+    if run.dtype == "fp16":
         yield Problem(
-            "--dtype fp16 with --device cpu",
-            "half precision with loss scaling runs on GPUs only",
-            "use fp32 or bf16",
+            "--dtype fp16",
+            "language model and vision tower have an optimizer each, whose loss scales would part",
+            "train in bf16 or fp32",
         )
 
 
@@ -243,6 +243,12 @@ def _memory(config: Config, world_size: int) -> Iterator[Problem]:
 
 def _lora(config: Config, world_size: int) -> Iterator[Problem]:
     lora = config.lora
+    if not lora.llm_use_lora and lora != LoraConfig():
+        yield Problem(
+            "--lora-rank, --lora-alpha, --lora-dropout or --lora-targets",
+            "they belong to adapters",
+            "add --llm-use-lora or leave them out",
+        )
     for target in lora.targets:
         if target not in LORA_TARGETS:
             yield Problem(

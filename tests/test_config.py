@@ -156,7 +156,8 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         {"train": {"freeze_vit": True, "freeze_llm": True, "freeze_projector": True}},
         "nothing is left to train",
     ),
-    (1, {"run": {"device": "cpu", "dtype": "fp16"}}, "--dtype fp16 with --device cpu"),
+    (1, {"run": {"dtype": "fp16"}}, "--dtype fp16: .* train in bf16 or fp32"),
+    (1, {"lora": {"lora_rank": 4}}, "they belong to adapters; add --llm-use-lora"),
     (1, {"parallel": {"overlap_param_gather": True}}, "add --use-distributed-optimizer and"),
     (
         1,

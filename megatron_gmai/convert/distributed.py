@@ -6,31 +6,24 @@ a whole tensor together.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 
 from megatron_gmai.config import LoraConfig, ModelConfig
 from megatron_gmai.convert.files import check_finite
+from megatron_gmai.convert.safe_metadata import CheckedReader
 from megatron_gmai.weights import Shape, Weight, weights
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads whole tensors; the table of contents once. torch's `load` reads it for every call, and
-    copies a tensor once more even where it was stored whole."""
-
-    @cached_property
-    def table(self) -> Metadata:
-        return self.read_metadata()
+class _Reader(CheckedReader):
+    """Reads whole tensors; torch's `load` copies one once more even where it was stored whole."""
 
     def tensor(self, name: str, stored: TensorStorageMetadata) -> Tensor:
         if len(stored.chunks) == 1:

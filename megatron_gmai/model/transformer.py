@@ -81,15 +81,24 @@ def language_transformer_config(config: Config, chunk: Chunk, device: Device) ->
         pipeline_model_parallel_layout=_megatron_layout(config),
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         calculate_per_token_loss=True,
-        # NCCL sends and receives between stages as one batch, or overlapped with the computation
-        # of other chunks where there are some; gloo knows neither.
-        batch_p2p_comm=device.is_cuda and not interleaved,
-        overlap_p2p_comm=device.is_cuda and interleaved,
-        # Frees a stage's output once it is sent; without a GPU there is nothing to gain.
-        deallocate_pipeline_outputs=device.is_cuda,
+        **pipeline_transfers(device.is_cuda, interleaved),
         recompute_granularity=recompute.granularity,
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers,
+    )
+
+
+def pipeline_transfers(on_gpu: bool, interleaved: bool) -> dict[str, bool]:
+    """How outputs travel between stages; on a CPU as plainly as possible.
+
+    NCCL sends and receives as one batch, or overlapped with the computation of other chunks where
+    there are some. A stage's output is freed once it is sent, but not with overlap: before 0.18
+    Megatron-Core's interleaved schedule frees it while it is still being sent (its PR 4047).
+    """
+    return dict(
+        batch_p2p_comm=on_gpu and not interleaved,
+        overlap_p2p_comm=on_gpu and interleaved,
+        deallocate_pipeline_outputs=on_gpu and not interleaved,
     )
 
 

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_gmai.convert.safe_metadata import CheckedReader
 from megatron_gmai.training.pieces import Piece
 
 
@@ -63,7 +64,7 @@ def read_pieces(pieces: Sequence[Piece], folder: Path) -> None:
     """
     dcp.load(
         {},
-        storage_reader=dcp.FileSystemReader(folder),
+        storage_reader=CheckedReader(folder),
         planner=_Reading(pieces),
         no_dist=not dist.is_initialized(),
     )

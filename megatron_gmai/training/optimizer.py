@@ -80,13 +80,17 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         optimizer_config,
         list(chunks),
         config_overrides=get_standard_config_overrides(optimizer_config),
         use_gloo_process_groups=False,
         pg_collection=groups.mcore,
     )
+    # Megatron's scheduler, which is not used here, would multiply these.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = train.wd * group["wd_mult"]
+    return optimizer
 
 
 def learning_rate(iteration: int, total: int, train: TrainConfig) -> float:

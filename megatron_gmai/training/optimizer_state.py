@@ -49,7 +49,6 @@ def optimizer_pieces(
                 name = f"optimizer.state.{kind}.{weight.name}"
                 for piece in pieces_of_run(name, weight, local, groups.tp.rank(), run, begin):
                     yield writes, piece
-    yield from _scaler_pieces(optimizer)
 
 
 def _held(inner: Any, parameter: Parameter) -> tuple[int, Tensor] | None:
@@ -67,20 +66,13 @@ def _held(inner: Any, parameter: Parameter) -> tuple[int, Tensor] | None:
     return (0, master) if is_here else None
 
 
-def _scaler_pieces(optimizer: MegatronOptimizer) -> Iterator[tuple[bool, Piece]]:
-    """fp16's loss scale, the same everywhere; other types have none."""
-    for inner in _inner(optimizer):
-        scaler = getattr(inner, "grad_scaler", None)
-        if scaler is not None:
-            scale = scaler._scale.view(1)
-            yield dist.get_rank() == 0, Piece("optimizer.loss_scale", (1,), (0,), scale)
-            return
-
-
 def allocate(optimizer: MegatronOptimizer) -> None:
     """Create the state that the first step would, so that there is something to load into."""
     for inner in _inner(optimizer):
         inner.init_state_fn(inner.optimizer, inner.config)
+        if isinstance(inner.optimizer, torch.optim.AdamW):  # Megatron leaves torch's counter out
+            for state in inner.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
 
 
 def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:

@@ -1,7 +1,7 @@
 """Random-number states in a checkpoint: restored where the layout is the one that saved them.
 
-Nothing in training draws random numbers today (data order is a function of the seed, and there is
-no dropout); the states are kept so that a resumed run stays exact if something does.
+Only `--lora-dropout` draws random numbers in training (data order is a function of the seed); with
+the states a resumed run draws what the uninterrupted one would have.
 """
 
 import torch

@@ -148,6 +148,7 @@ def open_batches(
         total_packs=packs,
         num_workers=config.data.num_workers,
         image_share=groups.image_share if world.holds_first_chunk else None,
+        pin_memory=world.device.is_cuda,
     )
 
 

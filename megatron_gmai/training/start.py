@@ -67,6 +67,11 @@ def find_start(config: Config, log: Log) -> Start:
             log(f"resuming from {checkpoint.path}")
             return with_base(Start(resume=checkpoint), config)
         log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
+    elif run.save is not None and (earlier := sorted(Path(run.save).glob("iter_*"))):
+        raise ValueError(
+            f"{run.save} holds {earlier[-1].name} of an earlier run, which this one would write "
+            "over; continue it with --resume, or give another --work-dir"
+        )
     if run.load is not None:
         return with_base(Start(load=open_checkpoint(Path(run.load))), config)
     return Start(pretrained=_published(config))
@@ -121,6 +126,9 @@ def complete(config: Config, start: Start) -> Config:
     """
     model = start.model or config.model
     file = find_tokenizer(config)
+    if start.load is not None:  # the very checkpoint: what its folder holds can change
+        load = str(start.load.path.absolute())
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, load=load))
     if file is None:
         return dataclasses.replace(config, model=model)
     tokenizer = load_tokenizer(file)

@@ -21,6 +21,7 @@ from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
+from megatron_gmai.model.transformer import pipeline_transfers
 from megatron_gmai.model.vision_parallel import own_gradient
 from megatron_gmai.runtime import cpu
 from megatron_gmai.runtime.device import DTYPES, Device, choose_device
@@ -59,6 +60,7 @@ class Case:
     lora: LoraConfig = LoraConfig()
     fault: str = "none"
     dtype: str = "fp32"
+    gpu_transfers: bool = False  # between pipeline stages, as on GPUs
 
     @property
     def config(self) -> Config:
@@ -118,7 +120,7 @@ def run_cases(cases: list[Case], folder: Path) -> None:
 
 
 def run_case(case: Case, processes: Processes) -> Outcome:
-    with planted(case.fault):
+    with planted(case.fault), transfers(case.gpu_transfers):
         trainer = Trainer(case, processes)
         outcome = Outcome()
         if trainer.world.holds_first_chunk:
@@ -217,6 +219,17 @@ def whole_weights(chunks: list[GMAIVL], groups: Groups) -> tuple[dict[str, Tenso
                     drifted.append(name)
         whole[name] = unshard(weight, [pieces[rank] for rank in sorted(pieces)])
     return whole, drifted
+
+
+def transfers(as_on_gpus: bool) -> AbstractContextManager[Any]:
+    """Overlap and freeing of outputs as on GPUs; gloo cannot batch messages, but knows these."""
+    if not as_on_gpus:
+        return nullcontext()
+
+    def chosen(on_gpu: bool, interleaved: bool) -> dict[str, bool]:
+        return pipeline_transfers(True, interleaved) | {"batch_p2p_comm": False}
+
+    return mock.patch("megatron_gmai.model.transformer.pipeline_transfers", chosen)
 
 
 def planted(fault: str) -> AbstractContextManager[Any]:

@@ -76,6 +76,7 @@ UNIFORM = (
 ONE_IMAGE = (("vit_micro_batch_size", 1),)
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4, lora_alpha=8)
 PHASES = (1, 2, 3)
+IN_BF16 = 5
 WITH_LORA = 4  # trains everything, but of the language model the adapters only
 ENCODED = sorted(
     number
@@ -111,6 +112,8 @@ CASES = {
         *(Case(f"cp2-phase{phase}", CP2, phase) for phase in PHASES),
         Case("cp2-two-packs-a-micro-batch", CP2, micro_batch_size=2),
         Case("pp2-uneven", PP2_UNEVEN),
+        Case("pp2-gpu-transfers", PP2, gpu_transfers=True),
+        Case("vpp2-gpu-transfers", VPP2, gpu_transfers=True),
         Case("pp2-vit-alone", PP2_VIT_ALONE),
         *(Case(f"vpp2-phase{phase}", VPP2, phase) for phase in PHASES),
         Case("vpp2-uneven", VPP2_UNEVEN),
@@ -148,6 +151,13 @@ FAULTS = [
     Case("fault-not-summed-over-cp", CP2, fault="vision gradients not summed over CP"),
     Case("fault-mean-of-means", DP2, fault="mean of the micro-batches' means"),
 ]
+# The dtype of GPUs: rounding differs between layouts, copies of a weight still may not.
+BF16 = [
+    Case("bf16-tp2-sp", TP2_SP, dtype="bf16"),
+    Case("bf16-dp2-small-buckets", SMALL_BUCKETS, dtype="bf16"),
+    Case("bf16-cp2", CP2, dtype="bf16"),
+    Case("bf16-pp2", PP2, dtype="bf16"),
+]
 # Wrong from the second step on, or in the loss itself.
 LOSS_FAULTS = [
     Case("fault-boundaries", DP2, fault="segment boundaries off by one"),
@@ -162,6 +172,7 @@ def references() -> dict[int, Outcome]:
     """What one process gives in each phase."""
     processes = Processes()
     found = {phase: run_case(Case("reference", phase=phase), processes) for phase in PHASES}
+    found[IN_BF16] = run_case(Case("reference", dtype="bf16"), processes)
     found[WITH_LORA] = run_case(Case("reference", lora=LORA), processes)
     processes.close()
     return found
@@ -175,7 +186,7 @@ def reference_of(case: Case) -> int:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """The outcomes of all cases of a world size; the first question starts that world."""
     folder = tmp_path_factory.mktemp("outcomes")
-    cases = {1: CASES[1], 2: CASES[2] + FAULTS + LOSS_FAULTS, 4: CASES[4], 8: CASES[8]}
+    cases = {1: CASES[1], 2: CASES[2] + FAULTS + LOSS_FAULTS + BF16, 4: CASES[4], 8: CASES[8]}
 
     @cache
     def started(size: int) -> Exception | None:
@@ -213,6 +224,16 @@ def test_a_layout_gives_what_one_process_gives(
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
+def test_a_layout_in_bf16_gives_what_one_process_gives_in_bf16(
+    case: Case, outcomes: Outcomes, references: dict[int, Outcome]
+) -> None:
+    found, expected = outcomes(2)[case.name], references[IN_BF16]
+    assert found.drifted == []
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-2)
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.fault)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_gmai.training.weights import named_weights
 from tests.parallel.batches import LENGTH, PACKS, global_batch, losses_of
 from tests.parallel.cases import PHASES, Case, Processes, Trainer
 
@@ -37,6 +38,19 @@ def test_what_a_step_counts(alone: Processes) -> None:
     assert result.tokens == sum(pack.num_tokens for pack in packs)
     assert result.positions == PACKS * LENGTH
     assert (result.images, result.samples) == (6, 2 * PACKS)
+
+
+def test_biases_and_norms_are_not_decayed(alone: Processes) -> None:
+    trainer = Trainer(Case("run"), alone)  # --wd 0.1
+    decays = {
+        weight.name: group["weight_decay"]
+        for weight, parameter in named_weights(trainer.chunks)
+        for group in trainer.optimizer.param_groups
+        if any(parameter is own for own in group["params"])
+    }
+    assert decays["language_model.decoder.final_layernorm.weight"] == 0
+    assert decays["projector.linear_fc1.bias"] == 0
+    assert decays["projector.linear_fc1.weight"] == 0.1
 
 
 def test_a_step_clips_the_gradient_but_tells_its_norm(alone: Processes) -> None:

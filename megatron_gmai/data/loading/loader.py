@@ -52,6 +52,7 @@ def iterate(
     total_packs: int | None = None,
     num_workers: int = 0,
     image_share: ImageShare | None = ALL_IMAGES,
+    pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches, `global_batch_size // (micro_batch_size * dp_size)` a step.
 
@@ -94,7 +95,7 @@ def iterate(
         prefetch_factor=PREFETCH if num_workers else None,
     )
     for result in _results(loader, jobs):
-        yield _taken_over(result, memory)
+        yield _taken_over(result, memory, pin_memory)
 
 
 def _results(loader: torch.utils.data.DataLoader, jobs: "_Jobs") -> Iterator[Result]:
@@ -118,13 +119,13 @@ def _results(loader: torch.utils.data.DataLoader, jobs: "_Jobs") -> Iterator[Res
         yield result
 
 
-def _taken_over(result: Result, memory: PixelMemory | None) -> MicroBatch:
+def _taken_over(result: Result, memory: PixelMemory | None, pin_memory: bool) -> MicroBatch:
     """The batch with its pixels, page-locked where there is a device to copy it to."""
     batch = result.batch
     assert batch is not None  # a result without a batch has an error
     if memory is not None and result.slot is not None:
         batch = replace(batch, pixel_values=memory.hand_out(result.slot, result.images))
-    return batch.pin_memory() if torch.cuda.is_available() else batch
+    return batch.pin_memory() if pin_memory else batch
 
 
 def _worker_context() -> BaseContext:
