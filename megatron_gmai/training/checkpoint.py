@@ -10,6 +10,7 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def save_checkpoint(
     except OSError as error:
         if dist.get_rank() == 0:
             _remove(temporary)
-            pointer.unlink(missing_ok=True)
+            with suppress(OSError):  # read-only storage
+                pointer.unlink(missing_ok=True)
         raise CheckpointError(
             f"could not save {final}: {error}\n"
             f"Nothing of it was kept; earlier checkpoints in {folder} are untouched. "

@@ -1,6 +1,7 @@
 """The training loop: step, log, save, repeat."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,12 +10,18 @@ import torch.distributed as dist
 from megatron_gmai.config import Config
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.runtime.device import Device, peak_memory_bytes
-from megatron_gmai.training.checkpoint import Position, save_checkpoint
+from megatron_gmai.training.checkpoint import (
+    CheckpointError,
+    Position,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
 from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.optimizer_state import steps_taken
 from megatron_gmai.training.preemption import stop_requested
 from megatron_gmai.training.setup import Run
+from megatron_gmai.training.skipped import SkippedSteps
 
 
 def train(run: Run) -> bool:
@@ -25,22 +32,26 @@ def train(run: Run) -> bool:
     config, total = run.config, run.total_iterations
     log = open_log(run)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
-    finished = True
+    skipped = open_skipped(run)
+    finished, saving = True, 0.0
     for iteration in range(run.position.iteration + 1, total + 1):
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
         result = run.step(run.batches, lr)
         if result.rejections:
             run.dataset.reject(result.rejections)
+        skipped.add(iteration, result, partial(newest, run))
         seconds = time.monotonic() - began
         if iteration % config.run.log_interval == 0 or iteration == total:
             memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
             if log is not None:
-                log.write(make_row(iteration, result, lr, seconds, memory))
+                row = make_row(iteration, result, lr, seconds, memory, skipped.total, saving)
+                log.write(row)
+            saving = 0.0
         # A signal reaches the ranks between different steps: all stop after the same one.
         stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
         if iteration % save_every == 0 or iteration == total or stopped:
-            save(run, iteration)
+            saving += save(run, iteration, must_succeed=iteration == total or stopped)
         if stopped and iteration < total:
             finished = False
             break
@@ -49,9 +60,13 @@ def train(run: Run) -> bool:
     return finished
 
 
-def save(run: Run, iteration: int) -> None:
-    """Write the checkpoint of this iteration."""
-    config = run.config
+def save(run: Run, iteration: int, must_succeed: bool) -> float:
+    """Write the checkpoint of this iteration; the seconds that it took.
+
+    Storage that is full or away for a while costs a checkpoint, not the run: unless this one
+    `must_succeed` the run warns and tries again at the next interval.
+    """
+    config, began = run.config, time.monotonic()
     assert config.run.save is not None
     optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
     new_packs = (iteration - run.position.iteration) * config.train.global_batch_size
@@ -64,9 +79,30 @@ def save(run: Run, iteration: int) -> None:
     )
     finish_param_gather(run.chunks)
     chunks = [chunk.module for chunk in run.chunks]
-    path = save_checkpoint(Path(config.run.save), position, chunks, optimizer, config, run.carried)
+    folder = Path(config.run.save)
+    try:
+        path = save_checkpoint(folder, position, chunks, optimizer, config, run.carried)
+        outcome = f"saved {path}"
+    except CheckpointError as error:  # of all ranks alike
+        if must_succeed:
+            raise
+        outcome = f"warning: {error}\nTraining goes on and tries again at the next interval."
+    seconds = time.monotonic() - began
     if run.world.is_first_rank:
-        print(f"saved {path}", flush=True)
+        print(f"{outcome} ({seconds:.1f} s)", flush=True)
+    return seconds
+
+
+def newest(run: Run) -> Path | None:
+    """The newest whole checkpoint of this run."""
+    assert run.config.run.save is not None
+    checkpoint, _ = newest_whole_checkpoint(Path(run.config.run.save))
+    return None if checkpoint is None else checkpoint.path
+
+
+def open_skipped(run: Run) -> SkippedSteps:
+    work_dir = Path(run.config.run.work_dir) if run.world.is_first_rank else None
+    return SkippedSteps(work_dir, run.position.iteration, run.config.run.max_skipped_steps)
 
 
 def open_log(run: Run) -> MetricsLog | None:

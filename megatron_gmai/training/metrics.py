@@ -25,9 +25,19 @@ class Row:
     step_time_s: float
     tokens_per_s: float
     peak_memory_bytes: int
+    skipped_steps: int  # so far: neither loss nor gradient of a step may be infinite or NaN
+    save_time_s: float  # that checkpoints held up training, since the row before
 
 
-def make_row(iteration: int, result: StepResult, lr: float, seconds: float, memory: int) -> Row:
+def make_row(
+    iteration: int,
+    result: StepResult,
+    lr: float,
+    seconds: float,
+    memory: int,
+    skipped: int = 0,
+    saving: float = 0.0,
+) -> Row:
     return Row(
         iteration=iteration,
         loss=result.loss,
@@ -41,6 +51,8 @@ def make_row(iteration: int, result: StepResult, lr: float, seconds: float, memo
         step_time_s=seconds,
         tokens_per_s=result.tokens / seconds,
         peak_memory_bytes=memory,
+        skipped_steps=skipped,
+        save_time_s=saving,
     )
 
 
@@ -57,7 +69,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = work_dir / "metrics.jsonl"
-        _keep_rows_up_to(path, start)
+        keep_rows_up_to(path, start)
         self.file: IO[str] = path.open("a", encoding="utf-8")
         self.tensorboard: Any = SummaryWriter(str(tensorboard_dir), purge_step=start + 1)
         self.start, self.total, self.interval = start, total, interval
@@ -90,7 +102,8 @@ class MetricsLog:
         self.tensorboard.close()
 
 
-def _keep_rows_up_to(path: Path, iteration: int) -> None:
+def keep_rows_up_to(path: Path, iteration: int) -> None:
+    """Drop the rows of later steps, and a last one that was cut off."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

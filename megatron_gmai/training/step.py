@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.runtime.world import World
+from megatron_gmai.training.optimizer import apply_gradients
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,11 @@ class StepResult:
     positions: int  # with padding
     images: int
     samples: int
-    updated: bool  # False if fp16 overflowed and the step was skipped
+    updated: bool  # False if fp16 overflowed, or `not_finite` tells why
     rejected: int = 0  # places of samples that could not be read
     rejections: tuple[Rejection, ...] = ()  # and why
+    not_finite: str = ""  # what kept the gradients from being applied
+    keys: tuple[str, ...] = ()  # of the global batch's samples, if `not_finite`
 
 
 @dataclass
@@ -91,7 +96,9 @@ class TrainStep:
         self.optimizer.zero_grad()
         counts, found = _Counts(), list[Rejection]()
         # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
-        drawn = counted(batches, counts, found, whole=self.world.groups.cp.rank() == 0)
+        keys: list[str] = []
+        whole = self.world.groups.cp.rank() == 0
+        drawn = counted(batches, counts, found, keys, whole)
         iterators = list(itertools.tee(drawn, len(self.chunks)))
         losses = self.forward_backward(
             forward_step_func=partial(forward_step, world=self.world),
@@ -102,26 +109,34 @@ class TrainStep:
             micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
             forward_only=False,
         )
-        updated, grad_norm, _ = self.optimizer.step()
         counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
         total = reduce_counts(counts, self.world)
+        loss = total["loss"] / max(1, total["supervised_tokens"])
+        update = apply_gradients(self.optimizer, loss)
         return StepResult(
-            loss=total["loss"] / max(1, total["supervised_tokens"]),
-            grad_norm=float(grad_norm or 0.0),
-            updated=bool(updated),
+            loss=loss,
+            grad_norm=update.grad_norm,
+            updated=update.applied,
             rejections=gather(found, self.world.groups) if total["rejected"] else (),
+            not_finite=update.not_finite,
+            keys=gather(keys, self.world.groups) if update.not_finite else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
 
 
 def counted(
-    batches: Iterator[MicroBatch], counts: _Counts, found: list[Rejection], whole: bool
+    batches: Iterator[MicroBatch],
+    counts: _Counts,
+    found: list[Rejection],
+    keys: list[str],
+    whole: bool,
 ) -> Iterator[MicroBatch]:
     """Passes micro-batches on and adds them up where `whole`: context-parallel ranks share one."""
     for batch in batches:
         if whole:
             counts.add(batch)
             found += batch.rejections
+            keys += batch.keys
         yield batch
 
 
@@ -165,8 +180,8 @@ def reduce_counts(counts: _Counts, world: World) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def gather(found: list[Rejection], groups: Groups) -> tuple[Rejection, ...]:
+def gather(found: list[Item], groups: Groups) -> tuple[Item, ...]:
     """What all data-parallel ranks have found. It costs a step some time, in the rare case only."""
     lists: list[Any] = [None] * groups.dp_cp.size()
     dist.all_gather_object(lists, found, group=groups.dp_cp)
-    return tuple(rejection for part in lists for rejection in part)
+    return tuple(item for part in lists for item in part)

@@ -15,10 +15,15 @@ STEPS = 10
 
 
 def start(
-    shards: Path, work_dir: Path, ranks: int, *flags: str, prefix: tuple[str, ...] = ()
+    shards: Path,
+    work_dir: Path,
+    ranks: int,
+    *flags: str,
+    prefix: tuple[str, ...] = (),
+    program: Path = ROOT / "pretrain_gmai_vl.py",
 ) -> subprocess.Popen[str]:
     """Start `ranks` processes of the tiny model for STEPS steps; output is kept."""
-    command = [*prefix, *launcher(ranks), str(ROOT / "pretrain_gmai_vl.py")]
+    command = [*prefix, *launcher(ranks), str(program)]
     command += ["--preset", "gmai-vl-tiny", "--shards", str(shards), "--work-dir", str(work_dir)]
     command += ["--max-length", "256", "--global-batch-size", "2", "--train-iters", str(STEPS)]
     command += ["--log-interval", "1", "--checkpoint-interval", "3", "--device", "cpu", *flags]
