@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_gmai.config import Config
+from megatron_gmai.config import Config, RunConfig
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.runtime.device import Device, peak_memory_bytes
 from megatron_gmai.training.checkpoint import (
@@ -20,6 +20,7 @@ from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.optimizer_state import steps_taken
 from megatron_gmai.training.preemption import stop_requested
+from megatron_gmai.training.retention import remove_old
 from megatron_gmai.training.setup import Run
 from megatron_gmai.training.skipped import SkippedSteps
 
@@ -83,6 +84,8 @@ def save(run: Run, iteration: int, must_succeed: bool) -> float:
     try:
         path = save_checkpoint(folder, position, chunks, optimizer, config, run.carried)
         outcome = f"saved {path}"
+        if run.world.is_first_rank:
+            forget_older(path, config.run)
     except CheckpointError as error:  # of all ranks alike
         if must_succeed:
             raise
@@ -91,6 +94,14 @@ def save(run: Run, iteration: int, must_succeed: bool) -> float:
     if run.world.is_first_rank:
         print(f"{outcome} ({seconds:.1f} s)", flush=True)
     return seconds
+
+
+def forget_older(path: Path, settings: RunConfig) -> None:
+    """Remove the checkpoints that need not stay beside the new one."""
+    try:
+        remove_old(path.parent, path, settings.keep_last, settings.keep_every)
+    except OSError as error:
+        print(f"warning: an older checkpoint could not be removed: {error}", flush=True)
 
 
 def newest(run: Run) -> Path | None:

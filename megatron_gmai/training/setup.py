@@ -24,7 +24,12 @@ from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
-from megatron_gmai.training.checkpoint import Checkpoint, Position, load_checkpoint
+from megatron_gmai.training.checkpoint import (
+    Checkpoint,
+    Position,
+    load_checkpoint,
+    verify_checkpoint,
+)
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.start import Start, with_base
 from megatron_gmai.training.step import TrainStep
@@ -128,6 +133,7 @@ def load_for_inference(checkpoint: Checkpoint, config: Config, world: World) -> 
     """A checkpoint's model in eval mode, whole on each pipeline rank (there must be one)."""
     (model,) = build_chunks(config, world)
     start = with_base(Start(load=checkpoint), config)
+    verify_checkpoint(checkpoint)
     if checkpoint.config.lora.llm_use_lora:
         fill_base([model], config, start)
     load_checkpoint(checkpoint, [model], optimizer=None)

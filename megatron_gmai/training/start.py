@@ -2,7 +2,7 @@
 large is built, and final when it is validated."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.tokenizer_file import find_tokenizer
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
+    CheckpointError,
     newest_whole_checkpoint,
     open_checkpoint,
+    verify_checkpoint,
 )
 
 Log = Callable[[str], None]
@@ -48,15 +50,16 @@ class Start:
         return {name: tensor.clone() for name, tensor in leftovers.items()}
 
 
-def find_start(config: Config, log: Log) -> Start:
+def find_start(config: Config, log: Log, damaged: Collection[Path] = ()) -> Start:
     """Choose between resuming, weights of a checkpoint, Hugging Face weights and a fresh start.
 
-    `--resume` wins where its folder holds a whole checkpoint; else `--load` or `--llava` count.
+    `--resume` wins where its folder holds a whole checkpoint, apart from those known to be
+    `damaged`; else `--load` or `--llava` count.
     """
     run = config.run
     if run.resume:
         assert run.save is not None
-        checkpoint, skipped = newest_whole_checkpoint(Path(run.save))
+        checkpoint, skipped = newest_whole_checkpoint(Path(run.save), damaged)
         for reason in skipped:
             log(f"passed over a checkpoint: {reason}")
         if checkpoint is not None:
@@ -66,6 +69,29 @@ def find_start(config: Config, log: Log) -> Start:
     if run.load is not None:
         return with_base(Start(load=open_checkpoint(Path(run.load))), config)
     return Start(llava=Path(run.llava) if run.llava is not None else None)
+
+
+def verified(start: Start, config: Config, log: Log) -> Start:
+    """`start`, or where the bytes of the checkpoint to resume from have changed, the next best one.
+
+    All ranks read the checkpoints together, once.
+
+    Raises:
+        CheckpointError: a checkpoint that the user named is damaged.
+    """
+    damaged: list[Path] = []
+    while start.resume is not None:
+        try:
+            verify_checkpoint(start.resume)
+            break
+        except CheckpointError as error:
+            log(f"passed over a checkpoint: {error}")
+            damaged.append(start.resume.path)
+            start = find_start(config, log, damaged)
+    for checkpoint in (start.load, start.base):
+        if checkpoint is not None:
+            verify_checkpoint(checkpoint)
+    return start
 
 
 def with_base(start: Start, config: Config) -> Start:

@@ -1,5 +1,6 @@
 """What becomes of a run when something goes wrong: it ends soon, says why once, and continues."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from tests.training.command import STEPS, finish, launcher, losses, run, start, wait_for_step
+from tests.training.faulty import faulty
 
 TP2 = ("--tp", "2")
 ENDS_WITHIN = 60  # seconds after a rank is gone
@@ -136,3 +138,41 @@ def test_an_interrupted_process_leaves_quietly(tmp_path: Path) -> None:
     )
     process = run([*launcher(1), str(program)])
     assert (finish(process), process.returncode) == ("", 130)
+
+
+def test_only_the_checkpoints_that_are_asked_for_stay(shards: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint-interval", "2", "--keep-last", "2", "--keep-every", "4")
+    output = finish(start(shards, tmp_path, 1, *flags))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*iter_*"))
+    assert kept == [f"iter_{number:07d}" for number in (4, 8, 10)], output
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all((row["save_time_s"] > 0) == (row["iteration"] in (3, 5, 7, 9)) for row in rows)
+
+
+def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The second rank's disk is full while step 3 is saved; from step 6 on it is not."""
+    fault = (
+        "from megatron_gmai.training import checkpoint\n"
+        "write, saves = checkpoint.write_pieces, []\n"
+        "def once(pieces, folder):\n"
+        "    saves.append(folder)\n"
+        "    if rank == 1 and len(saves) == 1:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
+        "    try:\n"
+        "        write(pieces, folder)\n"
+        "    finally:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))\n"
+        "checkpoint.write_pieces = once\n"
+        "import resource"
+    )
+    work_dir = tmp_path / "work"
+    program = faulty(tmp_path / "program.py", fault)
+    process = start(shards, work_dir, 2, *TP2, program=program)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert output.count("warning: could not save") == 1, output
+    saved = sorted(path.name for path in (work_dir / "checkpoints").glob("*iter_*"))
+    assert saved == [f"iter_{number:07d}" for number in (6, 9, 10)]
+    assert losses(work_dir) == losses(uninterrupted)
