@@ -23,6 +23,7 @@ from megatron_gmai.training.preemption import stop_requested
 from megatron_gmai.training.retention import remove_old
 from megatron_gmai.training.setup import Run
 from megatron_gmai.training.skipped import SkippedSteps
+from megatron_gmai.training.watchdog import Watchdog
 
 
 def train(run: Run) -> bool:
@@ -30,15 +31,25 @@ def train(run: Run) -> bool:
 
     False if a stop signal has come to some rank: the run is saved and can be resumed.
     """
+    settings = run.config.run
+    minutes = settings.distributed_timeout_minutes
+    with Watchdog(Path(settings.work_dir), minutes * 60) as watchdog:
+        return take_steps(run, watchdog)
+
+
+def take_steps(run: Run, watchdog: Watchdog) -> bool:
+    """The loop itself; whether it came to the end."""
     config, total = run.config, run.total_iterations
     log = open_log(run)
+    batches = watchdog.over(run.batches)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
     skipped = open_skipped(run)
     finished, saving = True, 0.0
     for iteration in range(run.position.iteration + 1, total + 1):
+        watchdog.begin(iteration)
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
-        result = run.step(run.batches, lr)
+        result = run.step(batches, lr)
         if result.rejections:
             run.dataset.reject(result.rejections)
         skipped.add(iteration, result, partial(newest, run))
@@ -52,7 +63,8 @@ def train(run: Run) -> bool:
         # A signal reaches the ranks between different steps: all stop after the same one.
         stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
         if iteration % save_every == 0 or iteration == total or stopped:
-            saving += save(run, iteration, must_succeed=iteration == total or stopped)
+            with watchdog.paused():
+                saving += save(run, iteration, must_succeed=iteration == total or stopped)
         if stopped and iteration < total:
             finished = False
             break

@@ -2,6 +2,7 @@
 large is built, and final when it is validated."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ def find_start(config: Config, log: Log, damaged: Collection[Path] = ()) -> Star
     `damaged`; else `--load` or `--llava` count.
     """
     run = config.run
-    if run.resume:
+    if number := restarts():
+        log(f"restart {number} by torchrun: the run continues as with --resume")
+    if run.resume or number:
         assert run.save is not None
         checkpoint, skipped = newest_whole_checkpoint(Path(run.save), damaged)
         for reason in skipped:
@@ -65,10 +68,15 @@ def find_start(config: Config, log: Log, damaged: Collection[Path] = ()) -> Star
         if checkpoint is not None:
             log(f"resuming from {checkpoint.path}")
             return with_base(Start(resume=checkpoint), config)
-        log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
+        log(f"no checkpoint in {run.save} to resume from, so the run starts from the beginning")
     if run.load is not None:
         return with_base(Start(load=open_checkpoint(Path(run.load))), config)
     return Start(llava=Path(run.llava) if run.llava is not None else None)
+
+
+def restarts() -> int:
+    """How often torchrun (`--max-restarts`) has started this run's processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def verified(start: Start, config: Config, log: Log) -> Start:

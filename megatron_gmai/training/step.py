@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from megatron_gmai.model.attention import Segments
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.optimizer import apply_gradients
+from megatron_gmai.training.out_of_memory import out_of_memory
 
 Item = TypeVar("Item")
 
@@ -63,6 +64,27 @@ class _Counts:
         self.rejected += len(batch.rejections)
 
 
+@dataclass
+class _Taken:
+    """What is known of the micro-batches that a step has drawn so far."""
+
+    rejections: list[Rejection] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    newest: MicroBatch | None = None
+
+    def over(
+        self, batches: Iterator[MicroBatch], counts: _Counts, whole: bool
+    ) -> Iterator[MicroBatch]:
+        """Passes micro-batches on; adds them up where `whole`: context-parallel ranks share one."""
+        for batch in batches:
+            self.newest = batch
+            if whole:
+                counts.add(batch)
+                self.rejections += batch.rejections
+                self.keys += batch.keys
+            yield batch
+
+
 class TrainStep:
     """Runs steps on wrapped chunks; owns nothing but references."""
 
@@ -94,21 +116,22 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        counts, found = _Counts(), list[Rejection]()
+        taken, counts = _Taken(), _Counts()
         # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
-        keys: list[str] = []
-        whole = self.world.groups.cp.rank() == 0
-        drawn = counted(batches, counts, found, keys, whole)
+        drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
         iterators = list(itertools.tee(drawn, len(self.chunks)))
-        losses = self.forward_backward(
-            forward_step_func=partial(forward_step, world=self.world),
-            data_iterator=iterators,
-            model=self.chunks,
-            num_microbatches=self.num_microbatches,
-            seq_length=self.tokens_per_microbatch,
-            micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
-            forward_only=False,
-        )
+        try:
+            losses = self.forward_backward(
+                forward_step_func=partial(forward_step, world=self.world),
+                data_iterator=iterators,
+                model=self.chunks,
+                num_microbatches=self.num_microbatches,
+                seq_length=self.tokens_per_microbatch,
+                micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
+                forward_only=False,
+            )
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(taken.newest, self.world.rank, error) from error
         counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
         total = reduce_counts(counts, self.world)
         loss = total["loss"] / max(1, total["supervised_tokens"])
@@ -117,27 +140,11 @@ class TrainStep:
             loss=loss,
             grad_norm=update.grad_norm,
             updated=update.applied,
-            rejections=gather(found, self.world.groups) if total["rejected"] else (),
+            rejections=gather(taken.rejections, self.world.groups) if total["rejected"] else (),
             not_finite=update.not_finite,
-            keys=gather(keys, self.world.groups) if update.not_finite else (),
+            keys=gather(taken.keys, self.world.groups) if update.not_finite else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
-
-
-def counted(
-    batches: Iterator[MicroBatch],
-    counts: _Counts,
-    found: list[Rejection],
-    keys: list[str],
-    whole: bool,
-) -> Iterator[MicroBatch]:
-    """Passes micro-batches on and adds them up where `whole`: context-parallel ranks share one."""
-    for batch in batches:
-        if whole:
-            counts.add(batch)
-            found += batch.rejections
-            keys += batch.keys
-        yield batch
 
 
 def forward_step(

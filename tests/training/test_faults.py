@@ -176,3 +176,18 @@ def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(
     saved = sorted(path.name for path in (work_dir / "checkpoints").glob("*iter_*"))
     assert saved == [f"iter_{number:07d}" for number in (6, 9, 10)]
     assert losses(work_dir) == losses(uninterrupted)
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start(shards, tmp_path, 2, *TP2, restarts=1)
+    wait_for_step(process, tmp_path, 5)
+    ranks = psutil.Process(process.pid).children()
+    second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "restart 1 by torchrun" in output
+    assert f"resuming from {tmp_path}/checkpoints/iter_000000" in output
+    assert losses(tmp_path) == losses(uninterrupted)
