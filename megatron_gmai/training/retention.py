@@ -27,9 +27,9 @@ def remove_old(folder: Path, newest: Path, keep_last: int | None, keep_every: in
     for rest in folder.glob(".iter_*.removed"):  # of a run that ended while it removed
         shutil.rmtree(rest, ignore_errors=True)
     whole = {
-        int(number): path
+        int(digits): path
         for path in folder.glob("iter_*")
-        if (path / MANIFEST).is_file() and (number := path.name.removeprefix("iter_")).isdecimal()
+        if (path / MANIFEST).is_file() and (digits := path.name.removeprefix("iter_")).isdecimal()
     }
     latest = (folder / LATEST).read_text(encoding="utf-8").strip()
     until_now = [number for number, path in whole.items() if path.name <= newest.name]

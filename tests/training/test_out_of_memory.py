@@ -1,6 +1,7 @@
 """Out of memory: one message that names the micro-batch, on the rank that it happened to."""
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,13 +19,13 @@ def test_the_micro_batch_that_does_not_fit_is_named(alone: Processes) -> None:
     trainer = Trainer(Case("run", micro_batch_size=2), alone)
     batch = join(global_batch(0)[2:])
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the page")
-    images, losses = trainer.chunks[0].forward, [0]
+    exact, calls = trainer.chunks[0].forward, [0]
 
-    def forward(*arguments: object, **options: object) -> object:
-        losses[0] += 1
-        if losses[0] == 2:
+    def forward(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
             raise full
-        return images(*arguments, **options)
+        return exact(*arguments, **options)
 
     with (
         mock.patch.object(trainer.chunks[0], "forward", forward),

@@ -47,29 +47,29 @@ def spoil_the_gradient(losses: Tensor, labels: Tensor) -> Sums:
 FAULTS = {"loss": spoil_the_loss, "gradient": spoil_the_gradient}
 
 
-def a_spoilt_step_changes_nothing(case: Case, fault: str, processes: Processes) -> None:
-    trainer, clean = Trainer(case, processes), Trainer(case, processes)
-    trainer.step(0)
-    clean.step(0)
+def spoilt_steps_change_nothing(case: Case, processes: Processes) -> None:
+    clean = Trainer(case, processes)
+    expected = [clean.step(step) for step in (0, 2, 3)]
+    trainer = Trainer(case, processes)
+    assert trainer.step(0) == expected[0]
     before, _ = whole_weights(trainer.chunks, trainer.world.groups)
-    with mock.patch("megatron_gmai.training.step.sum_losses", FAULTS[fault]):
-        result = trainer.step(1)
-    assert fault in result.not_finite and not result.updated
-    keys = [key for pack in global_batch(1) for key in pack.keys]
-    assert sorted(result.keys) == sorted(keys)
-    after, drifted = whole_weights(trainer.chunks, trainer.world.groups)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert drifted == []
-    # The optimizer's state has not moved either: the next steps are those of a run without it.
-    assert trainer.step(2) == clean.step(2)
-    assert trainer.step(3) == clean.step(3)
+    for fault, spoil in FAULTS.items():
+        with mock.patch("megatron_gmai.training.step.sum_losses", spoil):
+            result = trainer.step(1)
+        assert fault in result.not_finite and not result.updated
+        keys = [key for pack in global_batch(1) for key in pack.keys]
+        assert sorted(result.keys) == sorted(keys)
+        after, drifted = whole_weights(trainer.chunks, trainer.world.groups)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert drifted == []
+    # The optimizer's state has not moved either: the next steps are those of a run without them.
+    assert [trainer.step(step) for step in (2, 3)] == expected[1:]
 
 
 def spoil_all(cases: list[Case]) -> None:
     processes = Processes()
     for case in cases:
-        for fault in FAULTS:
-            a_spoilt_step_changes_nothing(case, fault, processes)
+        spoilt_steps_change_nothing(case, processes)
     dist.barrier()
 
 
@@ -77,10 +77,8 @@ def test_no_rank_of_any_layout_applies_what_is_not_finite() -> None:
     run_world(2, spoil_all, CASES)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_without_clipping_it_is_noticed_too(fault: str, alone: Processes) -> None:
-    case = Case("alone", train=(("max_grad_norm", 0.0),))
-    a_spoilt_step_changes_nothing(case, fault, alone)
+def test_without_clipping_it_is_noticed_too(alone: Processes) -> None:
+    spoilt_steps_change_nothing(Case("alone", train=(("max_grad_norm", 0.0),)), alone)
 
 
 def skipped(number: int) -> StepResult:
