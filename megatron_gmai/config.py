@@ -197,6 +197,9 @@ class RunConfig:
         -1, "below 1: share of the run; 1 and more: steps; -1: at the end", "--save-interval"
     )
     checkpoint_drop_optimizer: bool = option(False, "save weights only; such a run cannot resume")
+    async_save: bool = option(
+        False, "write checkpoints from a copy in host memory while training goes on"
+    )
     keep_last: int | None = option(
         None, "checkpoints that stay; older ones are removed once a new one is whole (default: all)"
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
@@ -79,17 +80,42 @@ def save_checkpoint(
     Raises:
         CheckpointError: writing failed (a full disk, say). What was written is removed.
     """
+    pieces = pieces_to_write(chunks, optimizer, config)
+    has_optimizer = optimizer is not None
+    return write_checkpoint(folder, position, pieces, config, has_optimizer, carried)
+
+
+def pieces_to_write(
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, config: Config
+) -> list[Piece]:
+    """This rank's share of a checkpoint."""
+    if optimizer is not None:
+        optimizer_state.allocate(optimizer)  # a run that is saved before its first step
+    pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+    return [piece for writes, piece in pieces if writes]
+
+
+def write_checkpoint(
+    folder: Path,
+    position: Position,
+    pieces: Sequence[Piece],
+    config: Config,
+    has_optimizer: bool,
+    carried: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+) -> Path:
+    """`save_checkpoint` of pieces, over a process group of all ranks (default: the world)."""
     final = folder / f"iter_{position.iteration:07d}"
     temporary = folder / f".{final.name}.incomplete"
     pointer = folder / f".{LATEST}.tmp"
 
     def begin() -> None:
-        _remove(temporary)
+        for unfinished in folder.glob(".iter_*.incomplete"):  # of a run that ended while it saved
+            _remove(unfinished)
         temporary.mkdir(parents=True)
 
     def finish() -> None:
         write_carried(temporary, carried or {})
-        has_optimizer = optimizer is not None
         write_manifest(temporary, asdict(position), config, has_optimizer, checksums)
         pointer.write_text(final.name, encoding="utf-8")
         _remove(final)  # of an earlier run; nothing from here on needs space
@@ -97,14 +123,10 @@ def save_checkpoint(
         pointer.replace(folder / LATEST)
 
     try:
-        on_first_rank(begin)
-        if optimizer is not None:
-            optimizer_state.allocate(optimizer)  # a run that is saved before its first step
-        pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
-        written = [piece for writes, piece in pieces if writes]
-        write_pieces(written, temporary)
-        checksums = checksums_of_all_ranks(temporary)
-        on_first_rank(finish)
+        on_first_rank(begin, group)
+        write_pieces(pieces, temporary, group)
+        checksums = checksums_of_all_ranks(temporary, group)
+        on_first_rank(finish, group)
     except OSError as error:
         if dist.get_rank() == 0:
             _remove(temporary)

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_gmai.convert.manifest import crc32_of, read_manifest
 
 
-def checksums_of_all_ranks(folder: Path) -> dict[str, int]:
+def checksums_of_all_ranks(folder: Path, group: ProcessGroup | None = None) -> dict[str, int]:
     """CRC-32 of each file of tensors; every rank reads back what it has just written.
 
     Raises:
         OSError: on every rank, if any of them could not read its file.
     """
     own = folder.glob(f"__{dist.get_rank()}_*.distcp")
-    return _gathered(lambda: {path.name: crc32_of(path) for path in own})
+    return _gathered(lambda: {path.name: crc32_of(path) for path in own}, group)
 
 
 def changed_files(checkpoint: Path) -> list[str]:
@@ -40,7 +41,9 @@ def changed_files(checkpoint: Path) -> list[str]:
     ]
 
 
-def _gathered(compute: Callable[[], dict[str, int]]) -> dict[str, int]:
+def _gathered(
+    compute: Callable[[], dict[str, int]], group: ProcessGroup | None = None
+) -> dict[str, int]:
     """The union of what all ranks compute."""
     own: dict[str, int] | str
     try:
@@ -48,7 +51,7 @@ def _gathered(compute: Callable[[], dict[str, int]]) -> dict[str, int]:
     except OSError as error:
         own = f"rank {dist.get_rank()}: {error}"
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
+    dist.all_gather_object(parts, own, group=group)
     for part in parts:
         if isinstance(part, str):
             raise OSError(part)

@@ -7,20 +7,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_gmai.config import Config, RunConfig
+from megatron_gmai.config import Config
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.runtime.device import Device, peak_memory_bytes
 from megatron_gmai.training.checkpoint import (
-    CheckpointError,
-    Position,
     newest_whole_checkpoint,
-    save_checkpoint,
 )
 from megatron_gmai.training.metrics import MetricsLog, make_row
-from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
-from megatron_gmai.training.optimizer_state import steps_taken
+from megatron_gmai.training.optimizer import learning_rate
 from megatron_gmai.training.preemption import stop_requested
-from megatron_gmai.training.retention import remove_old
+from megatron_gmai.training.saving import Saver
 from megatron_gmai.training.setup import Run
 from megatron_gmai.training.skipped import SkippedSteps
 from megatron_gmai.training.watchdog import Watchdog
@@ -43,7 +39,7 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
     log = open_log(run)
     batches = watchdog.over(run.batches)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
-    skipped = open_skipped(run)
+    skipped, saver = open_skipped(run), Saver(run)
     finished, saving = True, 0.0
     for iteration in range(run.position.iteration + 1, total + 1):
         watchdog.begin(iteration)
@@ -64,56 +60,13 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
         stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
         if iteration % save_every == 0 or iteration == total or stopped:
             with watchdog.paused():
-                saving += save(run, iteration, must_succeed=iteration == total or stopped)
+                saving += saver.save(iteration, must_succeed=iteration == total or stopped)
         if stopped and iteration < total:
             finished = False
             break
     if log is not None:
         log.close()
     return finished
-
-
-def save(run: Run, iteration: int, must_succeed: bool) -> float:
-    """Write the checkpoint of this iteration; the seconds that it took.
-
-    Storage that is full or away for a while costs a checkpoint, not the run: unless this one
-    `must_succeed` the run warns and tries again at the next interval.
-    """
-    config, began = run.config, time.monotonic()
-    assert config.run.save is not None
-    optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
-    new_packs = (iteration - run.position.iteration) * config.train.global_batch_size
-    consumed = run.position.consumed_packs + new_packs
-    position = Position(
-        iteration,
-        consumed,
-        steps_taken(run.optimizer, run.world.device),
-        run.dataset.bookmark(consumed),
-    )
-    finish_param_gather(run.chunks)
-    chunks = [chunk.module for chunk in run.chunks]
-    folder = Path(config.run.save)
-    try:
-        path = save_checkpoint(folder, position, chunks, optimizer, config, run.carried)
-        outcome = f"saved {path}"
-        if run.world.is_first_rank:
-            forget_older(path, config.run)
-    except CheckpointError as error:  # of all ranks alike
-        if must_succeed:
-            raise
-        outcome = f"warning: {error}\nTraining goes on and tries again at the next interval."
-    seconds = time.monotonic() - began
-    if run.world.is_first_rank:
-        print(f"{outcome} ({seconds:.1f} s)", flush=True)
-    return seconds
-
-
-def forget_older(path: Path, settings: RunConfig) -> None:
-    """Remove the checkpoints that need not stay beside the new one."""
-    try:
-        remove_old(path.parent, path, settings.keep_last, settings.keep_every)
-    except OSError as error:
-        print(f"warning: an older checkpoint could not be removed: {error}", flush=True)
 
 
 def newest(run: Run) -> Path | None:

@@ -191,3 +191,38 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(
     assert "restart 1 by torchrun" in output
     assert f"resuming from {tmp_path}/checkpoints/iter_000000" in output
     assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_saving_while_training_goes_on_gives_the_same_files(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The next save waits for a slow one; steps do not, and what they change is not saved."""
+    fault = (
+        "from megatron_gmai.training import checkpoint\n"
+        "import time\n"
+        "write = checkpoint.write_pieces\n"
+        "def slowly(*arguments):\n"
+        "    time.sleep(3)\n"
+        "    write(*arguments)\n"
+        "checkpoint.write_pieces = slowly"
+    )
+    work_dir = tmp_path / "work"
+    program = faulty(tmp_path / "program.py", fault)
+    process = start(shards, work_dir, 2, *TP2, "--async-save", program=program)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert losses(work_dir) == losses(uninterrupted)
+    for number in (3, 6, 9, 10):
+        name = f"iter_{number:07d}"
+        assert tensors(work_dir / "checkpoints" / name) == tensors(
+            uninterrupted / "checkpoints" / name
+        )
+    assert output.index("step 4/") < output.index("iter_0000003 (")
+    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[3]["save_time_s"] < 3
+
+
+def tensors(folder: Path) -> dict[str, int]:
+    """CRC-32 of the files that hold tensors."""
+    stored = json.loads((folder / "manifest.json").read_text())["crc32"]
+    return {name: value for name, value in stored.items() if name.endswith(".distcp")}
