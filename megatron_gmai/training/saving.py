@@ -36,6 +36,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="save")
         self.writing: Future[None] | None = None
+        self.copies: list[Piece] = []
 
     def save(self, iteration: int, must_succeed: bool) -> float:
         """Save this iteration; the seconds that training waited for it.
@@ -55,9 +56,8 @@ class Saver:
         if must_succeed:
             self._write(position, pieces, must_succeed=True)
         elif settings.async_save:
-            # The next step changes the tensors, so what this rank is to write is copied: its share.
-            copies = [copied(piece) for piece in pieces]
-            self.writing = self.executor.submit(self._write, position, copies)
+            self._copy(pieces)
+            self.writing = self.executor.submit(self._write, position, self.copies)
         else:
             self._write(position, pieces)
         return time.monotonic() - began
@@ -67,6 +67,17 @@ class Saver:
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.result()
+
+    def _copy(self, pieces: list[Piece]) -> None:
+        """Copy what this rank is to write, its own share of the state: the next step changes it.
+
+        The memory is kept for the next save: touching it for the first time is most of the cost.
+        """
+        if not self.copies:
+            self.copies = [copied(piece) for piece in pieces]
+            return
+        for copy, piece in zip(self.copies, pieces, strict=True):
+            copy.tensor.copy_(piece.tensor.detach())
 
     def _position(self, iteration: int) -> Position:
         run = self.run

@@ -21,6 +21,8 @@ from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 
+from megatron_gmai.training.preemption import obey_stop_signals
+
 _MOST_SECONDS_BETWEEN_LOOKS = 2.0
 _STORE_SECONDS = 5.0  # the store may be gone together with its host
 # Frames that only pass a call on, and say nothing of where a rank waits.
@@ -43,7 +45,10 @@ class Watchdog:
         self.stacks = work_dir / f"stacks.{self.rank}.txt"
         self.store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
         self.step, self.last, self.looks = 0, time.monotonic(), 0
-        self.is_paused = False
+        self.is_paused = self.store_is_lost = False
+        self.heard: dict[int, tuple[int, float]] = {}  # while paused: looks of a rank, since when
+        self.peers: list[tuple[str, int]] = [("", 0)] * self.size
+        dist.all_gather_object(self.peers, (socket.gethostname(), os.getpid()))
         self.main = threading.get_ident()
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -77,7 +82,9 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What may take as long as it takes: writing to slow storage."""
+        """What may take as long as it takes, writing to slow storage; only the loss of another
+        rank ends the run meanwhile."""
+        self.heard = {}
         self.is_paused = True
         yield
         self.beat()
@@ -86,46 +93,86 @@ class Watchdog:
     def _watch(self) -> None:
         while not self.closed.wait(self.interval):
             self._publish()
-            if not self.is_paused and time.monotonic() - self.last > self.patience:
+            idle = time.monotonic() - self.last
+            if (
+                idle > self.patience
+                and not self.is_paused
+                or self.is_paused
+                and self.looks % 8 == 0
+                and self._lost_a_peer()
+            ):
                 self._end()
+
+    def _lost_a_peer(self) -> bool:
+        """Whether some rank has told nothing for too long; storage that is slow keeps none from
+        telling."""
+        now = time.monotonic()
+        for rank, status in (self._ask(self._statuses) or {}).items():
+            looks, since = self.heard.get(rank, (0, now))
+            if status["looks"] != looks:
+                looks, since = status["looks"], now
+            self.heard[rank] = looks, since
+        return any(now - since > self.patience for _, since in self.heard.values())
 
     def _publish(self) -> None:
         self.looks += 1
-        status = {
-            "looks": self.looks,
-            "does": f"{place(sys._current_frames()[self.main])} in step {self.step}",
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
-        within(_STORE_SECONDS, lambda: self.store.set(_key(self.rank), json.dumps(status)))
+        does = f"{place(sys._current_frames()[self.main])} in step {self.step}"
+        status = json.dumps({"looks": self.looks, "does": does})
+        self._ask(lambda: self.store.set(_key(self.rank), status))
 
-    def _end(self) -> None:
-        """Dump this rank's stacks; the first of all ranks also tells what each of them does."""
-        with suppressed_errors(), self.stacks.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file)
-        turn = within(_STORE_SECONDS, lambda: self.store.add("hang", 1))
-        if turn in (1, None):
-            before = within(_STORE_SECONDS, self._statuses) or {}
-            time.sleep(2 * self.interval)
-            self._publish()
-            after = within(_STORE_SECONDS, self._statuses) or {}
-            print(self.line(before, after), file=sys.stderr, flush=True)
-            self._end_silent(before, after)
-        else:
-            time.sleep(2 * self.interval + _STORE_SECONDS)
-        os._exit(1)
+    def _ask(self, question: Callable[[], Result]) -> Result | None:
+        """What the store answers; None once it has failed to, and from then on."""
+        answer = None if self.store_is_lost else within(_STORE_SECONDS, lambda: (question(),))
+        self.store_is_lost = answer is None
+        return answer[0] if answer else None
 
     def _statuses(self) -> dict[int, dict[str, Any]]:
         """What the ranks have told last."""
         told = [rank for rank in range(self.size) if self.store.check([_key(rank)])]
         return {rank: json.loads(self.store.get(_key(rank))) for rank in told}
 
-    def line(self, before: dict[int, Any], after: dict[int, Any]) -> str:
+    def _end(self) -> None:
+        """Dump this rank's stacks; the first of all ranks also tells what each of them does."""
+        obey_stop_signals()  # in this thread: torchrun ends the others when one has spoken
+        with suppressed_errors(), self.stacks.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+        turn = self._ask(lambda: self.store.add("hang", 1))
+        if turn is None:
+            time.sleep(min(self.rank, 60) / 2)  # nobody says who speaks: one after the other
+        if turn in (1, None):
+            self._tell()
+        else:
+            for _ in range(int(2 + _STORE_SECONDS / self.interval)):  # one that sleeps is not gone
+                self._publish()
+                time.sleep(self.interval)
+        os._exit(1)
+
+    def _tell(self) -> None:
+        before = self._ask(self._statuses) or {}
+        time.sleep(2 * self.interval)
+        self._publish()
+        after = self._ask(self._statuses) or {}
+        silent = self._silent(before, after)
+        print(self.line(silent, after), file=sys.stderr, flush=True)
+        for rank in silent:
+            host, pid = self.peers[rank]
+            if host == socket.gethostname():  # a stopped process hears no SIGTERM of torchrun's
+                with suppressed_errors():
+                    os.kill(pid, signal.SIGKILL)
+
+    def _silent(self, before: dict[int, Any], after: dict[int, Any]) -> set[int]:
+        if self.store_is_lost:  # rank 0 has the store, unless torchrun's agent does
+            is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return set() if is_agents else {0} - {self.rank}
+        return silent_ranks(before, after, self.size) - {self.rank}
+
+    def line(self, silent: set[int], statuses: dict[int, Any]) -> str:
         """Which ranks wait where, and which do not answer."""
+        own = {"does": f"{place(sys._current_frames()[self.main])} in step {self.step}"}
         places: dict[str, list[int]] = {}
         for rank in range(self.size):
-            silent = rank in silent_ranks(before, after, self.size) and rank != self.rank
-            does = "does not answer" if silent or rank not in after else after[rank]["does"]
+            status = own if rank == self.rank else statuses.get(rank, {"does": "unknown"})
+            does = "does not answer" if rank in silent else status["does"]
             places.setdefault(does, []).append(rank)
         told = "; ".join(f"{spans(ranks)}: {does}" for does, ranks in places.items())
         return (
@@ -133,13 +180,6 @@ class Watchdog:
             f"(--distributed-timeout-minutes {self.timeout / 60:g}), the run ends. {told}. "
             f"Stacks: {self.stacks.with_name('stacks.RANK.txt')}"
         )
-
-    def _end_silent(self, before: dict[int, Any], after: dict[int, Any]) -> None:
-        """A stopped process hears no SIGTERM; torchrun would wait half a minute for it."""
-        for rank in silent_ranks(before, after, self.size):
-            if rank != self.rank and after.get(rank, {}).get("host") == socket.gethostname():
-                with suppressed_errors():
-                    os.kill(after[rank]["pid"], signal.SIGKILL)
 
 
 def silent_ranks(before: dict[int, Any], after: dict[int, Any], size: int) -> set[int]:

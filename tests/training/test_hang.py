@@ -19,7 +19,7 @@ MORE = 15  # seconds for the report, and for torchrun to notice
 def ended(work_dir: Path, output: str, speaker: int) -> None:
     assert output.count("made no progress for") == 1, output
     assert f"[rank {speaker}] step " in output
-    assert "Traceback" not in output and "another rank is gone" not in output
+    assert "another rank is gone" not in output
     assert "watchdog.py" in (work_dir / f"stacks.{speaker}.txt").read_text()
 
 
@@ -33,13 +33,41 @@ def test_a_stopped_process_is_named_and_all_ranks_end(
     rank = next(rank for rank in ranks if rank.environ().get("RANK") == str(stopped))
     rank.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    output = finish(process, timeout=MINUTES * 60 + MORE)
+    try:
+        output = finish(process, timeout=MINUTES * 60 + MORE)
+    finally:
+        if rank.is_running():
+            rank.kill()
     assert time.monotonic() - began > MINUTES * 60 / 2
     _, alive = psutil.wait_procs(ranks, timeout=1)
     assert process.returncode != 0 and not alive
     ended(tmp_path, output, speaker=1 - stopped)
     assert f"rank {stopped}: does not answer" in output
     assert " in step " in output.split(f"rank {1 - stopped}: ")[1]
+
+
+def test_a_process_that_stops_while_all_save_is_named_too(shards: Path, tmp_path: Path) -> None:
+    """Saving may take longer than the time-out, as it does here on the first rank."""
+    fault = (
+        "from megatron_gmai.training import checkpoint\n"
+        "import os, signal, time\n"
+        "write = checkpoint.write_pieces\n"
+        "def slowly(*arguments):\n"
+        "    time.sleep(20)\n"
+        "    if len(list(arguments[1].parent.glob('iter_*'))):\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else None\n"
+        "    write(*arguments)\n"
+        "checkpoint.write_pieces = slowly"
+    )
+    program = faulty(tmp_path / "program.py", fault)
+    work_dir = tmp_path / "work"
+    limit = ("--distributed-timeout-minutes", "0.25")
+    process = start(shards, work_dir, 2, "--tp", "2", *limit, program=program)
+    output = finish(process, timeout=240)
+    assert process.returncode != 0
+    assert f"saved {work_dir}/checkpoints/iter_0000003" in output
+    ended(work_dir, output, speaker=0)
+    assert "rank 1: does not answer" in output
 
 
 def test_a_rank_that_waits_elsewhere_is_told_from_those_in_a_collective(
