@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_gmai.training.preemption import obey_stop_signals
 
 _MOST_SECONDS_BETWEEN_LOOKS = 2.0
+_HANG = "watchdog/hang"  # in the store: how many ranks have come to the end of their patience
 _STORE_SECONDS = 5.0  # the store may be gone together with its host
 # Frames that only pass a call on, and say nothing of where a rank waits.
 _WRAPPERS = ("torch", "megatron_gmai.runtime.cpu", "contextlib")
@@ -93,15 +94,15 @@ class Watchdog:
     def _watch(self) -> None:
         while not self.closed.wait(self.interval):
             self._publish()
-            idle = time.monotonic() - self.last
-            if (
-                idle > self.patience
-                and not self.is_paused
-                or self.is_paused
-                and self.looks % 8 == 0
-                and self._lost_a_peer()
-            ):
+            if self._has_to_end():
                 self._end()
+
+    def _has_to_end(self) -> bool:
+        if self._ask(lambda: self.store.check([_HANG])):
+            return True  # another rank has lost patience: stacks of all ranks are wanted
+        if self.is_paused:
+            return self.looks % 8 == 0 and self._lost_a_peer()
+        return time.monotonic() - self.last > self.patience
 
     def _lost_a_peer(self) -> bool:
         """Whether some rank has told nothing for too long; storage that is slow keeps none from
@@ -136,7 +137,7 @@ class Watchdog:
         obey_stop_signals()  # in this thread: torchrun ends the others when one has spoken
         with suppressed_errors(), self.stacks.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
-        turn = self._ask(lambda: self.store.add("hang", 1))
+        turn = self._ask(lambda: self.store.add(_HANG, 1))
         if turn is None:
             time.sleep(min(self.rank, 60) / 2)  # nobody says who speaks: one after the other
         if turn in (1, None):

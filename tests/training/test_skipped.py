@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_gmai.config import ParallelConfig
@@ -32,8 +33,8 @@ Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def spoil_the_loss(losses: Tensor, labels: Tensor) -> Sums:
-    """NaN in the loss and in every gradient, on the last rank."""
-    if dist.get_rank() == dist.get_world_size() - 1:
+    """NaN in the loss and in every gradient of the last data-parallel rank."""
+    if parallel_state.get_data_parallel_rank() == parallel_state.get_data_parallel_world_size() - 1:
         losses = losses * math.nan
     return sum_losses(losses, labels)
 
