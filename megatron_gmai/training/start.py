@@ -2,7 +2,6 @@
 large is built, and final when it is validated."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.huggingface import check_tokenizer, open_pretrained
 from megatron_gmai.data.text.tokenizer import load_tokenizer
+from megatron_gmai.runtime.groups import restarts
 from megatron_gmai.tokenizer_file import find_tokenizer
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
@@ -72,11 +72,6 @@ def find_start(config: Config, log: Log, damaged: Collection[Path] = ()) -> Star
     if run.load is not None:
         return with_base(Start(load=open_checkpoint(Path(run.load))), config)
     return Start(llava=Path(run.llava) if run.llava is not None else None)
-
-
-def restarts() -> int:
-    """How often torchrun (`--max-restarts`) has started this run's processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def verified(start: Start, config: Config, log: Log) -> Start:
