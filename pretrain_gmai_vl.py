@@ -26,7 +26,7 @@ def main() -> None:
     from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
     from megatron_gmai.training.setup import build_run
-    from megatron_gmai.training.start import complete, find_start, mean_images_per_pack
+    from megatron_gmai.training.start import complete, find_start, mean_images_per_pack, verified
     from megatron_gmai.validation import validate
 
     first = os.environ.get("RANK", "0") == "0"
@@ -53,6 +53,7 @@ def main() -> None:
     if first:
         save_config(config)
         record_start(Path(config.run.work_dir), world.layout.world_size)
+    start = verified(start, config, log)
     run = build_run(config, start, world)
     log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")
     finished = train(run)

@@ -203,6 +203,18 @@ class RunConfig:
         -1, "below 1: share of the run; 1 and more: steps; -1: at the end", "--save-interval"
     )
     checkpoint_drop_optimizer: bool = option(False, "save weights only; such a run cannot resume")
+    async_save: bool = option(
+        False, "write checkpoints from a copy in host memory while training goes on"
+    )
+    keep_last: int | None = option(
+        None, "checkpoints that stay; older ones are removed once a new one is whole (default: all)"
+    )
+    keep_every: int | None = option(
+        None, "with --keep-last: checkpoints of every N-th step stay as well"
+    )
+    max_skipped_steps: int = option(
+        10, "steps in a row with a loss or gradient that is not finite, after which the run stops"
+    )
     log_interval: int = option(10, "steps between progress lines")
     tensorboard_dir: str | None = option(None, "event files (default: WORK_DIR/tensorboard)")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))

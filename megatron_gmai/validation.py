@@ -58,6 +58,9 @@ def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
         ("--max-rejected", data.max_rejected, 0, 1),
         ("--num-workers", data.num_workers, 0, math.inf),
         ("--log-interval", run.log_interval, 1, math.inf),
+        ("--keep-last", run.keep_last, 1, math.inf),
+        ("--keep-every", run.keep_every, 1, math.inf),
+        ("--max-skipped-steps", run.max_skipped_steps, 1, math.inf),
     ]
     for flag, value, lowest, highest in bounds:
         if value is not None and not lowest <= value <= highest:

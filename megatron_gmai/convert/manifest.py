@@ -1,6 +1,9 @@
-"""The manifest that makes a checkpoint folder whole: written last, it names every file's size."""
+"""The manifest that makes a checkpoint folder whole: written last, it names every file's
+size and checksum."""
 
 import json
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from megatron_gmai.config import Config
 from megatron_gmai.convert.safe_metadata import check_metadata
 
 MANIFEST = "manifest.json"
+_PART_BYTES = 1 << 24
 LATEST = "latest"  # beside the checkpoints: the name of the newest whole one
 
 
@@ -21,17 +25,28 @@ class Manifest:
     config: Config
     has_optimizer: bool
     names: frozenset[str]  # of its tensors
+    checksums: dict[str, int]  # CRC-32 by file; empty in checkpoints of earlier versions
 
 
 def write_manifest(
-    folder: Path, position: dict[str, Any], config: Config, has_optimizer: bool
+    folder: Path,
+    position: dict[str, Any],
+    config: Config,
+    has_optimizer: bool,
+    checksums: Mapping[str, int] | None = None,
 ) -> None:
-    """Describe the files that lie in `folder`; nothing may be added to it afterwards."""
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    """Describe the files that lie in `folder`; nothing may be added to it afterwards.
+
+    `checksums` are the CRC-32 that are known; other files are read for theirs.
+    """
+    paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {name: path.stat().st_size for name, path in paths.items()}
+    known = checksums or {}
     manifest = {
         "position": position,
         "has_optimizer": has_optimizer,
         "files": files,
+        "crc32": {n: known[n] if n in known else crc32_of(paths[n]) for n in paths},
         "config": json.loads(config.to_json()),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -57,6 +72,8 @@ def read_manifest(path: Path) -> Manifest:
         position = dict(manifest["position"])
         config = Config.from_json(json.dumps(manifest["config"]))
         has_optimizer = bool(manifest["has_optimizer"])
+        stored = dict(manifest.get("crc32", {}))
+        checksums = {name: int(stored[name]) for name in files if name in stored}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST} cannot be read: {error}") from error
     for name, size in files.items():
@@ -67,4 +84,14 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} is damaged: {name} should have {size} bytes, found {found}. "
                 "Use an earlier checkpoint."
             )
-    return Manifest(path, position, config, has_optimizer, check_metadata(path / ".metadata"))
+    names = check_metadata(path / ".metadata")
+    return Manifest(path, position, config, has_optimizer, names, checksums)
+
+
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file's bytes, read in parts."""
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(_PART_BYTES):
+            value = zlib.crc32(part, value)
+    return value

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.layout import ImageShare, virtual_stages
@@ -76,15 +77,27 @@ def initialize_distributed(device: Device, timeout_minutes: float) -> None:
 
     Every collective of the world has the given time-out, so a lost rank ends the others.
     """
-    alone = "RANK" not in os.environ
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store: dist.Store
+    if "RANK" not in os.environ:
+        store, rank, size = dist.HashStore(), 0, 1
+    else:
+        found, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's agent keeps its store over restarts, with the addresses of ended processes.
+        store = dist.PrefixStore(f"restart-{restarts()}", found)
     dist.init_process_group(
         device.backend,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        store=dist.HashStore() if alone else None,
-        rank=0 if alone else -1,
-        world_size=1 if alone else -1,
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=size,
         device_id=device.torch_device if device.is_cuda else None,
     )
+
+
+def restarts() -> int:
+    """How often torchrun (`--max-restarts`) has started the processes of this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def build_groups(parallel: ParallelConfig, num_layers: int, timeout_minutes: float) -> Groups:

@@ -2,14 +2,15 @@
 
     SAVE/iter_0000100/     tensors of all ranks, in any layout's reach
                       carried.safetensors   parts of CLIP that are never run, for an export
-                      manifest.json   written last: the size of every file, the position, the config
+                      manifest.json   written last: size and CRC-32 of every file, position, config
     SAVE/latest            name of the newest whole checkpoint
 
 A checkpoint is written under a temporary name and renamed when its manifest is in place.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
@@ -31,6 +33,7 @@ from megatron_gmai.training.checkpoint_files import (
     read_pieces,
     write_pieces,
 )
+from megatron_gmai.training.checksums import changed_files, checksums_of_all_ranks
 from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.rng import restore_rng, rng_piece
 from megatron_gmai.training.weights import weight_pieces
@@ -77,34 +80,58 @@ def save_checkpoint(
     Raises:
         CheckpointError: writing failed (a full disk, say). What was written is removed.
     """
+    pieces = pieces_to_write(chunks, optimizer, config)
+    has_optimizer = optimizer is not None
+    return write_checkpoint(folder, position, pieces, config, has_optimizer, carried)
+
+
+def pieces_to_write(
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, config: Config
+) -> list[Piece]:
+    """This rank's share of a checkpoint."""
+    if optimizer is not None:
+        optimizer_state.allocate(optimizer)  # a run that is saved before its first step
+    pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+    return [piece for writes, piece in pieces if writes]
+
+
+def write_checkpoint(
+    folder: Path,
+    position: Position,
+    pieces: Sequence[Piece],
+    config: Config,
+    has_optimizer: bool,
+    carried: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+) -> Path:
+    """`save_checkpoint` of pieces, over a process group of all ranks (default: the world)."""
     final = folder / f"iter_{position.iteration:07d}"
     temporary = folder / f".{final.name}.incomplete"
     pointer = folder / f".{LATEST}.tmp"
 
     def begin() -> None:
-        _remove(temporary)
+        for unfinished in folder.glob(".iter_*.incomplete"):  # of a run that ended while it saved
+            _remove(unfinished)
         temporary.mkdir(parents=True)
 
     def finish() -> None:
         write_carried(temporary, carried or {})
-        write_manifest(temporary, asdict(position), config, has_optimizer=optimizer is not None)
+        write_manifest(temporary, asdict(position), config, has_optimizer, checksums)
         pointer.write_text(final.name, encoding="utf-8")
         _remove(final)  # of an earlier run; nothing from here on needs space
         temporary.rename(final)
         pointer.replace(folder / LATEST)
 
     try:
-        on_first_rank(begin)
-        if optimizer is not None:
-            optimizer_state.allocate(optimizer)  # a run that is saved before its first step
-        pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
-        written = [piece for writes, piece in pieces if writes]
-        write_pieces(written, temporary)
-        on_first_rank(finish)
+        on_first_rank(begin, group)
+        write_pieces(pieces, temporary, group)
+        checksums = checksums_of_all_ranks(temporary, group)
+        on_first_rank(finish, group)
     except OSError as error:
         if dist.get_rank() == 0:
             _remove(temporary)
-            pointer.unlink(missing_ok=True)
+            with suppress(OSError):  # read-only storage
+                pointer.unlink(missing_ok=True)
         raise CheckpointError(
             f"could not save {final}: {error}\n"
             f"Nothing of it was kept; earlier checkpoints in {folder} are untouched. "
@@ -136,10 +163,28 @@ def _position(bookmark: dict[str, Any] | None = None, **numbers: Any) -> Positio
     return Position(**numbers, bookmark=Bookmark(**{**bookmark, "epoch_starts": starts}))
 
 
-def newest_whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def verify_checkpoint(checkpoint: Checkpoint) -> None:
+    """Read all of a checkpoint once, shared out over the ranks, for its checksums.
+
+    Raises:
+        CheckpointError: on every rank, if bytes have changed since it was written.
+    """
+    try:
+        changed = changed_files(checkpoint.path)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be read: {error}") from error
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.path} is damaged: {'; '.join(changed[:8])}. Use an earlier checkpoint."
+        )
+
+
+def newest_whole_checkpoint(
+    folder: Path, except_for: Collection[Path] = ()
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `folder` that is whole, and why newer ones were passed over."""
     skipped: list[str] = []
-    for path in sorted(folder.glob("iter_*"), reverse=True):
+    for path in sorted(set(folder.glob("iter_*")).difference(except_for), reverse=True):
         try:
             return open_checkpoint(path), skipped
         except CheckpointError as error:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
@@ -38,7 +39,7 @@ from megatron_gmai.convert.safe_metadata import CheckedReader
 from megatron_gmai.training.pieces import Piece
 
 
-def write_pieces(pieces: Sequence[Piece], folder: Path) -> None:
+def write_pieces(pieces: Sequence[Piece], folder: Path, group: ProcessGroup | None = None) -> None:
     """Write what this rank is to write; every box of every tensor must come from one rank.
 
     Raises:
@@ -49,6 +50,7 @@ def write_pieces(pieces: Sequence[Piece], folder: Path) -> None:
             {},
             storage_writer=dcp.FileSystemWriter(folder),
             planner=_Writing(pieces),
+            process_group=group,
             no_dist=not dist.is_initialized(),
         )
     except CheckpointException as error:
@@ -171,7 +173,7 @@ def _misfit(piece: Piece, stored: dict[str, Any]) -> str | None:
     return None
 
 
-def on_first_rank(action: Callable[[], None]) -> None:
+def on_first_rank(action: Callable[[], None], group: ProcessGroup | None = None) -> None:
     """Run `action` on rank 0; every rank goes on, or raises what stopped rank 0.
 
     Raises:
@@ -183,7 +185,7 @@ def on_first_rank(action: Callable[[], None]) -> None:
             action()
         except (OSError, RuntimeError) as error:
             problem = [f"rank 0: {error}"]
-    dist.broadcast_object_list(problem, src=0)
+    dist.broadcast_object_list(problem, src=0, group=group)
     if problem[0] is not None:
         raise OSError(problem[0])
 

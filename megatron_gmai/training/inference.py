@@ -8,7 +8,11 @@ from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.treatment import read_treatment
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
-from megatron_gmai.training.checkpoint import load_checkpoint, open_checkpoint
+from megatron_gmai.training.checkpoint import (
+    load_checkpoint,
+    open_checkpoint,
+    verify_checkpoint,
+)
 from megatron_gmai.training.setup import fill_base
 from megatron_gmai.training.start import Start, with_base
 
@@ -48,6 +52,7 @@ def load_for_inference(trained: Trained, config: Config, world: World) -> GMAIVL
     if checkpoint is None or checkpoint.config.lora.llm_use_lora:
         fill_base([model], config, trained.start)
     if checkpoint is not None:
+        verify_checkpoint(checkpoint)
         load_checkpoint(checkpoint, [model], optimizer=None)
     return model.requires_grad_(False).eval()
 

@@ -1,6 +1,7 @@
 """The training loop: step, log, save, repeat."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,13 +12,15 @@ from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.planner.cost import step_flops
 from megatron_gmai.planner.hardware import device_peak
 from megatron_gmai.runtime.device import Device, device_name, peak_memory_bytes
-from megatron_gmai.training.checkpoint import Position, save_checkpoint
+from megatron_gmai.training.checkpoint import newest_whole_checkpoint
 from megatron_gmai.training.metrics import MetricsLog, make_row
-from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
-from megatron_gmai.training.optimizer_state import steps_taken
+from megatron_gmai.training.optimizer import learning_rate
 from megatron_gmai.training.preemption import stop_requested
+from megatron_gmai.training.saving import Saver
 from megatron_gmai.training.setup import Run
+from megatron_gmai.training.skipped import SkippedSteps
 from megatron_gmai.training.step import StepResult
+from megatron_gmai.training.watchdog import Watchdog
 
 
 def train(run: Run) -> bool:
@@ -25,27 +28,43 @@ def train(run: Run) -> bool:
 
     False if a stop signal has come to some rank: the run is saved and can be resumed.
     """
+    settings = run.config.run
+    minutes = settings.distributed_timeout_minutes
+    with Watchdog(Path(settings.work_dir), minutes * 60) as watchdog:
+        return take_steps(run, watchdog)
+
+
+def take_steps(run: Run, watchdog: Watchdog) -> bool:
+    """The loop itself; whether it came to the end."""
     config, total = run.config, run.total_iterations
     log = open_log(run)
+    batches = watchdog.over(run.batches)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
-    finished = True
+    skipped, saver = open_skipped(run), Saver(run)
+    finished, saving = True, 0.0
     for iteration in range(run.position.iteration + 1, total + 1):
+        watchdog.begin(iteration)
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
-        result = run.step(run.batches, lr)
+        result = run.step(batches, lr)
         if result.rejections:
             run.dataset.reject(result.rejections)
+        skipped.add(iteration, result, partial(newest, run))
         seconds = time.monotonic() - began
         if iteration % config.run.log_interval == 0 or iteration == total:
             memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
             if log is not None:
-                log.write(
-                    make_row(iteration, result, lr, seconds, memory, *speed_terms(run, result))
+                flops = speed_terms(run, result)
+                row = make_row(
+                    iteration, result, lr, seconds, memory, *flops, skipped.total, saving
                 )
+                log.write(row)
+            saving = 0.0
         # A signal reaches the ranks between different steps: all stop after the same one.
         stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
         if iteration % save_every == 0 or iteration == total or stopped:
-            save(run, iteration)
+            with watchdog.paused():
+                saving += saver.save(iteration, must_succeed=iteration == total or stopped)
         if stopped and iteration < total:
             finished = False
             break
@@ -61,24 +80,16 @@ def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None]:
     return flops, None if peak is None else peak * run.world.layout.world_size
 
 
-def save(run: Run, iteration: int) -> None:
-    """Write the checkpoint of this iteration."""
-    config = run.config
-    assert config.run.save is not None
-    optimizer = None if config.run.checkpoint_drop_optimizer else run.optimizer
-    new_packs = (iteration - run.position.iteration) * config.train.global_batch_size
-    consumed = run.position.consumed_packs + new_packs
-    position = Position(
-        iteration,
-        consumed,
-        steps_taken(run.optimizer, run.world.device),
-        run.dataset.bookmark(consumed),
-    )
-    finish_param_gather(run.chunks)
-    chunks = [chunk.module for chunk in run.chunks]
-    path = save_checkpoint(Path(config.run.save), position, chunks, optimizer, config, run.carried)
-    if run.world.is_first_rank:
-        print(f"saved {path}", flush=True)
+def newest(run: Run) -> Path | None:
+    """The newest whole checkpoint of this run."""
+    assert run.config.run.save is not None
+    checkpoint, _ = newest_whole_checkpoint(Path(run.config.run.save))
+    return None if checkpoint is None else checkpoint.path
+
+
+def open_skipped(run: Run) -> SkippedSteps:
+    work_dir = Path(run.config.run.work_dir) if run.world.is_first_rank else None
+    return SkippedSteps(work_dir, run.position.iteration, run.config.run.max_skipped_steps)
 
 
 def open_log(run: Run) -> MetricsLog | None:

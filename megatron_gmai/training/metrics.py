@@ -25,6 +25,8 @@ class Row:
     step_time_s: float
     tokens_per_s: float
     peak_memory_bytes: int
+    skipped_steps: int = 0  # so far: neither loss nor gradient may be infinite or NaN
+    save_time_s: float = 0.0  # that checkpoints held up training, since the row before
     model_flops_per_s: float = 0.0  # of all ranks, the vision tower's included
     mfu: float | None = None  # share of the devices' peak; None where that is not known
 
@@ -37,6 +39,8 @@ def make_row(
     memory: int,
     flops: float = 0.0,
     peak: float | None = None,
+    skipped: int = 0,
+    saving: float = 0.0,
 ) -> Row:
     """`flops` of the step's model work and `peak` a second, both of all ranks."""
     return Row(
@@ -54,6 +58,8 @@ def make_row(
         peak_memory_bytes=memory,
         model_flops_per_s=flops / seconds,
         mfu=None if peak is None else flops / seconds / peak,
+        skipped_steps=skipped,
+        save_time_s=saving,
     )
 
 
@@ -70,7 +76,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = work_dir / "metrics.jsonl"
-        _keep_rows_up_to(path, start)
+        keep_rows_up_to(path, start)
         self.file: IO[str] = path.open("a", encoding="utf-8")
         self.tensorboard: Any = SummaryWriter(str(tensorboard_dir), purge_step=start + 1)
         self.start, self.total, self.interval = start, total, interval
@@ -108,7 +114,8 @@ def _share(mfu: float | None) -> str:
     return "" if mfu is None else f" (MFU {mfu:.1%})"
 
 
-def _keep_rows_up_to(path: Path, iteration: int) -> None:
+def keep_rows_up_to(path: Path, iteration: int) -> None:
+    """Drop the rows of later steps, and a last one that was cut off."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_gmai.config import Config, TrainConfig
 from megatron_gmai.model.gmai_vl import GMAIVL
@@ -91,6 +94,38 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["weight_decay"] = train.wd * group["wd_mult"]
     return optimizer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step's gradients; equal on every rank."""
+
+    applied: bool
+    grad_norm: float  # before clipping
+    not_finite: str = ""  # why they were not applied; empty where fp16's scaler dropped them
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer, loss: float) -> Update:
+    """Clip the reduced gradients and step, unless the loss or the gradients' norm is not finite.
+
+    These are the parts of Megatron's own `step`, whose fp32 and bf16 optimizers would write a NaN
+    into every weight. `loss` and the norm are sums over all ranks, so all decide alike.
+    """
+    overflowed = optimizer.prepare_grads()  # also lets fp16's loss scale follow
+    norm = math.nan if overflowed else float(optimizer.get_grad_norm() or 0.0)
+    if not math.isfinite(loss):
+        return Update(False, norm, f"the loss is {loss}")
+    if overflowed:
+        return Update(False, 0.0)
+    if not math.isfinite(norm):
+        return Update(False, norm, f"the gradient's norm is {norm}")
+    is_chain = isinstance(optimizer, ChainedOptimizer)
+    for inner in optimizer.chained_optimizers if is_chain else [optimizer]:
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, inner.config.clip_grad, norm)
+    return Update(bool(optimizer.step_with_ready_grads()), norm)
 
 
 def learning_rate(iteration: int, total: int, train: TrainConfig) -> float:

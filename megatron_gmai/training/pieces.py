@@ -11,7 +11,7 @@ parameters that cross the padding between two of several buckets: megatron-core 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,11 @@ class Piece:
     shape: Shape  # of the whole tensor
     offsets: tuple[int, ...]  # of the box
     tensor: Tensor
+
+
+def copied(piece: Piece) -> Piece:
+    """The piece with memory of its own on the host, which later steps do not change."""
+    return replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 large is built, and final when it is validated."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from megatron_gmai.data.shards.index import MANIFEST_FILE
 from megatron_gmai.data.shards.mean_load import images_per_pack
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.planner.cost import typical_images
+from megatron_gmai.runtime.groups import restarts
 from megatron_gmai.tokenizer_file import find_tokenizer, tokenizer_file
 from megatron_gmai.training.checkpoint import (
     Checkpoint,
+    CheckpointError,
     newest_whole_checkpoint,
     open_checkpoint,
+    verify_checkpoint,
 )
 
 Log = Callable[[str], None]
@@ -51,22 +54,24 @@ class Start:
         return {name: tensor.clone() for name, tensor in leftovers.items()}
 
 
-def find_start(config: Config, log: Log) -> Start:
+def find_start(config: Config, log: Log, damaged: Collection[Path] = ()) -> Start:
     """Choose between resuming, weights of a checkpoint, Hugging Face weights and a fresh start.
 
-    `--resume` wins where its folder holds a whole checkpoint; else `--load`, `--llava`, or `--llm`
-    and `--vision` count.
+    `--resume` wins where its folder holds a whole checkpoint, apart from those known to be
+    `damaged`; else `--load`, `--llava`, or `--llm` and `--vision` count.
     """
     run = config.run
-    if run.resume:
+    if number := restarts():
+        log(f"restart {number} by torchrun: the run continues as with --resume")
+    if run.resume or number:
         assert run.save is not None
-        checkpoint, skipped = newest_whole_checkpoint(Path(run.save))
+        checkpoint, skipped = newest_whole_checkpoint(Path(run.save), damaged)
         for reason in skipped:
             log(f"passed over a checkpoint: {reason}")
         if checkpoint is not None:
             log(f"resuming from {checkpoint.path}")
             return with_base(Start(resume=checkpoint), config)
-        log(f"--resume: no checkpoint in {run.save}, so the run starts from the beginning")
+        log(f"no checkpoint in {run.save} to resume from, so the run starts from the beginning")
     elif run.save is not None and (earlier := sorted(Path(run.save).glob("iter_*"))):
         raise ValueError(
             f"{run.save} holds {earlier[-1].name} of an earlier run, which this one would write "
@@ -84,6 +89,29 @@ def _published(config: Config) -> Pretrained | None:
     # A language model alone has no <image>: the tokenizer says how many rows its embedding needs.
     tokenizer = load_tokenizer(tokenizer_file(find_tokenizer(config)))
     return open_start(config, tokenizer.vocab_size, tokenizer.image_token_id)
+
+
+def verified(start: Start, config: Config, log: Log) -> Start:
+    """`start`, or where the bytes of the checkpoint to resume from have changed, the next best one.
+
+    All ranks read the checkpoints together, once.
+
+    Raises:
+        CheckpointError: a checkpoint that the user named is damaged.
+    """
+    damaged: list[Path] = []
+    while start.resume is not None:
+        try:
+            verify_checkpoint(start.resume)
+            break
+        except CheckpointError as error:
+            log(f"passed over a checkpoint: {error}")
+            damaged.append(start.resume.path)
+            start = find_start(config, log, damaged)
+    for checkpoint in (start.load, start.base):
+        if checkpoint is not None:
+            verify_checkpoint(checkpoint)
+    return start
 
 
 def with_base(start: Start, config: Config) -> Start:

@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,10 @@ from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.runtime.world import World
+from megatron_gmai.training.optimizer import apply_gradients
+from megatron_gmai.training.out_of_memory import out_of_memory
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class StepResult:
     positions: int  # with padding
     images: int
     samples: int
-    updated: bool  # False if fp16 overflowed and the step was skipped
+    updated: bool  # False if fp16 overflowed, or `not_finite` tells why
     rejected: int = 0  # places of samples that could not be read
     rejections: tuple[Rejection, ...] = ()  # and why
+    not_finite: str = ""  # what kept the gradients from being applied
+    keys: tuple[str, ...] = ()  # of the global batch's samples, if `not_finite`
 
 
 @dataclass
@@ -56,6 +62,27 @@ class _Counts:
         self.images += batch.image_starts.numel()
         self.samples += batch.num_samples
         self.rejected += len(batch.rejections)
+
+
+@dataclass
+class _Taken:
+    """What is known of the micro-batches that a step has drawn so far."""
+
+    rejections: list[Rejection] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    newest: MicroBatch | None = None
+
+    def over(
+        self, batches: Iterator[MicroBatch], counts: _Counts, whole: bool
+    ) -> Iterator[MicroBatch]:
+        """Passes micro-batches on; adds them up where `whole`: context-parallel ranks share one."""
+        for batch in batches:
+            self.newest = batch
+            if whole:
+                counts.add(batch)
+                self.rejections += batch.rejections
+                self.keys += batch.keys
+            yield batch
 
 
 class TrainStep:
@@ -89,40 +116,35 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        counts, found = _Counts(), list[Rejection]()
+        taken, counts = _Taken(), _Counts()
         # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
-        drawn = counted(batches, counts, found, whole=self.world.groups.cp.rank() == 0)
+        drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
         iterators = list(itertools.tee(drawn, len(self.chunks)))
-        losses = self.forward_backward(
-            forward_step_func=partial(forward_step, world=self.world),
-            data_iterator=iterators,
-            model=self.chunks,
-            num_microbatches=self.num_microbatches,
-            seq_length=self.tokens_per_microbatch,
-            micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
-            forward_only=False,
-        )
-        updated, grad_norm, _ = self.optimizer.step()
+        try:
+            losses = self.forward_backward(
+                forward_step_func=partial(forward_step, world=self.world),
+                data_iterator=iterators,
+                model=self.chunks,
+                num_microbatches=self.num_microbatches,
+                seq_length=self.tokens_per_microbatch,
+                micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
+                forward_only=False,
+            )
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(taken.newest, self.world.rank, error) from error
         counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
         total = reduce_counts(counts, self.world)
+        loss = total["loss"] / max(1, total["supervised_tokens"])
+        update = apply_gradients(self.optimizer, loss)
         return StepResult(
-            loss=total["loss"] / max(1, total["supervised_tokens"]),
-            grad_norm=float(grad_norm or 0.0),
-            updated=bool(updated),
-            rejections=gather(found, self.world.groups) if total["rejected"] else (),
+            loss=loss,
+            grad_norm=update.grad_norm,
+            updated=update.applied,
+            rejections=gather(taken.rejections, self.world.groups) if total["rejected"] else (),
+            not_finite=update.not_finite,
+            keys=gather(taken.keys, self.world.groups) if update.not_finite else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
-
-
-def counted(
-    batches: Iterator[MicroBatch], counts: _Counts, found: list[Rejection], whole: bool
-) -> Iterator[MicroBatch]:
-    """Passes micro-batches on and adds them up where `whole`: context-parallel ranks share one."""
-    for batch in batches:
-        if whole:
-            counts.add(batch)
-            found += batch.rejections
-        yield batch
 
 
 def forward_step(
@@ -165,8 +187,8 @@ def reduce_counts(counts: _Counts, world: World) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def gather(found: list[Rejection], groups: Groups) -> tuple[Rejection, ...]:
+def gather(found: list[Item], groups: Groups) -> tuple[Item, ...]:
     """What all data-parallel ranks have found. It costs a step some time, in the rare case only."""
     lists: list[Any] = [None] * groups.dp_cp.size()
     dist.all_gather_object(lists, found, group=groups.dp_cp)
-    return tuple(rejection for part in lists for rejection in part)
+    return tuple(item for part in lists for item in part)

@@ -15,21 +15,27 @@ STEPS = 10
 
 
 def start(
-    shards: Path, work_dir: Path, ranks: int, *flags: str, prefix: tuple[str, ...] = ()
+    shards: Path,
+    work_dir: Path,
+    ranks: int,
+    *flags: str,
+    prefix: tuple[str, ...] = (),
+    program: Path = ROOT / "pretrain_gmai_vl.py",
+    restarts: int = 0,
 ) -> subprocess.Popen[str]:
     """Start `ranks` processes of the tiny model for STEPS steps; output is kept."""
-    command = [*prefix, *launcher(ranks), str(ROOT / "pretrain_gmai_vl.py")]
+    command = [*prefix, *launcher(ranks, restarts), str(program)]
     command += ["--preset", "gmai-vl-tiny", "--shards", str(shards), "--work-dir", str(work_dir)]
     command += ["--max-length", "256", "--global-batch-size", "2", "--train-iters", str(STEPS)]
     command += ["--log-interval", "1", "--checkpoint-interval", "3", "--device", "cpu", *flags]
     return run(command)
 
 
-def launcher(ranks: int) -> list[str]:
+def launcher(ranks: int, restarts: int = 0) -> list[str]:
     if ranks == 1:
         return [sys.executable]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    return [*torchrun, f"--master-port={free_port()}"]
+    return [*torchrun, f"--master-port={free_port()}", f"--max-restarts={restarts}"]
 
 
 def run(command: list[str]) -> subprocess.Popen[str]:

@@ -88,7 +88,7 @@ def a_full_disk_is_told_and_leaves_nothing(processes: Processes, folder: Path) -
 
     full = OSError(28, "No space left on device")
     with (
-        mock.patch("megatron_gmai.training.checkpoint._write_manifest", side_effect=full),
+        mock.patch("megatron_gmai.training.checkpoint.write_manifest", side_effect=full),
         pytest.raises(CheckpointError, match="rank 0: .*No space left on device"),
     ):
         save(trainer, folder, 2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_gmai.config import RunConfig
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.training.checkpoint import (
     CheckpointError,
@@ -21,7 +22,9 @@ from megatron_gmai.training.checkpoint import (
     newest_whole_checkpoint,
     open_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
+from megatron_gmai.training.start import find_start, verified
 from tests.parallel import batches
 from tests.parallel.cases import Case, Processes, Trainer
 from tests.training.resuming import save
@@ -186,6 +189,40 @@ def test_bytes_that_changed_inside_a_file_are_told(folder: Path, alone: Processe
         CheckpointError, match="iter_0000003 cannot be loaded: rank 0: .*\nIts bytes have changed"
     ):
         load_checkpoint(open_checkpoint(path), trainer.chunks, None)
+
+
+def flip_a_bit(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_flipped_bit_is_told_and_the_checkpoint_before_is_resumed(folder: Path) -> None:
+    newest = open_checkpoint(folder / "iter_0000003")
+    verify_checkpoint(newest)
+    flip_a_bit(newest.path)
+    with pytest.raises(CheckpointError, match=r"damaged: __0_0.distcp has the CRC-32 \w{8}, not"):
+        verify_checkpoint(newest)
+
+    lines: list[str] = []
+    settings = RunConfig(resume=True, save=str(folder))
+    config = dataclasses.replace(batches.CONFIG, run=settings)
+    start = verified(find_start(config, lines.append), config, lines.append)
+    assert start.resume is not None and start.resume.position.iteration == 2
+    assert sum("iter_0000003 is damaged" in line for line in lines) == 1
+
+    settings = RunConfig(load=str(newest.path))
+    config = dataclasses.replace(batches.CONFIG, run=settings)
+    with pytest.raises(CheckpointError, match="iter_0000003 is damaged"):
+        verified(find_start(config, lines.append), config, lines.append)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_of_before_there_were_checksums_is_read(folder: Path) -> None:
+    edit_manifest(folder / "iter_0000003", crc32=None)
+    verify_checkpoint(open_checkpoint(folder / "iter_0000003"))
 
 
 def test_another_model_is_told(

@@ -1,5 +1,6 @@
 """What becomes of a run when something goes wrong: it ends soon, says why once, and continues."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from tests.training.command import STEPS, finish, launcher, losses, run, start, wait_for_step
+from tests.training.faulty import faulty
 
 TP2 = ("--tp", "2")
 ENDS_WITHIN = 60  # seconds after a rank is gone
@@ -136,3 +138,91 @@ def test_an_interrupted_process_leaves_quietly(tmp_path: Path) -> None:
     )
     process = run([*launcher(1), str(program)])
     assert (finish(process), process.returncode) == ("", 130)
+
+
+def test_only_the_checkpoints_that_are_asked_for_stay(shards: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint-interval", "2", "--keep-last", "2", "--keep-every", "4")
+    output = finish(start(shards, tmp_path, 1, *flags))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*iter_*"))
+    assert kept == [f"iter_{number:07d}" for number in (4, 8, 10)], output
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all((row["save_time_s"] > 0) == (row["iteration"] in (3, 5, 7, 9)) for row in rows)
+
+
+def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The second rank's disk is full while step 3 is saved; from step 6 on it is not."""
+    fault = (
+        "from megatron_gmai.training import checkpoint\n"
+        "write, saves = checkpoint.write_pieces, []\n"
+        "def once(*arguments):\n"
+        "    saves.append(1)\n"
+        "    if rank == 1 and len(saves) == 1:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
+        "    try:\n"
+        "        write(*arguments)\n"
+        "    finally:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))\n"
+        "checkpoint.write_pieces = once\n"
+        "import resource"
+    )
+    work_dir = tmp_path / "work"
+    program = faulty(tmp_path / "program.py", fault)
+    process = start(shards, work_dir, 2, *TP2, program=program)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert output.count("warning: could not save") == 1, output
+    saved = sorted(path.name for path in (work_dir / "checkpoints").glob("*iter_*"))
+    assert saved == [f"iter_{number:07d}" for number in (6, 9, 10)]
+    assert losses(work_dir) == losses(uninterrupted)
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start(shards, tmp_path, 2, *TP2, restarts=1)
+    wait_for_step(process, tmp_path, 5)
+    ranks = psutil.Process(process.pid).children()
+    second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "restart 1 by torchrun" in output
+    assert f"resuming from {tmp_path}/checkpoints/iter_000000" in output
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_saving_while_training_goes_on_gives_the_same_files(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The next save waits for a slow one; steps do not, and what they change is not saved."""
+    fault = (
+        "from megatron_gmai.training import checkpoint\n"
+        "import time\n"
+        "write = checkpoint.write_pieces\n"
+        "def slowly(*arguments):\n"
+        "    time.sleep(3)\n"
+        "    write(*arguments)\n"
+        "checkpoint.write_pieces = slowly"
+    )
+    work_dir = tmp_path / "work"
+    program = faulty(tmp_path / "program.py", fault)
+    process = start(shards, work_dir, 2, *TP2, "--async-save", program=program)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert losses(work_dir) == losses(uninterrupted)
+    for number in (3, 6, 9, 10):
+        name = f"iter_{number:07d}"
+        assert tensors(work_dir / "checkpoints" / name) == tensors(
+            uninterrupted / "checkpoints" / name
+        )
+    assert output.index("step 4/") < output.index("iter_0000003 (")
+    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[3]["save_time_s"] < 3
+
+
+def tensors(folder: Path) -> dict[str, int]:
+    """CRC-32 of the files that hold tensors."""
+    stored = json.loads((folder / "manifest.json").read_text())["crc32"]
+    return {name: value for name, value in stored.items() if name.endswith(".distcp")}

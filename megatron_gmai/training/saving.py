@@ -1,0 +1,120 @@
+"""Saves checkpoints of a run: at once, or from a copy while training goes on (`--async-save`)."""
+
+import datetime
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_gmai.config import RunConfig
+from megatron_gmai.training.checkpoint import (
+    CheckpointError,
+    Position,
+    pieces_to_write,
+    write_checkpoint,
+)
+from megatron_gmai.training.optimizer import finish_param_gather
+from megatron_gmai.training.optimizer_state import steps_taken
+from megatron_gmai.training.pieces import Piece, copied
+from megatron_gmai.training.retention import remove_old
+from megatron_gmai.training.setup import Run
+
+# Ranks that have written wait for the slowest storage of all, far longer than a step may take.
+_LONGEST_WAIT = datetime.timedelta(hours=2)
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time; every rank has one.
+
+    The ranks agree over a process group of their own (gloo: it works on host memory), so that the
+    thread that writes never gets between the collectives of training.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.writing: Future[None] | None = None
+        self.copies: list[Piece] = []
+
+    def save(self, iteration: int, must_succeed: bool) -> float:
+        """Save this iteration; the seconds that training waited for it.
+
+        Storage that is full or away for a while costs a checkpoint, not the run: unless this one
+        `must_succeed` the run warns and tries again at the next interval. One that must is also
+        written before this returns.
+        """
+        run, began = self.run, time.monotonic()
+        self.finish()
+        settings = run.config.run
+        position = self._position(iteration)
+        finish_param_gather(run.chunks)
+        optimizer = None if settings.checkpoint_drop_optimizer else run.optimizer
+        chunks = [chunk.module for chunk in run.chunks]
+        pieces = pieces_to_write(chunks, optimizer, run.config)
+        if must_succeed:
+            self._write(position, pieces, must_succeed=True)
+        elif settings.async_save:
+            self._copy(pieces)
+            self.writing = self.executor.submit(self._write, position, self.copies)
+        else:
+            self._write(position, pieces)
+        return time.monotonic() - began
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _copy(self, pieces: list[Piece]) -> None:
+        """Copy what this rank is to write, its own share of the state: the next step changes it.
+
+        The memory is kept for the next save: touching it for the first time is most of the cost.
+        """
+        if not self.copies:
+            self.copies = [copied(piece) for piece in pieces]
+            return
+        for copy, piece in zip(self.copies, pieces, strict=True):
+            copy.tensor.copy_(piece.tensor.detach())
+
+    def _position(self, iteration: int) -> Position:
+        run = self.run
+        new_packs = (iteration - run.position.iteration) * run.config.train.global_batch_size
+        consumed = run.position.consumed_packs + new_packs
+        steps = steps_taken(run.optimizer, run.world.device)
+        return Position(iteration, consumed, steps, run.dataset.bookmark(consumed))
+
+    def _write(self, position: Position, pieces: list[Piece], must_succeed: bool = False) -> None:
+        """Write, tell and tidy up; a failure is that of all ranks."""
+        run, began = self.run, time.monotonic()
+        settings = run.config.run
+        assert settings.save is not None
+        try:
+            path = write_checkpoint(
+                Path(settings.save),
+                position,
+                pieces,
+                run.config,
+                has_optimizer=not settings.checkpoint_drop_optimizer,
+                carried=run.carried,
+                group=self.group,
+            )
+            outcome = f"saved {path}"
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            outcome = f"warning: {error}\nTraining goes on and tries again at the next interval."
+        if run.world.is_first_rank:
+            print(f"{outcome} ({time.monotonic() - began:.1f} s)", flush=True)
+            if outcome.startswith("saved"):
+                forget_older(path, settings)
+
+
+def forget_older(path: Path, settings: RunConfig) -> None:
+    """Remove the checkpoints that need not stay beside the new one."""
+    try:
+        remove_old(path.parent, path, settings.keep_last, settings.keep_every)
+    except OSError as error:
+        print(f"warning: an older checkpoint could not be removed: {error}", flush=True)
