@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# It makes a tensor when it is imported, which would be counted for the step that comes first.
+import megatron.core.transformer.multi_token_prediction  # noqa: F401
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
