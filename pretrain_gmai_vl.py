@@ -44,9 +44,9 @@ def main() -> None:
 
         print(tell(config, config.run.dry_run), flush=True)
         return
-    config, chosen = settle_layout(config, mean_images_per_pack(config))
-    if chosen:
-        log(chosen)
+    config, balance = settle_layout(config, mean_images_per_pack(config))
+    if balance:
+        log(balance)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
     world = open_world(config)

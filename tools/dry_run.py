@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         quiet_libraries()
         from megatron_gmai.dry_run.report import as_json, as_text, dry_runs, prepared
 
-        config, images, chosen = prepared(config, own.world_size, own.images_per_pack)
-        if chosen:
-            print(chosen)
+        config, images, balance = prepared(config, own.world_size, own.images_per_pack)
+        if balance:
+            print(balance)
         ranks = [int(rank) for rank in own.ranks.split(",")] if own.ranks else None
         reports = dry_runs(config, own.world_size, images, ranks)
     except ValueError as error:

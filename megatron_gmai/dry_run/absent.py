@@ -11,9 +11,12 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# It makes a tensor when it is imported, which would be counted for the step that comes first.
+import megatron.core.transformer.multi_token_prediction  # noqa: F401
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -109,6 +112,8 @@ def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[
     replaced = cpu.Installation()
     try:
         replaced.replace(dist, {"all_gather_object": _gather_own_object})
+        # Megatron keeps a scale for losses that this model lacks from run to run of a process.
+        replaced.replace(MoEAuxLossAutoScaler, {"main_loss_backward_scale": None})
         if device == cpu.CPU:
             cpu.install()
             with _ReadConstants():
