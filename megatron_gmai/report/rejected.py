@@ -11,7 +11,6 @@ from PIL import Image
 
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection
-from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.shards.reader import Shards, StoredSample
 
 PICTURES = 4  # of each reason
@@ -68,38 +67,19 @@ def pictures(reason: Reason, shards: Shards) -> Iterator[tuple[str, str]]:
 
 
 def find_sample(shards: Shards, rejection: Rejection) -> StoredSample | None:
-    """The sample of a ledger's key, `DATA_SET/NUMBER`; None if the shards do not hold it.
-
-    Shards keep the records of a data set in a shuffled order that follows from their count, so the
-    place of a number in that order is known, and halving finds it: a few annotations are read.
-    """
-    names = [source.name for source in shards.manifest.sources]
-    number = rejection.key.rpartition("/")[2]
-    if rejection.source not in names or not number.isdecimal():
+    """The sample of a ledger's key `TAR@BYTE`, the place of a stored sample; None for other keys,
+    those of records that never came into the shards, and where there is no such sample."""
+    name, at, offset = rejection.key.rpartition("@")
+    names = [shard.name for shard in shards.manifest.shards]
+    if not at or name not in names or not offset.isdecimal():
         return None
-    source = names.index(rejection.source)
-    info = shards.manifest.sources[source]
-    records = info.samples + info.rejected
-    if int(number) >= records:
-        return None
-    place = np.argsort(permutation(records, 0, source))  # of each record
-    rows = np.flatnonzero(shards.rows["source"] == source)
-    low, high = 0, len(rows)
+    first = shards.first_rows[names.index(name)]
+    rows = shards.rows[first : first + shards.manifest.shards[names.index(name)].samples]
+    found = np.flatnonzero(rows["offset"] == int(offset))
     try:
-        while low < high:
-            middle = (low + high) // 2
-            if place[_number(shards, int(rows[middle]))] < place[int(number)]:
-                low = middle + 1
-            else:
-                high = middle
-        stored = shards.read(int(rows[low])) if low < len(rows) else None
-    except (ValueError, IndexError):  # damaged, no longer there, or made by another tool
+        return shards.read(int(first + found[0])) if len(found) else None
+    except (ValueError, IndexError):  # damaged, or no longer there
         return None
-    return stored if stored is not None and stored.key == rejection.key else None
-
-
-def _number(shards: Shards, row: int) -> int:
-    return int(shards.read_record(row)[0].rpartition("/")[2])
 
 
 def _picture(data: bytes) -> str:
