@@ -210,6 +210,17 @@ class TestBombs:
         with pytest.raises(BadSample, match="a frame that is no JPEG"):
             decode(self.jpeg(encoded(Image.new("L", (64, 64)), "PNG"), syntax))
 
+    def test_the_frame_that_is_checked_is_the_one_that_is_decoded(self) -> None:
+        """The table of offsets leads to the second fragment; without it, the first comes first."""
+        small, large = (encoded(Image.new("L", (n, n), 128), "JPEG") for n in (64, 640))
+        table = struct.pack("<Q", 8 + len(small)), struct.pack("<Q", len(large))
+        bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+        offsets = {"ExtendedOffsetTable": table[0], "ExtendedOffsetTableLengths": table[1]}
+        pixels = encapsulate([small, large], has_bot=False)
+        data = dicom(PIXELS, PixelData=pixels, syntax=JPEGBaseline8Bit, **bits, **offsets)
+        with pytest.raises(BadSample, match="a DICOM frame of 640 x 640, not 64 x 64"):
+            decode(data)
+
     def test_a_frame_of_two_sizes_is_refused(self) -> None:
         frame = encoded(Image.new("L", (64, 64), 128), "JPEG")
         assert grey(self.jpeg(frame)).shape == (64, 64)
