@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_gmai.evaluate.server.model import ModelGenerator
 
 KEY = "GMAI_API_KEY"
+SPARE_CONNECTIONS = 128  # for pages, pictures and bodies under way; further ones get status 503
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         examples=flags.examples,
     )
     app = build_app(load_generator(flags), settings)
-    uvicorn.run(app, host=flags.host, port=flags.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app,
+        host=flags.host,
+        port=flags.port,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=settings.batch_size + settings.most_waiting + SPARE_CONNECTIONS,
+    )
 
 
 def load_generator(flags: argparse.Namespace) -> "ModelGenerator":

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from megatron_gmai.data.sources import parquet
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, read_benchmark
+from megatron_gmai.evaluate.native.files import read_parquet
 from megatron_gmai.evaluate.native.mmmu import SUBJECTS
 from megatron_gmai.evaluate.native.registry import SOURCES
 from tests.evaluate import published
@@ -155,3 +159,15 @@ def test_damaged_annotations_are_told(
     (tmp_path / "test.json").write_text(content)
     assert main(["slake", "--source", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "test.json" in capsys.readouterr().err
+
+
+def test_a_small_parquet_file_may_not_unpack_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pyarrow.DictionaryArray.from_arrays([0] * 64, [bytes(2**20)])
+    file = tmp_path / "test-0.parquet"
+    table = pyarrow.table({"image": image})
+    pyarrow.parquet.write_table(table, file, compression="zstd", store_schema=False)
+    monkeypatch.setattr(parquet, "LEAST_BOUND", 2**22)
+    with pytest.raises(ValueError, match=r"test-0\.parquet: it unpacks to more than 4194304"):
+        list(read_parquet([file]))

@@ -106,6 +106,16 @@ class TestSampler:
     def test_no_temperature_means_the_most_probable(self, generator: ModelGenerator) -> None:
         assert self.drawn(generator, 0.0, 1.0).tolist() == [1, 0, 0, 0]
 
+    @pytest.mark.parametrize("temperature", [1e-4, 1e-38, 1e-40, 5e-324])
+    def test_next_to_none_does_not_fail_the_batch(
+        self, generator: ModelGenerator, temperature: float
+    ) -> None:
+        one = request(generator, "scan", temperature=1.0)
+        tiny = Request(one.conversation, (), 1, temperature, 1.0, seed=1)
+        sampler = Sampler([tiny, Request(one.conversation, (), 1, 1.0, 1.0, seed=1)])
+        logits = torch.cat([self.LOGITS * 1e37, self.LOGITS])
+        assert int(sampler(logits)[0]) == 0
+
     def test_a_seed_repeats_an_answer(self, generator: ModelGenerator) -> None:
         hot = request(generator, "is a lung shown", 1, temperature=2.0)
         assert answers(generator, [hot]) == answers(generator, [hot])

@@ -4,12 +4,14 @@ pydicom would try every decoder that is installed. Here each compression has one
 machines get the same values, and GDCM is not among them: a damaged frame makes it end the process.
 """
 
-import struct
 from typing import Any
 
 import numpy as np
 
 from megatron_gmai.data.images.deep import imagecodecs, jpeg_2000_head, jpeg_2000_size
+from megatron_gmai.data.images.jpeg import check_scans
+from megatron_gmai.data.images.jpeg_head import decoders_size, frame_size
+from megatron_gmai.data.images.sizes import check_size
 from megatron_gmai.data.ledger import BadSample
 
 BASELINE, EXTENDED = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
@@ -23,8 +25,6 @@ CODECS = {
     **dict.fromkeys(LOSSLESS, "jpeg_decode"),
     **dict.fromkeys(JPEG_LS, "jpegls_decode"),
 }
-# SOF0 to SOF15 without DHT, JPG and DAC, which have numbers among them; SOF55 of JPEG-LS.
-STARTS_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 
 
 def stored_values(file: Any, number: int) -> np.ndarray:
@@ -35,8 +35,11 @@ def stored_values(file: Any, number: int) -> np.ndarray:
     syntax = file.file_meta.TransferSyntaxUID
     if syntax in CODECS or syntax in PLUGINS:
         frames = int(file.get("NumberOfFrames", 1) or 1)
-        frame = get_frame(file.PixelData, number, number_of_frames=frames)
-        _check_frame(frame, int(file.Columns), int(file.Rows))
+        frame = get_frame(
+            file.PixelData, number, extended_offsets=_offsets(file), number_of_frames=frames
+        )
+        if syntax != RLE:  # whose rows and columns are the file's
+            _check_frame(frame, int(file.Columns), int(file.Rows))
         if syntax in CODECS:
             return _by_imagecodecs(file, frame, CODECS[syntax])
     if syntax.is_compressed and not syntax.is_deflated and syntax not in PLUGINS:
@@ -44,27 +47,26 @@ def stored_values(file: Any, number: int) -> np.ndarray:
     return pixel_array(file, index=number, decoding_plugin=PLUGINS.get(syntax, ""))
 
 
+def _offsets(file: Any) -> tuple[bytes, bytes] | None:
+    """Where the frames lie by the file's own table, which pydicom goes by (PS3.3, C.7.6.3.1.8): the
+    frame that is checked has to be the one that is decoded."""
+    if "ExtendedOffsetTable" not in file or "ExtendedOffsetTableLengths" not in file:
+        return None
+    return file.ExtendedOffsetTable, file.ExtendedOffsetTableLengths
+
+
 def _check_frame(frame: bytes, width: int, height: int) -> None:
-    """Raises BadSample if a JPEG of any kind says that it has another size than the file does: its
-    decoder would believe it, however much memory and time that takes."""
-    size = jpeg_2000_size(frame) if jpeg_2000_head(frame) >= 0 else _jpeg_size(frame)
-    if size is not None and size != (width, height):
-        raise BadSample(f"a DICOM frame of {size[0]} x {size[1]}, not {width} x {height}")
-
-
-def _jpeg_size(frame: bytes) -> tuple[int, int] | None:
-    """Of the start-of-frame segment (ITU T.81, B.2.2; T.87 for JPEG-LS); None for other data."""
-    place = 2
-    while frame.startswith(b"\xff\xd8") and frame[place : place + 1] == b"\xff":
-        marker = frame[place + 1]
-        if marker in STARTS_OF_FRAME:
-            height, width = struct.unpack_from(">HH", frame, place + 5)
-            return width, height
-        if marker == 0xFF:  # fill byte
-            place += 1
-        else:
-            place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
-    return None
+    """Raises BadSample if a JPEG of any kind has another size than the file says, or too many
+    scans: its decoder would believe it, however much memory and time that takes."""
+    if jpeg_2000_head(frame) >= 0:
+        sizes = [jpeg_2000_size(frame)]
+    else:
+        sizes = [frame_size(frame), decoders_size(frame) or (width, height)]
+        check_scans(frame, width, height)
+    for size in sizes:
+        if size != (width, height):
+            raise BadSample(f"a DICOM frame of {size[0]} x {size[1]}, not {width} x {height}")
+        check_size(*size)
 
 
 def _by_imagecodecs(file: Any, frame: bytes, codec: str) -> np.ndarray:

@@ -9,12 +9,16 @@ from megatron_gmai.data.ledger import BadSample
 
 # A scan is decoded over the whole image, however few bytes it has; real files have about ten.
 MAX_SCANS = 500
+MAX_SCANNED_PIXELS = 2 * 10**9
 
 
-def check_scans(data: bytes) -> None:
+def check_scans(data: bytes, width: int, height: int) -> None:
     """Raises BadSample for a JPEG that would take minutes. The mark cannot stand inside a scan."""
-    if data.count(b"\xff\xda") > MAX_SCANS:
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS:
         raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
+    if scans * width * height > MAX_SCANNED_PIXELS:
+        raise BadSample(f"a JPEG of {scans} scans over {width} x {height} pixels")
 
 
 def decode_jpeg(data: bytes) -> np.ndarray | None:
@@ -22,7 +26,6 @@ def decode_jpeg(data: bytes) -> np.ndarray | None:
 
     None for the rare kinds (CMYK, odd sampling, padded segments) that are left to Pillow.
     """
-    check_scans(data)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError):  # its own error for headers it does not know
@@ -30,6 +33,7 @@ def decode_jpeg(data: bytes) -> np.ndarray | None:
     if colours not in ("YCbCr", "RGB", "Gray"):
         return None
     check_size(width, height)
+    check_scans(data, width, height)
     # Half the size in the decoder itself: whole, 100 megapixels need 300 MB.
     least = (-(-height // 2), -(-width // 2)) if is_huge(width, height) else (0, 0)
     try:

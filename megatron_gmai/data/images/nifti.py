@@ -25,6 +25,8 @@ from megatron_gmai.data.ledger import BadSample
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume whose axes run to R, A and S
 MAX_SLICES = 256
+# To which thick slices are stretched, unless more is stored; the vision tower sees 336 x 336.
+MAX_STRETCHED_SIDE = 2048
 RULE = re.compile(r"(axial|coronal|sagittal)(?::(all|@?\d{1,5}))?")
 EXAMPLE = '"nifti_slices": "axial", "axial:3", "coronal:all" or "sagittal:@57"'
 
@@ -125,7 +127,8 @@ def _square(levels: np.ndarray, across: float, down: float) -> np.ndarray:
     if not usable or across == down or not 0.05 < across / down < 20:
         return levels
     height, width = levels.shape
-    finest = min(across, down)
+    longest = max(MAX_STRETCHED_SIDE, width, height)
+    finest = max(min(across, down), width * across / longest, height * down / longest)
     size = (max(1, round(width * across / finest)), max(1, round(height * down / finest)))
     check_size(*size)
     return np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC))

@@ -1,8 +1,10 @@
 """Files of several pictures: TIFF pages, frames of animations and DICOM, slices of volumes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from megatron_gmai.data.images.decode import count_pages, decode_pages, decode_slices
 from megatron_gmai.data.images.formats import is_volume, kind_of
@@ -44,7 +46,7 @@ def take_pages(
 
 def _images_of(data: bytes, every_page: bool, rule: Any) -> list[bytes]:
     if is_volume(data):
-        return [encode_png(levels) for levels in decode_slices(data, rule)]
+        return _encoded(decode_slices(data, rule), "a volume whose slices")
     return split_pages(data) if every_page else [data]
 
 
@@ -67,13 +69,18 @@ def split_pages(data: bytes) -> list[bytes]:
         raise BadSample(f"a {kind_of(data)} of {count} pages, more than {MAX_PAGES}")
     if count <= 1:
         return [data]
-    pages, pixels = [], 0
-    for page in decode_pages(data):
-        pixels += page.shape[0] * page.shape[1]
+    return _encoded(decode_pages(data), f"a {kind_of(data)} whose pages")
+
+
+def _encoded(pictures: Iterable[np.ndarray], what: str) -> list[bytes]:
+    """Each as a PNG. Raises BadSample if all together are too large."""
+    files, pixels = [], 0
+    for picture in pictures:
+        pixels += picture.shape[0] * picture.shape[1]
         if pixels > MAX_PIXELS:
-            raise BadSample(f"a {kind_of(data)} whose pages exceed {MAX_PIXELS} pixels")
-        pages.append(encode_png(page))
-    return pages
+            raise BadSample(f"{what} exceed {MAX_PIXELS} pixels")
+        files.append(encode_png(picture))
+    return files
 
 
 def _with_a_tag_an_image(record: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from PIL import Image
 from megatron_gmai.data.images.deep import read_deep
 from megatron_gmai.data.images.formats import needs
 from megatron_gmai.data.images.grey import Grey, Picture
+from megatron_gmai.data.images.jpeg import check_scans
 from megatron_gmai.data.images.orientation import orientation_of, turn
 from megatron_gmai.data.images.sizes import check_size, is_huge
 from megatron_gmai.data.images.window import MEAN_COLOUR, blend, window_to_8_bits
@@ -32,6 +33,8 @@ def frames(kind: str, data: bytes) -> Iterator[Picture]:
             if number:
                 image.seek(number)
             check_size(*image.size)
+            if kind == "JPEG":
+                check_scans(data, *image.size)
             _load(image)
             picture, orientation = to_picture(image), orientation_of(image)
             if isinstance(picture, Grey):

@@ -6,6 +6,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+from megatron_gmai.data.shards.check import MAX_IMAGE_BYTES
 from megatron_gmai.data.shards.inputs import annotations_of, digest
 from megatron_gmai.data.sources import parquet, remote
 from megatron_gmai.data.sources.encodings import GZIP_MAGIC
@@ -46,7 +47,7 @@ def _copy(place: Path | str, local: Path, images: Path) -> None:
         remote.copy(place, str(fetched))
     file = fetched if isinstance(place, str) else place
     if _is_parquet(place):
-        parquet.unpack(file, partial, images)
+        parquet.unpack(file, partial, images, MAX_IMAGE_BYTES)
     elif _is_gzip(file):
         _unpack_gzip(file, partial, str(place))
     else:

@@ -144,7 +144,7 @@ class _Members:
             with tarfile.open(self.file, "r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    self.end = member.offset_data + _in_blocks(member.size * member.isreg())
+                    self.end = archive.offset
                     if not member.isdir():
                         yield member
         except (tarfile.TarError, OSError, ValueError) as error:
@@ -184,6 +184,8 @@ def _row(members: list[tarfile.TarInfo], stream: BinaryIO) -> tuple[int, ...]:
         path = PurePosixPath(member.name)
         if not member.isreg():
             raise BadSample(f"tar member {member.name!r} is a link or a device, not a file")
+        if member.issparse():  # a header of some bytes stands for gigabytes of zeros
+            raise BadSample(f"tar member {member.name!r} is a sparse file")
         if path.is_absolute() or ".." in path.parts:
             raise BadSample(f"tar member {member.name!r} has a name that leaves its folder")
     last = members[-1]

@@ -157,6 +157,9 @@ def tar_members(span: bytes) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as archive:
             for member in archive:
+                # A sparse file would be filled up with zeros to whatever size its header says.
+                if member.issparse() or member.size > len(span):
+                    raise BadSample(f"tar member {member.name!r} is not stored whole")
                 file = archive.extractfile(member)
                 if file is not None:
                     yield member.name, file.read()

@@ -15,49 +15,62 @@ from typing import Any, BinaryIO
 from megatron_gmai.data.ledger import BadSample
 
 SUFFIX = ".parquet"
-ROWS_AT_A_TIME = 64
+# A page of some bytes may stand for a large value as often as it likes, so rows are unpacked one by
+# one, and all together to no more than images that were compressed before can grow to.
+LEAST_BOUND = 2**28  # bytes
+MAX_GROWTH = 100  # real files reach about 20, where many questions share an image
 _EMBEDDED = re.compile(r"@(\d{1,19})\+(\d{1,19})")  # first byte and size in the file of images
 
 
-def unpack(file: Path, records: Path, images: Path) -> None:
+def unpack(file: Path, records: Path, images: Path, most: int) -> None:
     """Writes the rows of a Parquet file to `records`, and appends its images to `images`.
 
-    Raises ValueError if the file is damaged, or without pyarrow.
+    An image of more than `most` bytes is left out; its name tells its size, for which it is refused
+    when it is read. Raises ValueError like `parquet_rows`.
     """
     with images.open("ab") as blob, records.open("w", encoding="utf-8") as lines:
-        for row in _rows(file):
+        for row in parquet_rows(file):
             value = row.pop("images", None)
             named = row.get("image") if value is None else value
-            row["image"] = _names(named, blob)
+            row["image"] = _names(named, blob, most)
             if isinstance(row.get("conversations"), str):
                 row["conversations"] = _parsed(row["conversations"])
             # JSON has no bytes and no dates; no annotation needs them.
             lines.write(json.dumps(row, default=lambda other: None) + "\n")
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Raises ValueError if the file is damaged or unpacks to far more than it has, or without
+    pyarrow."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{file} needs pyarrow: pip install 'megatron-gmai[parquet]'") from error
+    unpacked = 0
     try:
+        most = max(LEAST_BOUND, MAX_GROWTH * file.stat().st_size)
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(ROWS_AT_A_TIME):
-                yield from batch.to_pylist()
+            for row in table.iter_batches(batch_size=1):
+                unpacked += row.nbytes
+                if unpacked > most:
+                    raise ValueError(f"it unpacks to more than {most} bytes")
+                yield from row.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"cannot read annotations {file}: {error}") from error
 
 
-def _names(value: Any, blob: BinaryIO) -> Any:
+def _names(value: Any, blob: BinaryIO, most: int) -> Any:
     """What the record says of its images: places in the file of images, or names as they are."""
     if isinstance(value, list):
-        return [_names(item, blob) for item in value]
+        return [_names(item, blob, most) for item in value]
     if isinstance(value, dict):
-        return value.get("path") if value.get("bytes") is None else _names(value["bytes"], blob)
+        data = value.get("bytes")
+        return value.get("path") if data is None else _names(data, blob, most)
     if isinstance(value, bytes):
         place = blob.tell()
-        blob.write(value)
+        if len(value) <= most:
+            blob.write(value)
         return f"@{place}+{len(value)}"
     return value
 

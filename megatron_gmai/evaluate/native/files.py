@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.sources.parquet import parquet_rows
 from megatron_gmai.evaluate.benchmarks.cells import MAX_IMAGE_BYTES, read_file
 
 MAX_JSON_BYTES = 2 * 1024**3
 MAX_TEXT = 1_000_000
-_ROWS_AT_ONCE = 64  # images make Parquet rows large
 
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
@@ -50,18 +50,8 @@ def read_csv(path: Path) -> Iterator[dict[str, str]]:
 
 def read_parquet(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """Rows of Parquet files as the Hugging Face Hub stores data sets. Raises ValueError."""
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError("Parquet needs pyarrow: pip install 'megatron-gmai[parquet]'") from error
     for path in files:
-        try:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a Parquet file: {error}") from error
+        yield from parquet_rows(path)
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:

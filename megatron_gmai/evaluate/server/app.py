@@ -20,8 +20,9 @@ from starlette.routing import BaseRoute, Route
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.evaluate.server.answers import Answer, error_response
 from megatron_gmai.evaluate.server.batching import Batcher, Busy, Job
+from megatron_gmai.evaluate.server.bodies import Bodies
 from megatron_gmai.evaluate.server.generator import Generator, Piece
-from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES, BadRequest, Chat, parse_chat
+from megatron_gmai.evaluate.server.parsing import BadRequest, Chat, parse_chat
 from megatron_gmai.evaluate.server.preview import preview
 
 _PAGE = Path(__file__).parent / "page"
@@ -76,6 +77,7 @@ class _Server:
     def __init__(self, generator: Generator, settings: Settings) -> None:
         self.generator, self.settings = generator, settings
         self.batcher = Batcher(generator, settings.batch_size, settings.most_waiting)
+        self.bodies = Bodies()
         self.begun = int(time.time())
         # Large images take much memory until they are prepared, so few are decoded at a time.
         self._decoding = asyncio.Semaphore(DECODING_AT_ONCE)
@@ -91,7 +93,10 @@ class _Server:
             try:
                 return await handler(request)
             except BadRequest as error:
-                return error_response(str(error), error.status, error.param)
+                response = error_response(str(error), error.status, error.param)
+                if error.status == 408:  # what is left of the body would be waited for
+                    response.headers["Connection"] = "close"
+                return response
             except Busy:
                 return error_response("too many requests are waiting; try again", 503)
 
@@ -107,8 +112,7 @@ class _Server:
     async def preview(self, request: HttpRequest) -> Response:
         """The picture of an uploaded file as the model sees it, and its window."""
         _check_type(request, "application/octet-stream")
-        data = await _body(request)
-        async with self._decoding:
+        async with self.bodies.read(request) as data, self._decoding:
             told = await asyncio.to_thread(preview, data, request.query_params)
         return JSONResponse(told)
 
@@ -128,8 +132,7 @@ class _Server:
 
     async def chat(self, request: HttpRequest) -> Response:
         _check_type(request, "application/json")
-        data = await _body(request)
-        async with self._decoding:
+        async with self.bodies.read(request) as data, self._decoding:
             chat, prompt_tokens = await asyncio.to_thread(self._parse, data)
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -162,17 +165,6 @@ def _check_type(request: HttpRequest, wanted: str) -> None:
     """A page of another site cannot send these types without asking first (CORS)."""
     if request.headers.get("content-type", "").split(";")[0].strip() != wanted:
         raise BadRequest(f"the content type must be {wanted}", status=415)
-
-
-async def _body(request: HttpRequest) -> bytes:
-    """The body, read no further than its bound."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413)
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _page_file(name: str) -> Handler:

@@ -77,6 +77,10 @@ class ModelGenerator:
         )
 
 
+# Below it nothing but the most probable token is drawn, and in float32 the division would overflow.
+LEAST_TEMPERATURE = 1e-4
+
+
 class _Answer:
     """The tokens of one answer, and how much of their text has been sent."""
 
@@ -114,13 +118,15 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         chosen = logits.argmax(dim=-1)
         for place, request in enumerate(self.requests):
-            if request.temperature > 0:
+            if request.temperature >= LEAST_TEMPERATURE:
                 chosen[place] = self._draw(logits[place].float().cpu(), place)
         return chosen
 
     def _draw(self, logits: Tensor, place: int) -> int:
         request = self.requests[place]
-        probabilities, order = (logits / request.temperature).softmax(-1).sort(descending=True)
+        # The greatest is 0 before it is divided, so that no quotient is infinite upwards.
+        scaled = (logits - logits.max()) / request.temperature
+        probabilities, order = scaled.softmax(-1).sort(descending=True)
         # The most probable token always stays: what stands before it sums to nothing.
         outside = probabilities.cumsum(-1) - probabilities >= max(request.top_p, 1e-6)
         kept = probabilities.masked_fill(outside, 0.0)

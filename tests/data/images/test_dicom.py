@@ -6,13 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
-from pydicom.uid import MPEG2MPML
+from pydicom.uid import (
+    JPEG2000,
+    MPEG2MPML,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+)
 
 from megatron_gmai.data.images.decode import decode, decode_pages
 from megatron_gmai.data.ledger import BadSample
 from tests.data.files import dicom
+from tests.data.world import encoded
 
 PIXELS = np.arange(4096).reshape(64, 64)
 
@@ -182,6 +190,51 @@ class TestBombs:
         data[place : place + 4] = b"\xf0\xf0\xf0\xf0" if mark[1] != 0x4F else b"\0\0\xf0\xf0"
         with pytest.raises(BadSample, match=r"a DICOM frame of \d+ x \d+, not (64 x 64|100 x 100)"):
             decode(bytes(data))
+
+    def jpeg(self, frame: bytes, syntax: str = JPEGBaseline8Bit) -> bytes:
+        bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+        return dicom(PIXELS, PixelData=encapsulate([frame]), syntax=syntax, **bits)
+
+    @pytest.mark.parametrize("stray", [b"\0", b"\xff\x01", b"\xff\xd0", b"\xff\xd0\0\xff"])
+    @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1])
+    def test_what_decoders_step_over_hides_no_size(self, stray: bytes, syntax: str) -> None:
+        frame = bytearray(encoded(Image.new("L", (64, 64), 128), "JPEG"))
+        place = frame.index(b"\xff\xc0") + 5
+        frame[place : place + 4] = struct.pack(">HH", 12_000, 12_000)
+        frame[2:2] = stray
+        with pytest.raises(BadSample, match=r"frame of 12000 x 12000, not 64 x 64|segments end"):
+            decode(self.jpeg(bytes(frame), syntax))
+
+    @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEG2000])
+    def test_a_frame_of_another_kind_is_refused(self, syntax: str) -> None:
+        with pytest.raises(BadSample, match="a frame that is no JPEG"):
+            decode(self.jpeg(encoded(Image.new("L", (64, 64)), "PNG"), syntax))
+
+    def test_the_frame_that_is_checked_is_the_one_that_is_decoded(self) -> None:
+        """The table of offsets leads to the second fragment; without it, the first comes first."""
+        small, large = (encoded(Image.new("L", (n, n), 128), "JPEG") for n in (64, 640))
+        table = struct.pack("<Q", 8 + len(small)), struct.pack("<Q", len(large))
+        bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+        offsets = {"ExtendedOffsetTable": table[0], "ExtendedOffsetTableLengths": table[1]}
+        pixels = encapsulate([small, large], has_bot=False)
+        data = dicom(PIXELS, PixelData=pixels, syntax=JPEGBaseline8Bit, **bits, **offsets)
+        with pytest.raises(BadSample, match="a DICOM frame of 640 x 640, not 64 x 64"):
+            decode(data)
+
+    def test_a_frame_of_two_sizes_is_refused(self) -> None:
+        frame = encoded(Image.new("L", (64, 64), 128), "JPEG")
+        assert grey(self.jpeg(frame)).shape == (64, 64)
+        place = frame.index(b"\xff\xc0")
+        with pytest.raises(BadSample, match="two sizes"):
+            decode(self.jpeg(frame[:place] + frame[place : place + 13] + frame[place:]))
+
+    @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGExtended12Bit])
+    def test_a_frame_of_very_many_scans_is_refused(self, syntax: str) -> None:
+        frame = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+        assert grey(self.jpeg(frame, syntax)).shape == (64, 64)
+        scan = frame.rindex(b"\xff\xda")
+        with pytest.raises(BadSample, match="more than 500 scans"):
+            decode(self.jpeg(frame[:scan] + frame[scan:-2] * 600 + frame[-2:], syntax))
 
 
 class TestFrames:

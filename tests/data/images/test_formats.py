@@ -14,6 +14,7 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from megatron_gmai.data.images import dicom as dicom_module
+from megatron_gmai.data.images import jpeg as jpeg_module
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.images.formats import IMAGE_SUFFIXES, kind_of
 from megatron_gmai.data.images.privacy import stored_image
@@ -142,6 +143,18 @@ class TestBombs:
         scan = data.index(b"\xff\xda")
         with pytest.raises(BadSample, match="more than 500 scans"):
             decode(data[:scan] + data[scan : data.index(b"\xff\xc4", scan)] * 600)
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK"])  # of the fast decoder, and of Pillow
+    def test_the_larger_a_jpeg_is_the_fewer_scans_it_may_have(
+        self, mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = encoded(Image.new(mode, (90, 70)), "JPEG", progressive=True)
+        scans = data.count(b"\xff\xda")
+        monkeypatch.setattr(jpeg_module, "MAX_SCANNED_PIXELS", scans * 90 * 70)
+        assert decode(data).shape == (70, 90, 3)
+        monkeypatch.setattr(jpeg_module, "MAX_SCANNED_PIXELS", scans * 90 * 70 - 1)
+        with pytest.raises(BadSample, match=f"a JPEG of {scans} scans over 90 x 70 pixels"):
+            decode(data)
 
     def test_a_deflated_dicom_file_may_not_unpack_without_end(
         self, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from megatron_gmai.data.images import formats, nifti
+from megatron_gmai.data.images import formats, nifti, pages
 from megatron_gmai.data.images.decode import decode, decode_slices
 from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.shards.build import build_shards, check_record
@@ -184,3 +184,23 @@ def test_at_most_so_many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nifti, "MAX_SLICES", 5)
     with pytest.raises(BadSample, match="at most 5"):
         list(decode_slices(volume(), "axial:all"))
+
+
+class TestStretching:
+    """Thick slices are stretched, up to twenty times; a small file may not cost minutes."""
+
+    def thick(self, side: int) -> bytes:
+        return volume(np.zeros((side, side, 4), np.uint8), np.diag([19.0, 1, 1, 1]))
+
+    def test_ends_at_a_size_that_the_model_never_sees(self) -> None:
+        assert one(self.thick(100), "axial").shape == (100, 1900)
+        assert one(self.thick(600), "axial").shape == (108, 2048)
+        monstrous = one(self.thick(3000), "axial")  # stored larger than the bound
+        assert monstrous.shape == (158, 3000)
+
+    def test_counts_in_the_sum_of_pixels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        turns = record("<image>what", "yes", "a.nii")
+        monkeypatch.setattr(pages, "MAX_PIXELS", 2 * 190 * 10)
+        assert len(pages.take_pages(turns, [self.thick(10)], "first", "axial:2")[1]) == 2
+        with pytest.raises(BadSample, match=r"a volume whose slices exceed 3800 pixels"):
+            pages.take_pages(turns, [self.thick(10)], "first", "axial:3")

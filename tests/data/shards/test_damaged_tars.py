@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmai.data.ledger import Rejection, read_ledger
+from megatron_gmai.data.inspection.rejected import Evidence, Finder
+from megatron_gmai.data.ledger import BadSample, Rejection, read_ledger
 from megatron_gmai.data.shards.foreign import index_shards
+from megatron_gmai.data.shards.format import parse_sample
 from megatron_gmai.data.shards.index import MANIFEST_FILE
 from megatron_gmai.data.shards.reader import Shards
 from tests.data.world import encoded, picture, record
@@ -148,3 +150,41 @@ def test_several_processes_find_the_same(tmp_path: Path) -> None:
         for folder in folders
     ]
     assert lines[0] == lines[1] and (folders[0] / MANIFEST_FILE).exists()
+
+
+class TestSparseMembers:
+    """A few bytes that stand for any number of zeros."""
+
+    SIZE = 2**26
+
+    def content(self, **more: str) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            sparse = tarfile.TarInfo("s.txt")
+            sparse.size = 512
+            sparse.pax_headers = {"GNU.sparse.size": str(self.SIZE), "GNU.sparse.map": "0,512"}
+            archive.addfile(sparse, io.BytesIO(bytes(512)))
+            picture = tarfile.TarInfo("s.png")
+            picture.size = len(PICTURE)
+            archive.addfile(picture, io.BytesIO(PICTURE))
+        return buffer.getvalue()
+
+    def test_are_refused_unread(self, tmp_path: Path) -> None:
+        found, (line,) = index(tmp_path, self.content())
+        assert found == 0 and "'s.txt' is a sparse file" in line.reason
+
+    def test_what_follows_the_last_one_is_not_taken_for_lost(self, tmp_path: Path) -> None:
+        content = self.content()
+        cut = content[: content.index(b"s.png")] + bytes(1024)
+        found, lines = index(tmp_path, cut)
+        assert found == 0 and ["sparse" in line.reason for line in lines] == [True]
+
+    def test_are_not_filled_up_where_a_sample_is_read(self) -> None:
+        with pytest.raises(BadSample, match="'s.txt' is not stored whole"):
+            parse_sample(self.content())
+
+    def test_are_not_shown(self, tmp_path: Path) -> None:
+        sample = tar(samples(0, 1)).rstrip(b"\0")
+        sample += bytes(-len(sample) % 512)
+        _, (line,) = index(tmp_path, sample + self.content())
+        assert Finder(Shards(tmp_path)).look(line) == Evidence()

@@ -17,8 +17,10 @@ from megatron_gmai.data.ledger import BadSample, read_ledger
 from megatron_gmai.data.loading.dataset import open_dataset
 from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.prepare import prepare_data
+from megatron_gmai.data.shards import check, fetch
 from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.sources import parquet
 from megatron_gmai.data.sources.remote import read_below
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, encoded, mixed_records, picture, record
@@ -89,6 +91,45 @@ class TestParquet:
         (tmp_path / "data.parquet").write_bytes(content[:-20])
         with pytest.raises(ValueError, match=r"cannot read annotations .*data\.parquet"):
             build(tmp_path, annotations="data.parquet")
+
+    def repeated(self, file: Path, size: int, rows: int = 64) -> None:
+        """A column of one large value, stored once."""
+        value = pyarrow.array([bytes(size)], pyarrow.binary())
+        image = pyarrow.DictionaryArray.from_arrays([0] * rows, value)
+        turns = pyarrow.array([json.dumps(record("<image>what", "yes")["conversations"])] * rows)
+        table = pyarrow.table({"image": image, "conversations": turns})
+        # Without Arrow's schema readers do not know that the values are shared.
+        pyarrow.parquet.write_table(table, file, compression="zstd", store_schema=False)
+
+    def test_a_small_file_may_not_unpack_without_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parquet, "LEAST_BOUND", 2**22)
+        file, images = tmp_path / "data.parquet", tmp_path / "images"
+        self.repeated(file, 2**20)
+        assert file.stat().st_size < 10_000
+        with pytest.raises(ValueError, match=r"data\.parquet: it unpacks to more than 4194304"):
+            parquet.unpack(file, tmp_path / "records", images, 2**30)
+        assert images.stat().st_size <= 2**22
+
+    def test_one_row_is_held_at_a_time(self, tmp_path: Path) -> None:
+        self.repeated(tmp_path / "data.parquet", 2**20)
+        before = pyarrow.total_allocated_bytes()
+        rows = parquet.parquet_rows(tmp_path / "data.parquet")
+        next(rows)
+        assert pyarrow.total_allocated_bytes() - before < 8 * 2**20
+
+    def test_an_image_above_the_bound_is_not_unpacked_but_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (fetch, check):
+            monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 1000)
+        self.repeated(tmp_path / "data.parquet", 1001, rows=1)
+        shards = build(tmp_path, annotations="data.parquet")
+        (line,) = read_ledger(tmp_path / "shards" / "rejected.jsonl")
+        assert len(shards) == 0 and "larger than 1000 bytes" in line.reason
+        parquet.unpack(tmp_path / "data.parquet", tmp_path / "records", tmp_path / "images", 1000)
+        assert (tmp_path / "images").stat().st_size == 0
 
 
 class TestUrls:
