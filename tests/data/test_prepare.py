@@ -104,6 +104,6 @@ def test_samples_that_are_too_long_end_with_the_length_that_would_do(
     message = str(error.value)
     assert "7 of 7 samples cannot be used" in message and "and 2 more" in message
     longest = int(message.split("--max-length 128")[0].split()[-4])
-    assert f"--max-length {longest} takes them all" in message
+    assert f"the longest takes --max-length {longest}" in message
     opened = open_list(tmp_path / "LIST.json", Path(str(data.tokenizer)), max_length=longest)
     assert not opened.rejected

@@ -254,8 +254,8 @@ def _reasons(rejections: Sequence[Rejection]) -> str:
     lengths = [int(m[1]) for line in rejections if (m := TOO_LONG.match(line.reason))]
     if lengths:
         lines.append(
-            f"  {len(lengths)} of them are too long for --max-length; --max-length {max(lengths)} "
-            "takes them all"
+            f"  {len(lengths)} of them are too long for --max-length; the longest takes "
+            f"--max-length {max(lengths)}, the median {sorted(lengths)[len(lengths) // 2]}"
         )
     return "\n".join(lines)
 

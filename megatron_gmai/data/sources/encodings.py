@@ -20,7 +20,7 @@ def check_encoding(beginning: bytes, file: Path) -> None:
     found = found or _multibyte(beginning)
     if found is not None:
         raise ValueError(
-            f"annotations {file} are {found}, not UTF-8; convert them, for example with "
+            f"{file} is {found}, not UTF-8; convert it, for example with "
             f"iconv -f {found.split()[0]} -t UTF-8"
         )
 

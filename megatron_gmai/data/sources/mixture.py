@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_gmai.data.sources.encodings import check_encoding
 from megatron_gmai.data.sources.json_text import without_trailing_commas
 from megatron_gmai.data.sources.remote import is_url, list_files
 
@@ -106,7 +107,9 @@ def read_uses(path: str | os.PathLike[str]) -> dict[str, Use]:
 
 def _parse(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes()
+        check_encoding(data, file)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read list file {file}: {error}") from error
     if not text.strip():

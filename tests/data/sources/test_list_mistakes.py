@@ -36,6 +36,13 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
         read_list(tmp_path / "LIST.json")
 
 
+def test_the_encoding_of_a_list_is_named(tmp_path: Path) -> None:
+    text = json.dumps({"胸片": {"annotations": "a.json"}}, ensure_ascii=False) * 3
+    (tmp_path / "LIST.json").write_text(text, encoding="gb18030")
+    with pytest.raises(ValueError, match="LIST.json is GB18030"):
+        read_list(tmp_path / "LIST.json")
+
+
 @pytest.mark.parametrize(
     ("key", "near"),
     [
