@@ -21,9 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from gmai_kernels import use_implementation
 from megatron_gmai.config import Config
-from megatron_gmai.dry_run import fused
 from megatron_gmai.runtime import cpu
 from megatron_gmai.runtime.cpu import is_cuda
 from megatron_gmai.runtime.device import DTYPES, Device
@@ -127,8 +125,7 @@ def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[
         optimizers = importlib.import_module("torch.optim.optimizer")
         known = [*optimizers._foreach_supported_types, FakeTensor]
         replaced.replace(optimizers, {"_foreach_supported_types": known})
-        fused.install(replaced)
-        with _CudaMeansAbsent(device), _ReadConstants(), use_implementation("torch"):
+        with _CudaMeansAbsent(device), _ReadConstants():
             yield
     finally:
         cpu.uninstall()

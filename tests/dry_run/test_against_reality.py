@@ -11,7 +11,7 @@ from megatron_gmai.dry_run.absent import world_of
 from megatron_gmai.dry_run.counter import DeviceCounter
 from megatron_gmai.dry_run.run import count_step, dry_run
 from megatron_gmai.runtime import cpu
-from tests.dry_run.real import IMAGES, compared, count_cases
+from tests.dry_run.real import IMAGES, as_without_values, compared, count_cases
 from tests.parallel.cases import Case
 from tests.parallel.test_parity import CASES
 from tests.parallel.world import run_world
@@ -47,7 +47,12 @@ NUMBERS = 16
 def test_a_dry_run_counts_the_bytes_of_real_tensors(size: int, case: Case) -> None:
     for rank in sorted({0, size - 1}):
         counter = DeviceCounter(cpu.CPU, fake=None)
-        with world_of(case.config, rank, size, "cpu", counter.note_synchronize) as world, counter:
+        synchronize = counter.note_synchronize
+        with (
+            world_of(case.config, rank, size, "cpu", synchronize) as world,
+            counter,
+            as_without_values(),
+        ):
             real = count_step(case.config, world, counter, IMAGES)
         dry = dry_run(case.config, rank, size, IMAGES, kind="cpu")
         assert compared(dry) == compared(real)
