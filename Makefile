@@ -12,7 +12,7 @@ CORE := tests/kernels tests/runtime tests/model \
 
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
-.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation
+.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -61,6 +61,9 @@ bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 bench-data: $(VENV)/.bench  ## making shards, loader, packing and planning
 	$(RUN) benchmarks/data_build.py
 	$(RUN) benchmarks/data.py $(ARGS)
+
+bench-planner: $(VENV)/.dev  ## the planner against dry runs, and these against real tensors
+	$(RUN) benchmarks/planner.py $(ARGS)
 
 bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
 	$(RUN) benchmarks/convert.py $(ARGS)
