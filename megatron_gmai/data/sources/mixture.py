@@ -112,6 +112,8 @@ def _parse(file: Path) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read list file {file}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"list file {error}") from error
     if not text.strip():
         raise ValueError(f"list file {file} is empty; it must be a JSON object of data sets")
     mended, commas = without_trailing_commas(text)

@@ -72,7 +72,7 @@ def test_an_encoding_is_named_once(tmp_path: Path, code: str, name: str, lines: 
     texts = [json.dumps(one, ensure_ascii=False) for one in CHINESE]
     text = "\n".join(texts) if lines else "[" + ",\n".join(texts) + "]"
     (tmp_path / "a.json").write_bytes(text.encode(code))
-    with pytest.raises(ValueError, match=rf"a\.json are {name}.* not UTF-8"):
+    with pytest.raises(ValueError, match=rf"a\.json is {name}.* not UTF-8"):
         Records([tmp_path / "a.json"])
 
 
