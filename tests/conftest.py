@@ -24,11 +24,19 @@ TIERS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its tier: `quick` needs neither processes nor a compiler."""
+    """Mark every test with its tier: `quick` needs neither processes nor a compiler.
+
+    Dry runs come last: the device type that they register stays in the process, and torch would
+    ask it for streams in other tests.
+    """
     root = Path(__file__).parent
     for item in items:
-        folder = item.path.relative_to(root).parts[0]
-        item.add_marker(TIERS.get(folder, "quick"))
+        item.add_marker(TIERS.get(_folder(item, root), "quick"))
+    items.sort(key=lambda item: _folder(item, root) in ("dry_run", "planner"))
+
+
+def _folder(item: pytest.Item, root: Path) -> str:
+    return item.path.relative_to(root).parts[0]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class _DeviceModule:
         return True
 
     def is_available(self) -> bool:
-        return True
+        return False  # but during a dry run: others would ask for streams (torch's checkpoints do)
 
     def current_device(self) -> int:
         return 0
@@ -117,6 +117,7 @@ def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[
             with _ReadConstants():
                 yield
             return
+        replaced.replace(getattr(torch, NAME), {"is_available": lambda: True})
         replaced.replace(torch.cuda, _torch_cuda(device, synchronize))
         replaced.replace(torch.cuda.nvtx, cpu.TORCH_CUDA_NVTX)
         replaced.replace(megatron_random, _MEGATRON_RANDOM)
