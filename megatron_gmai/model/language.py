@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_gmai.config import LanguageConfig
 from megatron_gmai.layout import Chunk
@@ -18,6 +19,8 @@ from megatron_gmai.model.output_layer import OutputLayer
 from megatron_gmai.model.transformer import language_block_spec
 from megatron_gmai.runtime.world import World
 from megatron_gmai.weights import padded_vocab_size
+
+VOCABULARY_TABLES = ("word_embeddings.weight", "output_layer.weight")
 
 
 class LanguageModel(MegatronModule):
@@ -64,6 +67,18 @@ class LanguageModel(MegatronModule):
             self.output_layer = OutputLayer(
                 config, language.vocab_size, loss_implementation, groups.tp
             )
+        self._clear_padding(language.vocab_size, groups.tp)
+
+    def _clear_padding(self, vocab_size: int, tp: ProcessGroup) -> None:
+        """Zero the vocabulary's padding rows: no file holds them, so nothing else ever writes them.
+
+        The loss masks their columns, but 0 times whatever memory held would still reach the hidden
+        states' gradient.
+        """
+        tables = (p for name, p in self.named_parameters() if name.endswith(VOCABULARY_TABLES))
+        for table in tables:
+            real = vocab_size - tp.rank() * table.size(0)
+            table.data[max(real, 0) :].zero_()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, S] -> [S, B, H], the whole sequence on every tensor-parallel rank."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.config import TrainConfig
-from megatron_gmai.model.gmai_vl import GMAIVL
+from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.training.optimizer import wrap_for_training
+from megatron_gmai.training.weights import weight_pieces
 from megatron_gmai.weights import padded_vocab_size
 from tests.parallel.batches import CONFIG, LENGTH, MODEL, losses_of, make_pack
 from tests.parallel.cases import PHASES, Processes
@@ -127,6 +128,19 @@ def test_padded_rows_of_the_vocabulary_never_win(model: GMAIVL) -> None:
     losses.sum().backward()
     padding = language.output_layer.weight.grad[MODEL.language.vocab_size :]
     assert torch.equal(padding, torch.zeros_like(padding))
+
+
+def test_what_a_checkpoint_does_not_hold_is_not_left_to_chance(alone: Processes) -> None:
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody initialised with NaN
+    try:
+        (chunk,) = build_chunks(CONFIG, alone.world(CONFIG))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    parameters = list(chunk.parameters())
+    assert all(parameter.isnan().any() for parameter in parameters)
+    for _, piece in weight_pieces([chunk], adapters_only=False):
+        piece.tensor.fill_(0.01)
+    assert all(parameter.isfinite().all() for parameter in parameters)
 
 
 def test_nothing_is_compiled_on_a_cpu(model: GMAIVL) -> None:
