@@ -82,9 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
             _add_flag(group, name, item, hints[item.name])
         for flag, (where, key, value) in CONSTANTS.items():
             if where == name:
-                told = f"the same as --{key.replace('_', '-')} {value}"
+                meaning = f"the same as --{key.replace('_', '-')} {value}"
                 group.add_argument(
-                    flag, dest=f"{name}.{key}", action=_Once, nargs=0, const=value, help=told
+                    flag, dest=f"{name}.{key}", action=_Once, nargs=0, const=value, help=meaning
                 )
     return parser
 
@@ -93,6 +93,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises ValueError where argparse would print and exit: every rank parses, one reports."""
 
     def error(self, message: str) -> NoReturn:
+        if "Errno" in message:  # of a file given as @FILE
+            raise ValueError(f"cannot read a file of flags (@FILE): {message.split('] ')[-1]}")
         raise ValueError(f"{message} (--help lists every flag)")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:

@@ -207,7 +207,7 @@ class TestFilesOfFlags:
         assert config.run.work_dir == "a folder"
 
     def test_a_missing_file_and_an_open_quote_are_told(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="No such file or directory: '.*absent'"):
+        with pytest.raises(ValueError, match="file of flags .@FILE.: No such file.*absent"):
             parse([f"@{tmp_path}/absent"])
         (tmp_path / "flags").write_text("--work-dir 'a folder\n")
         with pytest.raises(ValueError, match="cannot be read: No closing quotation: --work-dir"):

@@ -9,9 +9,12 @@ the same command.
 """
 
 import argparse
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from megatron_gmai.data.pool import available_cores
 from megatron_gmai.data.prepare import copy_tokenizer
@@ -53,13 +56,18 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("make_shards: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     print(report(manifest, folder))
     if not manifest.samples:
         print("make_shards: no sample can be used", file=sys.stderr)
     return 0 if manifest.samples else 2
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A scheduler's SIGTERM ends the work as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
 
 
 def _make(flags: argparse.Namespace, folder: Path) -> Manifest:
@@ -95,4 +103,5 @@ def report(manifest: Manifest, folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -24,6 +24,7 @@ pytestmark = [
 # Slurm looks every 30 seconds which jobs come near their limit: the run must last longer than that.
 LASTS = 35.0  # seconds of steps
 FIRST_TRY = 80  # steps
+GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 Losses = dict[int, tuple[float, float]]
 FLAGS = (
     *("--preset", "gmai-vl-tiny", "--max-length", "256", "--global-batch-size", "16"),
@@ -67,7 +68,14 @@ def submit(cluster: slurm.Slurm, log: Path, work_dir: Path, *flags: str) -> str:
 
 
 def wait_for_state(cluster: slurm.Slurm, job: str, log: Path, state: str) -> None:
-    wait_for(state, log, lambda: cluster.job(job)["JobState"] == state)
+    """Waits for it; a job that ends otherwise is a failure at once."""
+
+    def reached() -> bool:
+        now = cluster.job(job)["JobState"]
+        assert now in (state, *GOES_ON), f"job {job} is {now}, not {state}\n{log.read_text()[-5000:]}"
+        return now == state
+
+    wait_for(state, log, reached)
 
 
 def wait_for(what: str, log: Path, condition: Callable[[], object], seconds: float = 240) -> None:
@@ -93,7 +101,8 @@ def test_a_job_saves_before_its_limit_and_is_requeued_until_it_is_finished(
     assert f"saved {work_dir}/checkpoints/iter_{reached:07d}" in log.read_text()
 
     wait_for_state(cluster, job, log, "PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10", "StartTime=now")
+    # Not at once: for a second or two the nodes still take the job's new credential for the old one.
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10", "StartTime=now+5")
     wait_for_state(cluster, job, log, "COMPLETED")
     assert f"resuming from {work_dir}/checkpoints/iter_{reached:07d}" in log.read_text()
     assert losses(work_dir) == expected

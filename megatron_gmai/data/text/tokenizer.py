@@ -154,8 +154,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = tokenizer_file(path)
     try:
         return Tokenizer(file.read_bytes(), _added_tokens(file.parent / CONFIG_FILE))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{file} is not a sentencepiece model: {error}") from error
+    except RuntimeError as error:  # its text names lines of sentencepiece's own source
+        size = file.stat().st_size
+        raise ValueError(
+            f"{file} is not a sentencepiece model ({size} bytes); a download that is a web page or "
+            "a Git LFS pointer has to be fetched again"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"cannot read the tokenizer {file}: {error.strerror}") from error
 
 
 def _added_tokens(file: Path) -> dict[str, int]:

@@ -57,8 +57,9 @@ class TestProcesses:
         with pytest.raises(ValueError, match=r"memory runs out.* record \d+ of .*A\.json \(A/0"):
             build_shards(list_file, tmp_path / "shards", workers=2)
 
-    def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
-        self, list_file: Path, tmp_path: Path
+    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+    def test_a_stop_is_one_line_and_the_same_command_goes_on(
+        self, list_file: Path, tmp_path: Path, how: signal.Signals
     ) -> None:
         for number in range(12):
             picture(2000, 2000, number).save(tmp_path / f"{number}.png")
@@ -69,9 +70,9 @@ class TestProcesses:
             if list(tmp_path.glob("shards/*.partial")):
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         _, error = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == 128 + how
         assert error == "make_shards: interrupted; the same command goes on from here\n"
         assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
         assert len(Shards(tmp_path / "shards")) == 12
