@@ -21,12 +21,12 @@ help:  ## show this list
 	@echo "  PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS=... goes to the program"
 	@echo "  (make test ARGS='tests/test_cli.py -x'), OMP_NUM_THREADS=N sets threads per process."
 
-train: $(VENV)/.train  ## the quick start: real images, three stages, evaluation, export
+train: $(VENV)/.train  ## the quick start: real images, three phases, evaluation, export
 	$(RUN) -m examples.quickstart.run $(ARGS)
 
 chat: $(VENV)/.serve  ## a page to talk to the quick start's model, on http://127.0.0.1:8000
-	@test -e runs/quickstart/stage3/checkpoints/latest || { echo "make train comes first" >&2; exit 1; }
-	$(RUN) tools/serve.py --load runs/quickstart/stage3/checkpoints --name gmai-vl-tiny \
+	@test -e runs/quickstart/phase3/checkpoints/latest || { echo "make train comes first" >&2; exit 1; }
+	$(RUN) tools/serve.py --load runs/quickstart/phase3/checkpoints --name gmai-vl-tiny \
 		--examples runs/quickstart/examples $(ARGS)
 
 test: $(VENV)/.dev  ## all tests (those of Slurm where it is installed)
@@ -51,7 +51,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN) -m mypy
 
 verify: $(VENV)/.dev  ## the quick start's export against the checkpoint that it came from
-	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/stage3/checkpoints runs/quickstart/hf $(ARGS)
+	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/phase3/checkpoints runs/quickstart/hf $(ARGS)
 
 bench: bench-kernels bench-data bench-convert bench-evaluation  ## all benchmarks, results under runs/bench
 

@@ -238,7 +238,7 @@ class TestSteps:
         assert {"--freeze-vit", "--freeze-llm"} <= set(one) and "--load" not in one
         assert "--freeze-llm" in two and "--freeze-vit" not in two
         assert not {"--freeze-llm", "--freeze-vit"} & set(three)
-        assert three[three.index("--load") + 1] == "out/stage2/checkpoints"
+        assert three[three.index("--load") + 1] == "out/phase2/checkpoints"
 
     @pytest.mark.parametrize(
         ("gpus", "processes"), [(0, 4), (1, 1), (2, 2), (3, 2), (4, 4), (8, 4)]

@@ -1,1 +1,1 @@
-"""The quick start: real medical images out of Python packages, a tiny model, three stages."""
+"""The quick start: real medical images out of Python packages, a tiny model, three phases."""

@@ -18,12 +18,12 @@ _COLOURS = ("#E69F00", "#009E73", "#0072B2")
 _TRAINED = ("projector", "projector + ViT", "all weights")
 
 
-def summarise(output: Path, stages: list[str], seconds: dict[str, float]) -> Summary:
+def summarise(output: Path, phases: list[str], seconds: dict[str, float]) -> Summary:
     """Collect the results below `output` and write `summary.json`.
 
     Args:
         output: folder of the quick start.
-        stages: names of the stages' work folders, in order.
+        phases: names of the phases' work folders, in order.
         seconds: time each step took when it was run, which may be an earlier day.
     """
     scores = json.loads((output / "evaluation.json").read_text())
@@ -36,7 +36,7 @@ def summarise(output: Path, stages: list[str], seconds: dict[str, float]) -> Sum
         "by_question_type": scores["by_question_type"],
         "by_class": scores["by_class"],
         "guess_by_question_type": {k: v for k, v in guesses.items() if k != "overall"},
-        "stages": [_stage(output / name, seconds[name]) for name in stages],
+        "phases": [_phase(output / name, seconds[name]) for name in phases],
         "export": str(output / "hf"),
         "seconds": seconds,
         "seconds_total": round(sum(seconds.values()), 1),
@@ -47,13 +47,13 @@ def summarise(output: Path, stages: list[str], seconds: dict[str, float]) -> Sum
 
 def table(summary: Summary) -> str:
     """The summary for the terminal."""
-    lines = ["", f"{'stage':<10}{'steps':>7}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}"]
+    lines = ["", f"{'phase':<10}{'steps':>7}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}"]
     lines[-1] += f"{'pack fill':>11}{'seconds':>9}"
-    for stage in summary["stages"]:
+    for phase in summary["phases"]:
         lines.append(
-            f"{stage['name']:<10}{stage['steps']:>7}{stage['first_loss']:>12.4f}"
-            f"{stage['last_loss']:>11.4f}{stage['tokens_per_s']:>10,.0f}"
-            f"{stage['pack_fill']:>11.1%}{stage['seconds']:>9.0f}"
+            f"{phase['name']:<10}{phase['steps']:>7}{phase['first_loss']:>12.4f}"
+            f"{phase['last_loss']:>11.4f}{phase['tokens_per_s']:>10,.0f}"
+            f"{phase['pack_fill']:>11.1%}{phase['seconds']:>9.0f}"
         )
     guesses = summary["guess_by_question_type"]
     lines += ["", *_scores("question type", summary["by_question_type"], guesses)]
@@ -69,11 +69,11 @@ def table(summary: Summary) -> str:
 
 
 def draw(output: Path, summary: Summary) -> None:
-    """Write `loss.png`: the stages' losses one after the other, and held-out crops with scores."""
+    """Write `loss.png`: the phases' losses one after the other, and held-out crops with scores."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [stage["name"] for stage in summary["stages"]]
+    names = [phase["name"] for phase in summary["phases"]]
     images = _one_image_per_class(output / "data")
     figure = Figure(figsize=(12, 6.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -101,7 +101,7 @@ def copy_examples(output: Path) -> None:
     shutil.copyfile(deep, folder / "chest_xray_16_bits.png")
 
 
-def _stage(folder: Path, seconds: float) -> dict[str, Any]:
+def _phase(folder: Path, seconds: float) -> dict[str, Any]:
     rows = _rows(folder)
     return {
         "name": folder.name,
@@ -139,15 +139,15 @@ def _protocol(name: str, score: dict[str, Any]) -> str:
     )
 
 
-def _draw_losses(axes: Any, stages: list[Rows]) -> None:
+def _draw_losses(axes: Any, phases: list[Rows]) -> None:
     start = 0.0
-    for number, rows in enumerate(stages):
+    for number, rows in enumerate(phases):
         steps = np.array([row["iteration"] for row in rows]) + start
         losses = np.array([row["loss"] for row in rows])
         colour, end = _COLOURS[number], float(steps[-1])
         axes.axvspan(start, end, color=colour, alpha=0.07, linewidth=0)
         axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=1)
-        label = f"stage {number + 1}: {_TRAINED[number]} (last {losses[-1]:.3f})"
+        label = f"phase {number + 1}: {_TRAINED[number]} (last {losses[-1]:.3f})"
         axes.plot(steps, _smooth(losses), color=colour, linewidth=2.2, label=label)
         start = end
     axes.set(yscale="log", xlabel="optimizer step", ylabel="loss per supervised token")

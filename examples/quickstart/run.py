@@ -1,10 +1,10 @@
-"""`make train`: data, shards, three stages, evaluation, export, a table and a picture.
+"""`make train`: data, shards, three phases, evaluation, export, a table and a picture.
 
     python -m examples.quickstart.run [--output runs/quickstart]
 
-A second run reuses every step that is complete, and goes on with a stage that was interrupted. The
-stages freeze what GMAI-VL's stages freeze; their lengths and learning rates differ from the
-paper's, because here both towers start from random weights and stage 3 has to teach them nearly
+A second run reuses every step that is complete, and goes on with a phase that was interrupted. The
+phases freeze what GMAI-VL's phases freeze; their lengths and learning rates differ from the
+paper's, because here both towers start from random weights and phase 3 has to teach them nearly
 everything.
 """
 
@@ -24,8 +24,8 @@ DATA_MODULES = ("sources.py", "crops.py", "questions.py", "samples.py", "tokeniz
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One of the three stages: its optimizer steps, peak learning rate, and what is frozen."""
+class Phase:
+    """One of the three phases: its optimizer steps, peak learning rate, and what is frozen."""
 
     name: str
     steps: int
@@ -33,10 +33,10 @@ class Stage:
     frozen: tuple[str, ...]
 
 
-STAGES = (
-    Stage("stage1", 20, 1e-3, ("--freeze-vit", "--freeze-llm")),
-    Stage("stage2", 40, 1e-3, ("--freeze-llm",)),
-    Stage("stage3", 760, 1e-3, ()),
+PHASES = (
+    Phase("phase1", 20, 1e-3, ("--freeze-vit", "--freeze-llm")),
+    Phase("phase2", 40, 1e-3, ("--freeze-llm",)),
+    Phase("phase3", 760, 1e-3, ()),
 )
 
 
@@ -68,10 +68,10 @@ class Folders:
 
     @property
     def last_checkpoints(self) -> Path:
-        return self.stage(STAGES[-1]) / "checkpoints"
+        return self.phase(PHASES[-1]) / "checkpoints"
 
-    def stage(self, stage: Stage) -> Path:
-        return self.output / stage.name
+    def phase(self, phase: Phase) -> Path:
+        return self.output / phase.name
 
 
 def layout(gpus: int) -> tuple[int, tuple[str, ...]]:
@@ -88,18 +88,18 @@ def layout(gpus: int) -> tuple[int, tuple[str, ...]]:
 
 
 def training_command(folders: Folders, index: int, gpus: int) -> list[str]:
-    """The command of stage `index`; each stage but the first starts from the one before."""
-    stage = STAGES[index]
+    """The command of phase `index`; each phase but the first starts from the one before."""
+    phase = PHASES[index]
     processes, parallel = layout(gpus)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += [f"--nproc-per-node={processes}", "pretrain_gmai_vl.py", "--preset", "gmai-vl-tiny"]
-    words += ["--shards", str(folders.shards), "--work-dir", str(folders.stage(stage)), *parallel]
-    words += ["--train-iters", str(stage.steps), "--lr", str(stage.learning_rate), *stage.frozen]
+    words += ["--shards", str(folders.shards), "--work-dir", str(folders.phase(phase)), *parallel]
+    words += ["--train-iters", str(phase.steps), "--lr", str(phase.learning_rate), *phase.frozen]
     # Four packs in a forward pass: a tiny model's time goes into calls, not into arithmetic.
     words += ["--micro-batch-size", "4", "--adam-beta2", "0.95", "--log-interval", "10"]
     words += ["--checkpoint-interval", "0.25"]
     if index > 0:
-        words += ["--load", str(folders.stage(STAGES[index - 1]) / "checkpoints")]
+        words += ["--load", str(folders.phase(PHASES[index - 1]) / "checkpoints")]
     return words
 
 
@@ -110,16 +110,16 @@ def train(output: Path) -> None:
     data = _data(steps, folders)
     done = {"data": data, "shards": _shards(steps, folders, data)}
     previous = done["shards"]
-    for index, stage in enumerate(STAGES):
+    for index, phase in enumerate(PHASES):
         words = training_command(folders, index, gpus)
-        made = folders.stage(stage)
-        previous = _command_step(steps, stage.name, previous, words, made, going_on=("--resume",))
-        done[stage.name] = previous
+        made = folders.phase(phase)
+        previous = _command_step(steps, phase.name, previous, words, made, going_on=("--resume",))
+        done[phase.name] = previous
     done["evaluation"] = _evaluation(steps, folders, previous)
     done["scores"] = _scores(steps, folders, previous)
     done["export"] = _export(steps, folders, previous)
     seconds = {name: step.seconds for name, step in done.items()}
-    summary = report.summarise(folders.output, [stage.name for stage in STAGES], seconds)
+    summary = report.summarise(folders.output, [phase.name for phase in PHASES], seconds)
     report.draw(folders.output, summary)
     report.copy_examples(folders.output)
     print(report.table(summary))
