@@ -72,7 +72,7 @@ def wait_for_state(cluster: slurm.Slurm, job: str, log: Path, state: str) -> Non
 
     def reached() -> bool:
         now = cluster.job(job)["JobState"]
-        assert now in (state, *GOES_ON), f"job {job} is {now}, not {state}\n{log.read_text()[-5000:]}"
+        assert now in (state, *GOES_ON), f"job {job} is {now}\n{log.read_text()[-5000:]}"
         return now == state
 
     wait_for(state, log, reached)
@@ -101,7 +101,7 @@ def test_a_job_saves_before_its_limit_and_is_requeued_until_it_is_finished(
     assert f"saved {work_dir}/checkpoints/iter_{reached:07d}" in log.read_text()
 
     wait_for_state(cluster, job, log, "PENDING")
-    # Not at once: for a second or two the nodes still take the job's new credential for the old one.
+    # Not at once: for a second or two the nodes take the job's new credential for the old one.
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10", "StartTime=now+5")
     wait_for_state(cluster, job, log, "COMPLETED")
     assert f"resuming from {work_dir}/checkpoints/iter_{reached:07d}" in log.read_text()
