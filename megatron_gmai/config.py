@@ -128,6 +128,12 @@ class ParallelConfig:
     )
     sequence_parallel: bool = option(False, "split activations over the TP ranks between layers")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP ranks (ZeRO-1)")
+    vision_phase: str = option(
+        "first-stage",
+        "who encodes images: the first pipeline stage, as micro-batches pass, or all ranks of the "
+        "pipeline, a whole step's images before its first micro-batch",
+        choices=("first-stage", "all-ranks"),
+    )
     shard_strategy: str | None = option(
         None,
         "GMAI-VL's name for the same: each value turns --use-distributed-optimizer on",

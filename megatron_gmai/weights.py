@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Cut = Literal["none", "vocabulary", "rows", "columns", "gate_up"]
 # The parts of the model that are frozen or trained as a whole.
 Tower = Literal["vision_model", "projector", "language_model"]
-Place = Literal["first", "layer", "last"]
+Place = Literal["vision", "first", "layer", "last"]
 
 # Where adapters can be, by the words of `--lora-targets`: modules of a decoder layer.
 LORA_TARGETS = {
@@ -42,7 +42,8 @@ class Weight:
     name: str
     shape: Shape
     cut: Cut = "none"
-    place: Place = "first"  # the first chunk, the chunk of its decoder layer, or the last chunk
+    # Chunks with the towers, the first chunk, the chunk of its decoder layer, or the last chunk.
+    place: Place = "vision"
     layer: int | None = None  # of the decoder
 
     @property
@@ -57,6 +58,8 @@ class Weight:
         """Whether the chunk holds it."""
         if self.place == "layer":
             return self.layer in chunk.layers
+        if self.place == "vision":
+            return chunk.has_vision
         return chunk.is_first if self.place == "first" else chunk.is_last
 
 

@@ -81,13 +81,22 @@ class TestChunks:
 class TestImageShare:
     @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
     @pytest.mark.parametrize("images", [0, 1, 2, 7, 16])
-    def test_every_image_has_one_rank_and_every_rank_the_same_number(
+    def test_every_image_has_one_rank_and_no_rank_more_than_the_others_fill_up_to(
         self, images: int, ranks: int
     ) -> None:
-        runs = [ImageShare(index, ranks).own(images) for index in range(ranks)]
-        numbers = [number for run in runs for number in run if number < images]
-        assert numbers == list(range(images))
-        assert {len(run) for run in runs} == {max(1, math.ceil(images / ranks))}
+        shares = [ImageShare(index, ranks).after(3) for index in range(ranks)]
+        numbers = [number for share in shares for number in share.own(images)]
+        assert sorted(numbers) == list(range(images))
+        length = max(1, math.ceil(images / ranks))
+        assert all(share.length(images) == length for share in shares)
+        assert max(len(share.own(images)) for share in shares) <= length
+
+    def test_few_images_a_micro_batch_come_out_even_over_a_step(self) -> None:
+        totals = [
+            sum(len(ImageShare(index, 4).after(first).own(1)) for first in range(8))
+            for index in range(4)
+        ]
+        assert totals == [2, 2, 2, 2]
 
 
 class TestRecompute:

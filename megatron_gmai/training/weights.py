@@ -67,10 +67,13 @@ def weight_pieces(chunks: Sequence[GMAIVL], adapters_only: bool) -> Iterator[tup
 def takes_turn(number: int, weight: Weight, groups: Groups, copies: ProcessGroup) -> bool:
     """Whether this rank's copy of the `number`-th weight is the one to write.
 
-    `copies` hold the same data; weights that are not cut have copies on the TP ranks as well.
+    `copies` hold the same data; weights that are not cut have copies on the TP ranks as well, and
+    the towers may have some on other pipeline stages.
     """
     turn, across = divmod(number, copies.size())
     is_mine = copies.rank() == across
+    if weight.place == "vision":
+        is_mine &= groups.pp.rank() == 0
     if weight.cut == "none":
         is_mine &= groups.tp.rank() == turn % groups.tp.size()
     return is_mine

@@ -31,6 +31,7 @@ from megatron_gmai.runtime.groups import (
     initialize_distributed,
 )
 from megatron_gmai.runtime.world import World, lay_out
+from megatron_gmai.training.encode_ahead import EncodedStep
 from megatron_gmai.training.optimizer import (
     build_optimizer,
     finish_param_gather,
@@ -123,7 +124,7 @@ def run_case(case: Case, processes: Processes) -> Outcome:
     with planted(case.fault), transfers(case.gpu_transfers):
         trainer = Trainer(case, processes)
         outcome = Outcome()
-        if trainer.world.holds_first_chunk:
+        if trainer.world.image_share is not None:
             count_images(trainer.chunks[0], outcome.encoded)
         for iteration in range(STEPS):
             result = trainer.step(iteration)
@@ -200,8 +201,11 @@ def share(iteration: int, micro_batch_size: int, groups: Groups) -> Iterator[Mic
     packs = global_batch(iteration)
     size = PACKS // groups.dp.size()
     mine = packs[groups.dp.rank() * size : (groups.dp.rank() + 1) * size]
+    images = 0
     for start in range(0, size, micro_batch_size):
-        yield join(mine[start : start + micro_batch_size])
+        batch = join(mine[start : start + micro_batch_size])
+        yield dataclasses.replace(batch, first_image=images)
+        images += len(batch.image_starts)
 
 
 def whole_weights(chunks: list[GMAIVL], groups: Groups) -> tuple[dict[str, Tensor], list[str]]:
@@ -273,4 +277,16 @@ def planted(fault: str) -> AbstractContextManager[Any]:
             return own_gradient(gradient, groups)
 
         return mock.patch("megatron_gmai.model.vision_parallel.own_gradient", summed)
+    if fault.startswith("feature gradients"):
+        exact_gradients = EncodedStep._gradients_by_rank
+
+        def wrong(self: EncodedStep) -> list[Tensor]:
+            first, *others = exact_gradients(self)
+            if fault == "feature gradients applied twice":
+                return [2 * gradient for gradient in (first, *others)]
+            return [first, *(torch.zeros_like(gradient) for gradient in others)]
+
+        return mock.patch.object(EncodedStep, "_gradients_by_rank", wrong)
+    if fault == "copies of the tower counted in the norm":
+        return mock.patch("megatron.core.optimizer.optimizer.param_is_not_shared", lambda p: True)
     raise AssertionError(fault)

@@ -57,6 +57,8 @@ PP2_CP2 = dataclasses.replace(
 PP2_ZERO = ParallelConfig(
     pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True
 )
+PP2_AHEAD = dataclasses.replace(PP2, vision_phase="all-ranks")
+VPP2_ALL_AHEAD = dataclasses.replace(VPP2_ALL, vision_phase="all-ranks")
 EIGHT = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -66,6 +68,7 @@ EIGHT = ParallelConfig(
     overlap_param_gather=True,
     ddp_bucket_size=4000,
 )
+EIGHT_AHEAD = dataclasses.replace(EIGHT, vision_phase="all-ranks")
 HALF_RECOMPUTED = (("selective_recompute", 0.5),)
 ATTENTION_RECOMPUTED = (("recompute_granularity", "selective"),)
 UNIFORM = (
@@ -118,6 +121,11 @@ CASES = {
         *(Case(f"vpp2-phase{phase}", VPP2, phase) for phase in PHASES),
         Case("vpp2-uneven", VPP2_UNEVEN),
         Case("vpp2-recompute", VPP2, train=HALF_RECOMPUTED),
+        *(Case(f"pp2-all-ranks-phase{phase}", PP2_AHEAD, phase) for phase in PHASES),
+        Case("pp2-all-ranks-vit-in-turns", PP2_AHEAD, train=ONE_IMAGE),
+        Case("pp2-all-ranks-no-layers", dataclasses.replace(PP2_AHEAD, pipeline_layout="0,4")),
+        Case("tp2-all-ranks", dataclasses.replace(TP2, vision_phase="all-ranks")),
+        Case("lora-pp2-all-ranks", PP2_AHEAD, lora=LORA),
     ],
     4: [
         *(Case(f"tp2-pp2-sp-zero-phase{phase}", ALL, phase) for phase in PHASES),
@@ -132,10 +140,14 @@ CASES = {
         Case("lora-tp2-pp2-sp-zero", ALL, lora=LORA),
         Case("pp2-cp2", PP2_CP2),
         *(Case(f"vpp2-tp2-all-phase{phase}", VPP2_ALL, phase) for phase in PHASES),
+        *(Case(f"vpp2-tp2-all-ranks-phase{phase}", VPP2_ALL_AHEAD, phase) for phase in PHASES),
+        Case("pp2-cp2-all-ranks", dataclasses.replace(PP2_CP2, vision_phase="all-ranks")),
         Case("cp4", dataclasses.replace(CP2, context_parallel_size=4)),
     ],
     8: [
         *(Case(f"tp2-pp2-dp2-all-phase{phase}", EIGHT, phase) for phase in PHASES),
+        Case("tp2-pp2-dp2-all-ranks", EIGHT_AHEAD),
+        Case("tp2-pp2-cp2-all-ranks", dataclasses.replace(EIGHT_AHEAD, context_parallel_size=2)),
         Case("tp2-pp2-cp2-all", dataclasses.replace(EIGHT, context_parallel_size=2)),
         Case(
             "tp2-vpp2-cp2-all",
@@ -150,6 +162,9 @@ FAULTS = [
     Case("fault-counted-twice", TP2_SP, fault="vision gradients counted once per TP rank"),
     Case("fault-not-summed-over-cp", CP2, fault="vision gradients not summed over CP"),
     Case("fault-mean-of-means", DP2, fault="mean of the micro-batches' means"),
+    Case("fault-missing", PP2_AHEAD, fault="feature gradients missing on a pipeline rank"),
+    Case("fault-applied-twice", PP2_AHEAD, fault="feature gradients applied twice"),
+    Case("fault-copies-in-norm", PP2_AHEAD, fault="copies of the tower counted in the norm"),
 ]
 # The dtype of GPUs: rounding differs between layouts, copies of a weight still may not.
 BF16 = [
