@@ -46,7 +46,7 @@ class TestChunks:
         parallel = ParallelConfig(pipeline_model_parallel_size=4)
         assert layers_of_chunks(parallel, 32) == (8, 8, 8, 8)
         (chunk,) = chunks_of_rank(parallel, 32, rank=1)
-        assert chunk == Chunk(range(8, 16), is_first=False, is_last=False)
+        assert chunk == Chunk(range(8, 16), is_first=False, is_last=False, has_vision=False)
 
     def test_virtual_stages_take_turns_over_the_ranks(self) -> None:
         parallel = ParallelConfig(
@@ -54,9 +54,20 @@ class TestChunks:
         )
         assert chunks_of_rank(parallel, 8, rank=0) == (
             Chunk(range(0, 2), is_first=True, is_last=False, virtual=0),
-            Chunk(range(4, 6), is_first=False, is_last=False, virtual=1),
+            Chunk(range(4, 6), is_first=False, is_last=False, virtual=1, has_vision=False),
         )
         assert chunks_of_rank(parallel, 8, rank=1)[-1].is_last
+
+    @pytest.mark.parametrize(("phase", "with_tower"), [("first-stage", 1), ("all-ranks", 2)])
+    def test_each_rank_that_encodes_has_one_tower(self, phase: str, with_tower: int) -> None:
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=2,
+            num_virtual_stages_per_pipeline_rank=2,
+            vision_phase=phase,
+        )
+        ranks = [chunks_of_rank(parallel, 8, rank) for rank in (0, 1)]
+        assert [any(c.has_vision for c in chunks) for chunks in ranks].count(True) == with_tower
+        assert not any(chunk.has_vision for _, chunk in ranks)
 
     def test_megatrons_other_flag_says_the_same(self) -> None:
         by_layers = ParallelConfig(

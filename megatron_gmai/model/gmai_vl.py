@@ -43,10 +43,11 @@ class GMAIVL(MegatronModule):
         # Names that Megatron's schedule and gradient finalisation look for.
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.vp_stage = chunk.virtual
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = config.model.language.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.image_token_count = config.model.vision.tokens_per_image
         self.images_at_once = config.train.vit_micro_batch_size
+        self.recompute_vision = config.train.recompute_vit
         if chunk.has_vision:
             self.vision_model = VisionTower(config.model.vision, world.device, world.groups)
             self.projector = Projector(config.model, world.device)
@@ -58,6 +59,13 @@ class GMAIVL(MegatronModule):
             layers = self.language_model.decoder.layers
             add_adapters(layers, config.lora, self.config, world.groups.tp)
         self._freeze(config)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Called when gradients are finished, where the weights are tied: first and last pipeline
+        stage sum those of their copies."""
+        if self.pre_process:
+            return self.language_model.embedding.word_embeddings.weight
+        return self.language_model.output_layer.weight
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""
@@ -139,11 +147,11 @@ class GMAIVL(MegatronModule):
     def _in_turns(self, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Run a bounded number of images at a time.
 
-        Where there are more, only their features are kept and `run` runs again in the backward
-        pass, so that many images do not set the memory peak.
+        Where there are more, or with `--recompute-vit`, only their features are kept and `run` runs
+        again in the backward pass, so that many images do not set the memory peak.
         """
         parts = images.split(self.images_at_once)
-        if len(parts) == 1:
+        if len(parts) == 1 and not self.recompute_vision:
             return run(images)
         # Not reentrant: one backward pass, so each gradient is complete when its hook runs and
         # its bucket may be reduced.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,10 +13,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
-from megatron_gmai.config import Config, LoraConfig, ParallelConfig
+from megatron_gmai.config import Config, LoraConfig, ModelConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
@@ -62,6 +63,12 @@ class Case:
     fault: str = "none"
     dtype: str = "fp32"
     gpu_transfers: bool = False  # between pipeline stages, as on GPUs
+    tied: bool = False  # the output layer is the embedding
+
+    @property
+    def model(self) -> ModelConfig:
+        language = dataclasses.replace(MODEL.language, tie_word_embeddings=self.tied)
+        return dataclasses.replace(MODEL, language=language)
 
     @property
     def config(self) -> Config:
@@ -71,7 +78,9 @@ class Case:
             **PHASES[self.phase],
             **dict(self.train),
         )
-        return dataclasses.replace(CONFIG, parallel=self.parallel, train=train, lora=self.lora)
+        return dataclasses.replace(
+            CONFIG, model=self.model, parallel=self.parallel, train=train, lora=self.lora
+        )
 
 
 @dataclass
@@ -145,7 +154,7 @@ class Trainer:
         self.case, self.config = case, case.config
         self.world = processes.world(self.config, case.dtype)
         self.chunks = build_chunks(self.config, self.world)
-        fill(self.chunks, SeededWeights(MODEL, seed=1))
+        fill(self.chunks, SeededWeights(case.model, seed=1))
         if case.lora.llm_use_lora:
             fill(self.chunks, started_adapters(case.lora), adapters=True)
         self.wrapped = wrap_for_training(self.chunks, self.config, self.world.groups)
@@ -287,6 +296,9 @@ def planted(fault: str) -> AbstractContextManager[Any]:
             return [first, *(torch.zeros_like(gradient) for gradient in others)]
 
         return mock.patch.object(EncodedStep, "_gradients_by_rank", wrong)
+    if fault == "gradients of a tied weight not summed over its copies":
+        finalize = sys.modules[finalize_model_grads.__module__]
+        return mock.patch.object(finalize, "_allreduce_word_embedding_grads")
     if fault == "copies of the tower counted in the norm":
         return mock.patch("megatron.core.optimizer.optimizer.param_is_not_shared", lambda p: True)
     raise AssertionError(fault)
