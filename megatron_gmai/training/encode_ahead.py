@@ -40,14 +40,14 @@ class EncodedStep:
         """Run the backward pass of what was encoded here; every pipeline rank has to call it."""
         if not self.own.requires_grad:
             return
-        gradient = self.own.detach()
-        if self.groups.pp.size() == 1:
-            gradient = self._gradients_by_rank()[0]
+        pp = self.groups.pp
+        parts = self._gradients_by_rank() if pp.rank() == 0 else None
+        self.leaves.clear()  # with their gradients, before the tower needs the memory
+        if pp.size() == 1 and parts:
+            gradient = parts[0]
         else:
-            gradient = torch.empty_like(gradient)
-            source = dist.get_global_rank(self.groups.pp, 0)
-            parts = self._gradients_by_rank() if self.groups.pp.rank() == 0 else None
-            dist.scatter(gradient, parts, src=source, group=self.groups.pp)
+            gradient = torch.empty_like(self.own)
+            dist.scatter(gradient, parts, src=dist.get_global_rank(pp, 0), group=pp)
         torch.autograd.backward(self.own, gradient)
 
     def _gradients_by_rank(self) -> list[Tensor]:

@@ -121,19 +121,7 @@ class TrainStep:
         taken, counts = _Taken(), _Counts()
         drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
         try:
-            inputs, encoded = self._inputs(drawn)
-            self.config.finalize_model_grads_func = partial(self._finish_gradients, encoded)
-            # Every chunk asks for each micro-batch once; it is drawn and counted once for all.
-            iterators = list(itertools.tee(inputs, len(self.chunks)))
-            losses = self.forward_backward(
-                forward_step_func=partial(forward_step, world=self.world),
-                data_iterator=iterators,
-                model=self.chunks,
-                num_microbatches=self.num_microbatches,
-                seq_length=self.tokens_per_microbatch,
-                micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
-                forward_only=False,
-            )
+            losses = self._run_schedule(drawn)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(taken.newest, self.world.rank, error) from error
         counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
@@ -149,6 +137,24 @@ class TrainStep:
             keys=gather(taken.keys, self.world.groups) if update.not_finite else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
+
+    def _run_schedule(self, drawn: Iterator[MicroBatch]) -> list[Tensor]:
+        """Forward and backward passes of the micro-batches, and the reduction of gradients; the
+        summed losses of each, on ranks of the last stage."""
+        inputs, encoded = self._inputs(drawn)
+        self.config.finalize_model_grads_func = partial(self._finish_gradients, encoded)
+        losses = self.forward_backward(
+            forward_step_func=partial(forward_step, world=self.world),
+            # Every chunk asks for each micro-batch once; it is drawn and counted once for all.
+            data_iterator=list(itertools.tee(inputs, len(self.chunks))),
+            model=self.chunks,
+            num_microbatches=self.num_microbatches,
+            seq_length=self.tokens_per_microbatch,
+            micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
+            forward_only=False,
+        )
+        self.config.finalize_model_grads_func = None  # it would keep the features in memory
+        return losses
 
     def _inputs(self, drawn: Iterator[MicroBatch]) -> tuple[Iterator[Input], EncodedStep | None]:
         """The step's micro-batches, each with the features that were encoded ahead, if they are."""
