@@ -60,6 +60,7 @@ class LanguageConfig:
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
     rope_scaling_factor: float = 1.0  # dynamic NTK past the line above; only exports use it
+    tie_word_embeddings: bool = False  # the output layer is the embedding
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ class ParallelConfig:
     )
     sequence_parallel: bool = option(False, "split activations over the TP ranks between layers")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP ranks (ZeRO-1)")
+    vision_phase: str = option(
+        "first-stage",
+        "who encodes images: the first pipeline stage, as micro-batches pass, or all ranks of the "
+        "pipeline, a whole step's images before its first micro-batch",
+        choices=("first-stage", "all-ranks"),
+    )
     shard_strategy: str | None = option(
         None,
         "GMAI-VL's name for the same: each value turns --use-distributed-optimizer on",
@@ -166,6 +173,11 @@ class TrainConfig:
     )
     vit_micro_batch_size: int = option(
         32, "images that the vision tower encodes at once; of more, activations are recomputed"
+    )
+    recompute_vit: bool = option(
+        False,
+        "keep only features of images and recompute ViT and projector in the backward pass, "
+        "--vit-micro-batch-size images at a time; decoder layers have settings of their own",
     )
     recompute_granularity: str | None = option(
         None, "Megatron's activation recomputation", choices=("full", "selective")

@@ -49,9 +49,10 @@ class Chunk:
     """A run of the model's layers that one rank holds as one module."""
 
     layers: range  # decoder layers, counted from 0 in the whole model
-    is_first: bool = True  # with the vision tower, the projector and the embedding
+    is_first: bool = True  # with the embedding
     is_last: bool = True  # with the final norm, the output layer and the loss
     virtual: int | None = None  # index among the rank's chunks; None where there is only one
+    has_vision: bool = True  # with the vision tower and the projector
 
 
 def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
@@ -87,6 +88,8 @@ def chunks_of_rank(parallel: ParallelConfig, num_layers: int, rank: int) -> tupl
     counts = layers_of_chunks(parallel, num_layers)
     stages = parallel.pipeline_model_parallel_size
     virtual = len(counts) // stages
+    # With `all-ranks` each pipeline rank has a copy of the tower, in the first of its chunks.
+    with_vision = stages if encodes_ahead(parallel) else 1
     chunks = []
     for index in range(rank, len(counts), stages):
         begin = sum(counts[:index])
@@ -96,23 +99,35 @@ def chunks_of_rank(parallel: ParallelConfig, num_layers: int, rank: int) -> tupl
                 is_first=index == 0,
                 is_last=index == len(counts) - 1,
                 virtual=index // stages if virtual > 1 else None,
+                has_vision=index < with_vision,
             )
         )
     return tuple(chunks)
 
 
+def encodes_ahead(parallel: ParallelConfig) -> bool:
+    """Whether all pipeline ranks encode the images of a step before its first micro-batch."""
+    return parallel.vision_phase == "all-ranks"
+
+
 @dataclass(frozen=True)
 class ImageShare:
-    """Which images of a micro-batch a rank encodes: the `index`-th of `ranks` runs of equal length.
+    """Which images of a micro-batch a rank encodes: they are dealt like cards to `ranks` ranks,
+    and this one, the `index`-th, has the first, if `index` is 0, and every `ranks`-th after it.
 
-    The ranks of one TP x CP group see the same micro-batch; each encodes its own run with its own
-    copy of the tower, and all gather the features. So every image is encoded once, and the tower's
-    gradient is the *sum* over these ranks as well as over the data-parallel ones: the tower's
-    "data-parallel" group is all ranks of the first stage (`Groups.vision`).
+    The ranks of one TP x CP group see the same micro-batch; each encodes its own images with its
+    own copy of the tower, and all gather the features. So every image is encoded once, and the
+    tower's gradient is the *sum* over these ranks as well as over the data-parallel ones: the
+    tower's "data-parallel" group is all ranks that have a copy (`Groups.vision`).
     """
 
     index: int = 0
     ranks: int = 1
+
+    def after(self, images: int) -> "ImageShare":
+        """The share of a micro-batch before which so many images of the step have been dealt: a
+        step's images so come out even over the ranks, however few a micro-batch has."""
+        return ImageShare((self.index - images) % self.ranks, self.ranks)
 
     def length(self, images: int) -> int:
         """Images that every rank encodes, blanks included: at least one, since a rank that skipped
@@ -120,9 +135,8 @@ class ImageShare:
         return max(1, -(-images // self.ranks))
 
     def own(self, images: int) -> range:
-        """This rank's run; it may reach past the last image, where blanks stand."""
-        length = self.length(images)
-        return range(self.index * length, (self.index + 1) * length)
+        """The numbers of this rank's images, among so many of a micro-batch."""
+        return range(self.index, images, self.ranks)
 
 
 @dataclass(frozen=True)

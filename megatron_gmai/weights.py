@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Cut = Literal["none", "vocabulary", "rows", "columns", "gate_up"]
 # The parts of the model that are frozen or trained as a whole.
 Tower = Literal["vision_model", "projector", "language_model"]
-Place = Literal["first", "layer", "last"]
+Place = Literal["vision", "first", "layer", "last", "ends"]
 
 # Where adapters can be, by the words of `--lora-targets`: modules of a decoder layer.
 LORA_TARGETS = {
@@ -31,6 +31,8 @@ LORA_TARGETS = {
     "fc1": "mlp.linear_fc1",
     "fc2": "mlp.linear_fc2",
 }
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT = "language_model.output_layer.weight"
 VOCABULARY_MULTIPLE = 128  # rows of the embedding on every tensor-parallel rank
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
@@ -42,7 +44,9 @@ class Weight:
     name: str
     shape: Shape
     cut: Cut = "none"
-    place: Place = "first"  # the first chunk, the chunk of its decoder layer, or the last chunk
+    # Chunks with the towers, the first chunk, the chunk of its decoder layer, the last chunk, or
+    # both ends.
+    place: Place = "vision"
     layer: int | None = None  # of the decoder
 
     @property
@@ -57,6 +61,10 @@ class Weight:
         """Whether the chunk holds it."""
         if self.place == "layer":
             return self.layer in chunk.layers
+        if self.place == "vision":
+            return chunk.has_vision
+        if self.place == "ends":
+            return chunk.is_first or chunk.is_last
         return chunk.is_first if self.place == "first" else chunk.is_last
 
 
@@ -74,9 +82,11 @@ def weights(model: ModelConfig, lora: LoraConfig = LoraConfig()) -> dict[str, We
     return table
 
 
-def name_in_model(chunk: Chunk, name: str) -> str:
+def name_in_model(chunk: Chunk, name: str, tied: bool = False) -> str:
     """The name in the whole model of what a chunk calls `name`: layers count on from earlier
-    chunks."""
+    chunks, and a tied output layer is the embedding."""
+    if tied and name == OUTPUT:
+        return EMBEDDING
     match = _LAYER.match(name)
     if match is None:
         return name
@@ -128,12 +138,13 @@ def _projector(model: ModelConfig) -> Iterator[Weight]:
 def _language(model: ModelConfig) -> Iterator[Weight]:
     language, hidden = model.language, model.language.hidden_size
     vocabulary = (language.vocab_size, hidden)
-    embedding = "language_model.embedding.word_embeddings.weight"
-    yield Weight(embedding, vocabulary, "vocabulary", "first")
+    tied = language.tie_word_embeddings
+    yield Weight(EMBEDDING, vocabulary, "vocabulary", "ends" if tied else "first")
     for layer in range(language.num_layers):
         yield from _decoder_layer(model, layer)
     yield Weight("language_model.decoder.final_layernorm.weight", (hidden,), "none", "last")
-    yield Weight("language_model.output_layer.weight", vocabulary, "vocabulary", "last")
+    if not tied:
+        yield Weight(OUTPUT, vocabulary, "vocabulary", "last")
 
 
 def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[Weight]:

@@ -46,7 +46,7 @@ class TestChunks:
         parallel = ParallelConfig(pipeline_model_parallel_size=4)
         assert layers_of_chunks(parallel, 32) == (8, 8, 8, 8)
         (chunk,) = chunks_of_rank(parallel, 32, rank=1)
-        assert chunk == Chunk(range(8, 16), is_first=False, is_last=False)
+        assert chunk == Chunk(range(8, 16), is_first=False, is_last=False, has_vision=False)
 
     def test_virtual_stages_take_turns_over_the_ranks(self) -> None:
         parallel = ParallelConfig(
@@ -54,9 +54,20 @@ class TestChunks:
         )
         assert chunks_of_rank(parallel, 8, rank=0) == (
             Chunk(range(0, 2), is_first=True, is_last=False, virtual=0),
-            Chunk(range(4, 6), is_first=False, is_last=False, virtual=1),
+            Chunk(range(4, 6), is_first=False, is_last=False, virtual=1, has_vision=False),
         )
         assert chunks_of_rank(parallel, 8, rank=1)[-1].is_last
+
+    @pytest.mark.parametrize(("phase", "with_tower"), [("first-stage", 1), ("all-ranks", 2)])
+    def test_each_rank_that_encodes_has_one_tower(self, phase: str, with_tower: int) -> None:
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=2,
+            num_virtual_stages_per_pipeline_rank=2,
+            vision_phase=phase,
+        )
+        ranks = [chunks_of_rank(parallel, 8, rank) for rank in (0, 1)]
+        assert [any(c.has_vision for c in chunks) for chunks in ranks].count(True) == with_tower
+        assert not any(chunk.has_vision for _, chunk in ranks)
 
     def test_megatrons_other_flag_says_the_same(self) -> None:
         by_layers = ParallelConfig(
@@ -81,13 +92,22 @@ class TestChunks:
 class TestImageShare:
     @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
     @pytest.mark.parametrize("images", [0, 1, 2, 7, 16])
-    def test_every_image_has_one_rank_and_every_rank_the_same_number(
+    def test_every_image_has_one_rank_and_no_rank_more_than_the_others_fill_up_to(
         self, images: int, ranks: int
     ) -> None:
-        runs = [ImageShare(index, ranks).own(images) for index in range(ranks)]
-        numbers = [number for run in runs for number in run if number < images]
-        assert numbers == list(range(images))
-        assert {len(run) for run in runs} == {max(1, math.ceil(images / ranks))}
+        shares = [ImageShare(index, ranks).after(3) for index in range(ranks)]
+        numbers = [number for share in shares for number in share.own(images)]
+        assert sorted(numbers) == list(range(images))
+        length = max(1, math.ceil(images / ranks))
+        assert all(share.length(images) == length for share in shares)
+        assert max(len(share.own(images)) for share in shares) <= length
+
+    def test_few_images_a_micro_batch_come_out_even_over_a_step(self) -> None:
+        totals = [
+            sum(len(ImageShare(index, 4).after(first).own(1)) for first in range(8))
+            for index in range(4)
+        ]
+        assert totals == [2, 2, 2, 2]
 
 
 class TestRecompute:

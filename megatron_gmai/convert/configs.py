@@ -64,7 +64,6 @@ class Described:
 
     model: ModelConfig
     flavour: Flavour
-    tied: bool  # the output layer is the embedding, stored once
 
 
 def read_config(folder: Path) -> Described:
@@ -85,7 +84,7 @@ def read_config(folder: Path) -> Described:
     problems += _vision_problems(vision, "vision_config.")
     _refuse(path, problems)
     model = ModelConfig(_vision(vision), _language(text), image_token_id=_image_token(raw))
-    return Described(model, flavour, bool(text["tie_word_embeddings"]))
+    return Described(model, flavour)
 
 
 def read_separate_configs(llm: Path, vision: Path) -> Described:
@@ -106,7 +105,7 @@ def read_separate_configs(llm: Path, vision: Path) -> Described:
     _refuse(llm / "config.json", _text_problems(text, ""))
     _refuse(vision / "config.json", _vision_problems(raw, ""))
     model = ModelConfig(_vision(raw), _language(text))
-    return Described(model, flavour, bool(text["tie_word_embeddings"]))
+    return Described(model, flavour)
 
 
 def _refuse(path: Path, problems: list[str]) -> None:
@@ -168,6 +167,7 @@ def _language(raw: dict[str, Any]) -> LanguageConfig:
         rope_theta=rope.theta,
         rope_scaling_factor=rope.factor,
         max_position_embeddings=raw["max_position_embeddings"],
+        tie_word_embeddings=bool(raw["tie_word_embeddings"]),
     )
 
 

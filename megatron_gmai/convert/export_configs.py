@@ -30,7 +30,7 @@ def transformers_config(
         "torch_dtype": dtype,
         "image_token_index": model.image_token_id,
         "image_seq_length": model.vision.tokens_per_image,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.language.tie_word_embeddings,
         **LLAVA_SETTINGS,
         "text_config": {
             "architectures": ["LlamaForCausalLM"],
@@ -60,7 +60,7 @@ def original_config(
         "ignore_index": -100,
         "image_token_index": model.image_token_id,
         "pad_token_id": special_ids["pad"],  # its merging of text and images looks for padding
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.language.tie_word_embeddings,
         **settings,
         "text_config": {
             "architectures": ["InternLM2ForCausalLM"],
@@ -103,7 +103,7 @@ def _text_config(
         "rms_norm_eps": language.rmsnorm_eps,
         **hf_rope(language.rope_theta, language.rope_scaling_factor),
         "max_position_embeddings": language.max_position_embeddings,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": language.tie_word_embeddings,
         "torch_dtype": dtype,
         "bos_token_id": special_ids["bos"],
         "eos_token_id": special_ids["eos"],

@@ -13,11 +13,9 @@ from megatron_gmai.convert.configs import Described, read_config, read_separate_
 from megatron_gmai.convert.files import TensorFolder, weight_files
 from megatron_gmai.convert.mapping import Flavour, Row, leftover_shapes, rows
 from megatron_gmai.convert.seeded import SeededWeights
-from megatron_gmai.weights import Shape
+from megatron_gmai.weights import EMBEDDING, OUTPUT, Shape
 
 _SHOWN = 8  # problems listed in one message
-_EMBEDDING = "language_model.embedding.word_embeddings.weight"
-_OUTPUT = "language_model.output_layer.weight"
 _PROJECTOR = "projector."
 
 
@@ -67,7 +65,7 @@ def open_pretrained(folder: str | Path) -> Pretrained:
     folder = _folder(folder)
     described = read_config(folder)
     tensors = TensorFolder(folder)
-    table = _table(described)
+    table = rows(described.model, described.flavour)
     _check(f"{folder} is not a whole {described.flavour} checkpoint", described, table, tensors)
     makers = {row.canonical: _maker(row, tensors) for row in table}
     return _pretrained(described, makers, tensors, [folder])
@@ -93,13 +91,14 @@ def open_separate(
     described = read_separate_configs(llm, vision)
     tensors = TensorFolder(llm, "language_model.")
     tensors.join(TensorFolder(vision, "vision_tower."))
-    table = tuple(row for row in _table(described) if not row.canonical.startswith(_PROJECTOR))
+    whole = rows(described.model, described.flavour)
+    table = tuple(row for row in whole if not row.canonical.startswith(_PROJECTOR))
     _check(f"{llm} and {vision} do not hold both models", described, table, tensors)
     rows_given = described.model.language.vocab_size
     language = replace(described.model.language, vocab_size=max(rows_given, vocab_size))
     model = replace(described.model, language=language, image_token_id=image_token_id)
     makers = {row.canonical: _maker(row, tensors) for row in table}
-    for name in (_EMBEDDING, _OUTPUT):
+    for name in {EMBEDDING, OUTPUT} & makers.keys():
         makers[name] = _with_rows(makers[name], language.vocab_size)
     norm = makers["language_model.decoder.final_layernorm.weight"]
     projector = SeededWeights(model, seed)
@@ -160,18 +159,6 @@ def _pretrained(
     )
 
 
-def _table(described: Described) -> tuple[Row, ...]:
-    """The rows of the flavour; a tied output layer is read from the embedding's tensor."""
-    table = rows(described.model, described.flavour)
-    if not described.tied:
-        return table
-    (embedding,) = (row for row in table if row.canonical == _EMBEDDING)
-    return tuple(
-        replace(row, sources=embedding.sources) if row.canonical == _OUTPUT else row
-        for row in table
-    )
-
-
 def _maker(row: Row, tensors: TensorFolder) -> Callable[[], Tensor]:
     return lambda: row.rule.merge([tensors.tensor(source) for source in row.sources])
 
@@ -197,11 +184,13 @@ def _check(
         for source, shape in zip(row.sources, row.source_shapes, strict=True)
     }
     known = {**needed, **leftover_shapes(described.model)}
-    if described.tied:  # some files repeat the embedding under the output layer's name
+    language = described.model.language
+    if language.tie_word_embeddings:  # some files repeat the embedding as the output layer
+        untied = replace(described.model, language=replace(language, tie_word_embeddings=False))
         known |= {
             source: row.shape
-            for row in rows(described.model, described.flavour)
-            for source in row.sources * (row.canonical == _OUTPUT)
+            for row in rows(untied, described.flavour)
+            for source in row.sources * (row.canonical == OUTPUT)
         }
     problems = [
         f"{name} is missing (expected {shape})"

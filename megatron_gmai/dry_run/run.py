@@ -17,7 +17,7 @@ from megatron_gmai.dry_run.collectives import Call
 from megatron_gmai.dry_run.counter import Block, DeviceCounter, Wait
 from megatron_gmai.dry_run.packs import made_up
 from megatron_gmai.dry_run.watch import watch
-from megatron_gmai.layout import Layout, virtual_stages
+from megatron_gmai.layout import Layout, encodes_ahead, virtual_stages
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
@@ -129,15 +129,15 @@ def build(config: Config, world: World, counter: DeviceCounter) -> tuple[list[GM
         micro_batches(config, world.layout),
         config.train.micro_batch_size * config.data.max_length,
     )
-    settings = wrapped[0].module.config
-    settings.finalize_model_grads_func = counter.wrap(
-        "gradients", "gradient reduction", settings.finalize_model_grads_func
-    )
+    step.reduce_gradients = counter.wrap("gradients", "gradient reduction", step.reduce_gradients)
     return chunks, step
 
 
 def micro_batches(config: Config, layout: Layout) -> int:
-    """As many as fill the pipeline: with more, memory is the same and work only repeats."""
+    """As many as fill the pipeline: with more, memory is the same and work only repeats. All, if a
+    step's images are encoded together: their features are in memory together as well."""
+    if encodes_ahead(config.parallel):
+        return layout.micro_batches(config.train)
     stages = layout.pipeline
     virtual = virtual_stages(config.parallel, config.model.language.num_layers)
     enough = 2 * stages if virtual > 1 else stages + 1
@@ -154,7 +154,7 @@ def group_names(world: World) -> dict[tuple[int, ...], str]:
         "DP x CP": groups.dp_cp,
         "DP": groups.dp,
         "TP x CP": groups.images,
-        "TP x DP x CP": groups.vision,
+        "TP x DP x CP": groups.mcore.tp_dp_cp,
         "TP x PP": groups.mcore.mp,
         "world": dist.group.WORLD,
     }

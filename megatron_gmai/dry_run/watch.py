@@ -19,7 +19,7 @@ def watch(chunks: Sequence[GMAIVL], counter: DeviceCounter) -> None:
         _watch(chunk, counter, "activations", "embedding", backward=len(layers) == 0)
         for layer, module in zip(chunk.chunk.layers, layers, strict=True):
             _watch(module, counter, "activations", f"decoder layer {layer}")
-        if chunk.pre_process:
+        if chunk.chunk.has_vision:
             _watch(chunk.vision_model, counter, "vision", "ViT")
             for layer, module in enumerate(chunk.vision_model.decoder.layers):
                 _watch(module, counter, "vision", f"ViT layer {layer}")

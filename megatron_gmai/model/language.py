@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 
 from megatron_gmai.config import LanguageConfig
 from megatron_gmai.layout import Chunk
@@ -68,6 +69,8 @@ class LanguageModel(MegatronModule):
                 config, language.vocab_size, loss_implementation, groups.tp
             )
         self._clear_padding(language.vocab_size, groups.tp)
+        if language.tie_word_embeddings:
+            self._tie(chunk)
 
     def _clear_padding(self, vocab_size: int, tp: ProcessGroup) -> None:
         """Zero the vocabulary's padding rows: no file holds them, so nothing else ever writes them.
@@ -75,10 +78,23 @@ class LanguageModel(MegatronModule):
         The loss masks their columns, but 0 times whatever memory held would still reach the hidden
         states' gradient.
         """
-        tables = (p for name, p in self.named_parameters() if name.endswith(VOCABULARY_TABLES))
-        for table in tables:
+        for table in self._vocabulary_tables():
             real = vocab_size - tp.rank() * table.size(0)
             table.data[max(real, 0) :].zero_()
+
+    def _tie(self, chunk: Chunk) -> None:
+        """One weight for embedding and output layer; on two pipeline stages, two copies of it that
+        start alike and get the sum of both gradients."""
+        if chunk.is_first and chunk.is_last:
+            self.output_layer.weight = self.embedding.word_embeddings.weight
+            return
+        for table in self._vocabulary_tables():
+            # Alone in its bucket, so that a sharded optimizer cuts both copies at the same rows.
+            table.shared_embedding = True  # type: ignore[attr-defined]
+            table.shared = not chunk.is_first  # type: ignore[attr-defined]  # counted once in norms
+
+    def _vocabulary_tables(self) -> list[Parameter]:
+        return [p for name, p in self.named_parameters() if name.endswith(VOCABULARY_TABLES)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, S] -> [S, B, H], the whole sequence on every tensor-parallel rank."""

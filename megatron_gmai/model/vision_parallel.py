@@ -1,4 +1,8 @@
-"""Each image of a micro-batch is encoded once, by one of the ranks that see the micro-batch."""
+"""Each image of a micro-batch is encoded once, by one of the ranks that see the micro-batch.
+
+Shapes: N images of a micro-batch, `share` of them on this rank (`ImageShare`), P tokens an image,
+H hidden.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,24 +11,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gmai.layout import ImageShare
 from megatron_gmai.runtime.groups import Groups
 
 
-def encode_shared(encode: Callable[[Tensor], Tensor], pixels: Tensor, groups: Groups) -> Tensor:
+def encode_shared(
+    encode: Callable[[Tensor], Tensor], pixels: Tensor, first_image: int, groups: Groups
+) -> Tensor:
     """Encode [N, 3, I, I] with each rank of TP x CP taking its share; all get [N, P, H].
 
-    Every rank encodes the same number (`ImageShare.length`); blank images fill up. Their features
-    are cut off, so their gradient is exactly zero.
+    first_image: how many images of the step came before these. Every rank encodes the same number
+    (`ImageShare.length`); blank images fill up. Their features are left out, so their gradient is
+    exactly zero.
     """
-    share, count = groups.image_share, pixels.size(0)
-    blanks = share.length(count) * share.ranks - count
-    if blanks:
-        pixels = torch.cat([pixels, pixels.new_zeros(blanks, *pixels.shape[1:])])
+    share, count = share_of_column(first_image, groups), pixels.size(0)
     own = share.own(count)
-    features = encode(pixels[own.start : own.stop])  # [share, P, H]
-    if share.ranks > 1:
-        features = _GatherFeatures.apply(features, groups)
-    return features[:count]
+    mine = pixels[own.start :: own.step]
+    if blanks := share.length(count) - len(own):
+        mine = torch.cat([mine, mine.new_zeros(blanks, *mine.shape[1:])])
+    return gather_features(encode(mine), count, first_image, groups)
+
+
+def share_of_column(first_image: int, groups: Groups) -> ImageShare:
+    """The images of a micro-batch whose features this rank of TP x CP contributes."""
+    return ImageShare(groups.images.rank(), groups.images.size()).after(first_image)
+
+
+def gather_features(features: Tensor, count: int, first_image: int, groups: Groups) -> Tensor:
+    """[share, P, H] of each rank of TP x CP -> [N, P, H] of all `count` images, in their order."""
+    ranks, length = groups.images.size(), features.size(0)
+    if ranks == 1:
+        return features[:count]
+    gathered = _GatherFeatures.apply(features, groups)  # [TP · CP · share, P, H], rank by rank
+    number = torch.arange(count, device=features.device)
+    return gathered.index_select(0, (number + first_image) % ranks * length + number // ranks)
 
 
 class _GatherFeatures(torch.autograd.Function):

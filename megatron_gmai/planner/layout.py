@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_gmai.config import Config
-from megatron_gmai.layout import virtual_stages
+from megatron_gmai.layout import encodes_ahead, virtual_stages
 from megatron_gmai.planner.cost import (
     Load,
     Passes,
@@ -83,6 +83,7 @@ def _extra(config: Config, load: Load, chunks: int) -> list[float]:
     shared by the TP x CP ranks, so their ratio is that of one rank."""
     settled = with_vocabulary(config)
     extra = [0.0] * chunks
-    extra[0] += load.images * image_flops(settled)
+    if not encodes_ahead(config.parallel):  # else all stages share them, outside the pipeline
+        extra[0] += load.images * image_flops(settled)
     extra[-1] += output_flops(settled, load)
     return extra

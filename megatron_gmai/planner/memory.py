@@ -10,7 +10,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from megatron_gmai.config import Config, ModelConfig
+from megatron_gmai.config import Config, ModelConfig, TrainConfig
 from megatron_gmai.layout import Chunk, ImageShare, Layout, Recompute, chunks_of_rank
 from megatron_gmai.layout import virtual_stages as virtual_stages_of
 from megatron_gmai.planner.cost import Load
@@ -207,10 +207,15 @@ def _first_bytes(share: Share) -> float:
     kept += ranks * features
     if not vision_trains:
         return kept
-    at_once = min(images, train.vit_micro_batch_size)
-    if at_once < images:  # only features are kept; one turn is computed again
-        return kept + features
+    if recomputes_vision(train, images):  # only features are kept; one turn is computed again
+        frozen = HALF * images * patches * model.vision.hidden_size if train.freeze_vit else 0.0
+        return kept + features + frozen
     return kept + vision_bytes(share, images)
+
+
+def recomputes_vision(train: TrainConfig, images: int) -> bool:
+    """Whether the tower runs again in the backward pass."""
+    return train.recompute_vit or images > train.vit_micro_batch_size
 
 
 def vision_bytes(share: Share, images: int) -> float:
@@ -281,10 +286,9 @@ def _first_backward(share: Share, chunk: Chunk) -> float:
     gone = saved_bytes(share, chunk) - _first_bytes(share)
     rows = padded_vocab_size(language.vocab_size, tp) / tp
     embedding = HALF * rows * hidden if trains_language(share.config) else 0.0
-    turn = share.config.train.vit_micro_batch_size
-    tower = 0.0
-    if turn < share.images and not share.config.train.freeze_vit:
-        tower = vision_bytes(share, turn)
+    train, tower = share.config.train, 0.0
+    if recomputes_vision(train, share.images) and not train.freeze_vit:
+        tower = vision_bytes(share, min(share.images, train.vit_micro_batch_size))
     return max(embedding, tower) + 2 * HALF * share.tokens * hidden - gone
 
 

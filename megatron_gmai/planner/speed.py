@@ -23,7 +23,7 @@ from megatron_gmai.planner.cost import (
     tower_flops,
 )
 from megatron_gmai.planner.hardware import Gpu
-from megatron_gmai.planner.memory import HALF, SINGLE, Share, static_bytes
+from megatron_gmai.planner.memory import HALF, SINGLE, Share, recomputes_vision, static_bytes
 from megatron_gmai.planner.schedule import Timeline, simulate
 
 SIMULATED, SPAN = 8, 4  # rounds of PP micro-batches; and of which the pace is taken
@@ -195,7 +195,7 @@ def vision_seconds(share: Share, gpu: Gpu, direction: str) -> float:
     busy = forward or passes.tower
     launches = TOWER_LAUNCHES[direction] * model.vision.layers_used * LAUNCH if busy else 0.0
     seconds = max(device, launches)
-    again = not forward and passes.tower and images > config.train.vit_micro_batch_size
+    again = not forward and passes.tower and recomputes_vision(config.train, images)
     if again:
         seconds += images * tower_flops(model) / (gpu.product_flops * TOWER)
     ranks = share.layout.tensor * share.layout.context

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_gmai.config import ParallelConfig
-from megatron_gmai.layout import ImageShare, virtual_stages
+from megatron_gmai.layout import encodes_ahead, virtual_stages
 from megatron_gmai.runtime.device import Device
 
 
@@ -20,8 +20,8 @@ from megatron_gmai.runtime.device import Device
 class Groups:
     """The groups that this rank belongs to.
 
-    `solo` holds this rank alone: the vision tower is built on it, since every rank of the first
-    stage runs a whole tower on its own share of the images.
+    `solo` holds this rank alone: the vision tower is built on it, since every rank that has one
+    runs it whole on its own share of the images.
     """
 
     mcore: ProcessGroupCollection
@@ -54,13 +54,9 @@ class Groups:
         return self.mcore.tp_cp
 
     @property
-    def image_share(self) -> ImageShare:
-        return ImageShare(self.images.rank(), self.images.size())
-
-    @property
     def vision(self) -> dist.ProcessGroup:
-        """Ranks that hold a copy of the tower: all of the first stage."""
-        return self.mcore.tp_dp_cp
+        """Ranks that hold a copy of the tower: all of the first stage, or all there are."""
+        return self.mcore.expt_dp
 
     def own_tokens(self, total: int) -> slice:
         """The tokens of a micro-batch that this context-parallel rank embeds and has losses of."""
@@ -119,8 +115,9 @@ def build_groups(parallel: ParallelConfig, num_layers: int, timeout_minutes: flo
     mcore = ProcessGroupCollection.use_mpu_process_groups()
     # Megatron reduces parameters marked `allreduce = False` (the experts of mixture-of-experts
     # models) over a group of their own, in buckets of their own, with their optimizer state sharded
-    # over that group. The vision tower needs just that: it has copies on the TP ranks too.
-    mcore.expt_dp = mcore.tp_dp_cp
+    # over that group. The vision tower needs just that: it has copies on the TP ranks too, and
+    # with --vision-phase all-ranks on those of all stages.
+    mcore.expt_dp = dist.group.WORLD if encodes_ahead(parallel) else mcore.tp_dp_cp
     mcore.tp_ep_pp = mcore.mp  # one group for the gradient norm of both kinds
     return Groups(mcore, solo)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_gmai.config import Config
-from megatron_gmai.layout import Chunk, Layout, chunks_of_rank
+from megatron_gmai.layout import Chunk, ImageShare, Layout, chunks_of_rank, encodes_ahead
 from megatron_gmai.runtime.device import Device, choose_device
 from megatron_gmai.runtime.groups import (
     Groups,
@@ -23,6 +23,7 @@ class World:
     groups: Groups
     layout: Layout
     chunks: tuple[Chunk, ...]
+    encodes_ahead: bool  # all pipeline ranks encode images, before the step's micro-batches
 
     @property
     def rank(self) -> int:
@@ -33,9 +34,16 @@ class World:
         return dist.get_rank() == 0
 
     @property
-    def holds_first_chunk(self) -> bool:
-        """Whether images are encoded here."""
-        return self.chunks[0].is_first
+    def image_share(self) -> ImageShare | None:
+        """The images that are encoded here; None if none ever are."""
+        if not self.chunks[0].has_vision:
+            return None
+        images, pp = self.groups.images, self.groups.pp
+        if not self.encodes_ahead:
+            return ImageShare(images.rank(), images.size())
+        # PP running slowest: what the pipeline ranks of a column encode are its own images of the
+        # micro-batch, which its first rank gathers with those of the other columns.
+        return ImageShare(pp.rank() * images.size() + images.rank(), pp.size() * images.size())
 
     @property
     def holds_last_chunk(self) -> bool:
@@ -60,7 +68,8 @@ def lay_out(device: Device, config: Config) -> World:
     layout = Layout.of(parallel, dist.get_world_size())
     groups = build_groups(parallel, num_layers, config.run.distributed_timeout_minutes)
     seed_everything(config.train.seed)
-    return World(device, groups, layout, chunks_of_rank(parallel, num_layers, groups.pp.rank()))
+    chunks = chunks_of_rank(parallel, num_layers, groups.pp.rank())
+    return World(device, groups, layout, chunks, encodes_ahead(parallel))
 
 
 def close_world() -> None:

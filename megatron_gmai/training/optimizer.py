@@ -1,5 +1,6 @@
 """Gradient buffers, AdamW and the learning rate."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_gmai.config import Config, TrainConfig
+from megatron_gmai.layout import encodes_ahead
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.runtime.groups import Groups
@@ -26,6 +28,12 @@ def wrap_for_training(
 ) -> list[DistributedDataParallel]:
     """Megatron's gradient buffers around each chunk; gradients are kept and reduced in fp32."""
     parallel = config.parallel
+    mcore = groups.mcore
+    if encodes_ahead(parallel):
+        # Megatron cuts buckets on the first pipeline stage only; the tower's copies are on all
+        # stages, so their buckets have to be the same everywhere.
+        mcore = copy.copy(mcore)
+        mcore.pp = groups.solo
     wrapped = []
     for index, chunk in enumerate(chunks):
         ddp_config = DistributedDataParallelConfig(
@@ -42,7 +50,7 @@ def wrap_for_training(
                 chunk,
                 # Reduction of later chunks hides behind the backward passes of earlier ones.
                 disable_bucketing=index > 0,
-                pg_collection=groups.mcore,
+                pg_collection=mcore,
             )
         )
     return wrapped

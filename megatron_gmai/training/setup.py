@@ -147,7 +147,7 @@ def open_batches(
         start_pack=position.consumed_packs,
         total_packs=packs,
         num_workers=config.data.num_workers,
-        image_share=groups.image_share if world.holds_first_chunk else None,
+        image_share=world.image_share,
         pin_memory=world.device.is_cuda,
     )
 

@@ -19,10 +19,12 @@ from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.runtime.world import World
+from megatron_gmai.training.encode_ahead import EncodedStep, encode_step
 from megatron_gmai.training.optimizer import apply_gradients
 from megatron_gmai.training.out_of_memory import out_of_memory
 
 Item = TypeVar("Item")
+Input = tuple[MicroBatch, Tensor | None]  # with the features of its images, if encoded ahead
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class TrainStep:
         self.forward_backward = get_forward_backward_func()
         # Megatron's schedules read these from the first chunk's configuration.
         config = self.chunks[0].module.config
-        config.finalize_model_grads_func = finalize_model_grads
+        self.config, self.reduce_gradients = config, finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
         if self.chunks[0].ddp_config.overlap_grad_reduce:
             # Gradients are reduced behind the backward pass of the last micro-batch only.
@@ -117,19 +119,9 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         taken, counts = _Taken(), _Counts()
-        # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
         drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
-        iterators = list(itertools.tee(drawn, len(self.chunks)))
         try:
-            losses = self.forward_backward(
-                forward_step_func=partial(forward_step, world=self.world),
-                data_iterator=iterators,
-                model=self.chunks,
-                num_microbatches=self.num_microbatches,
-                seq_length=self.tokens_per_microbatch,
-                micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
-                forward_only=False,
-            )
+            losses = self._run_schedule(drawn)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(taken.newest, self.world.rank, error) from error
         counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
@@ -146,12 +138,44 @@ class TrainStep:
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
 
+    def _run_schedule(self, drawn: Iterator[MicroBatch]) -> list[Tensor]:
+        """Forward and backward passes of the micro-batches, and the reduction of gradients; the
+        summed losses of each, on ranks of the last stage."""
+        inputs, encoded = self._inputs(drawn)
+        self.config.finalize_model_grads_func = partial(self._finish_gradients, encoded)
+        losses = self.forward_backward(
+            forward_step_func=partial(forward_step, world=self.world),
+            # Every chunk asks for each micro-batch once; it is drawn and counted once for all.
+            data_iterator=list(itertools.tee(inputs, len(self.chunks))),
+            model=self.chunks,
+            num_microbatches=self.num_microbatches,
+            seq_length=self.tokens_per_microbatch,
+            micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
+            forward_only=False,
+        )
+        self.config.finalize_model_grads_func = None  # it would keep the features in memory
+        return losses
+
+    def _inputs(self, drawn: Iterator[MicroBatch]) -> tuple[Iterator[Input], EncodedStep | None]:
+        """The step's micro-batches, each with the features that were encoded ahead, if they are."""
+        if not self.world.encodes_ahead:
+            return ((batch, None) for batch in drawn), None
+        own = itertools.islice(drawn, self.num_microbatches)
+        batches, encoded = encode_step(self.chunks[0].module, own, self.world)
+        return zip(batches, encoded.leaves, strict=True), encoded
+
+    def _finish_gradients(self, encoded: EncodedStep | None, *args: Any, **kwargs: Any) -> None:
+        """Called by Megatron's schedules when all micro-batches have gone both ways."""
+        if encoded is not None:
+            encoded.backward()
+        self.reduce_gradients(*args, **kwargs)
+
 
 def forward_step(
-    batches: Iterator[MicroBatch], model: torch.nn.Module, world: World
+    inputs: Iterator[Input], model: torch.nn.Module, world: World
 ) -> tuple[Tensor, Any]:
     """Megatron's forward step: a chunk's output and the function that sums its losses."""
-    batch = next(batches)
+    batch, features = next(inputs)
     device, own = world.device.torch_device, world.groups.own_tokens(batch.tokens.numel())
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
     labels = batch.labels[own]
@@ -162,6 +186,8 @@ def forward_step(
         labels=labels,  # in host memory: the loss checks and sorts them without a wait
         pixel_values=to_device(batch.pixel_values),
         image_starts=to_device(batch.image_starts - own.start),
+        first_image=batch.first_image,
+        features=features,
     )
     return output, partial(sum_losses, labels=to_device(labels))
 

@@ -21,7 +21,8 @@ def named_weights(chunks: Sequence[GMAIVL]) -> Iterator[tuple[Weight, Parameter]
     """Every parameter on this rank with its row of the table."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            yield chunk.table[name_in_model(chunk.chunk, name)], parameter
+            tied = chunk.share_embeddings_and_output_weights
+            yield chunk.table[name_in_model(chunk.chunk, name, tied)], parameter
 
 
 def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor], adapters: bool = False) -> None:
@@ -67,10 +68,13 @@ def weight_pieces(chunks: Sequence[GMAIVL], adapters_only: bool) -> Iterator[tup
 def takes_turn(number: int, weight: Weight, groups: Groups, copies: ProcessGroup) -> bool:
     """Whether this rank's copy of the `number`-th weight is the one to write.
 
-    `copies` hold the same data; weights that are not cut have copies on the TP ranks as well.
+    `copies` hold the same data; weights that are not cut have copies on the TP ranks as well, and
+    the towers and a tied embedding may have some on other pipeline stages.
     """
     turn, across = divmod(number, copies.size())
     is_mine = copies.rank() == across
+    if weight.place in ("vision", "ends"):
+        is_mine &= groups.pp.rank() == 0
     if weight.cut == "none":
         is_mine &= groups.tp.rank() == turn % groups.tp.size()
     return is_mine

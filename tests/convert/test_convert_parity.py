@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from megatron_gmai.config import Config
 from megatron_gmai.model.attention import Segments
-from tests.convert.conftest import Export
+from tests.convert.conftest import MODEL, Export
 from tests.parallel.cases import Processes
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -27,10 +28,11 @@ def hf_losses(model: Any, tokens: Tensor, labels: Tensor, pixels: Tensor) -> Ten
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
+@pytest.mark.parametrize("tied", [False, True])
 def test_the_export_computes_what_the_megatron_model_computes(
-    export: Callable[..., Export], alone: Processes
+    export: Callable[..., Export], alone: Processes, tied: bool
 ) -> None:
-    written = export()
+    written = export(language=replace(MODEL.language, tie_word_embeddings=tied))
     config = replace(Config(), model=written.model)
     megatron = alone.model(config, written.weights)
     exported = AutoModelForImageTextToText.from_pretrained(written.folder).eval()

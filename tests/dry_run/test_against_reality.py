@@ -32,9 +32,17 @@ NAMES = (
     "vpp2-tp2-all-phase3",
     "tp2-cp2-sp-zero-phase2",
     "tp2-pp2-cp2-all",
+    "pp2-all-ranks-phase3",
+    "vpp2-tp2-all-ranks-phase1",
 )
 CHOSEN = [(size, case) for size in CASES for case in CASES[size] if case.name in NAMES]
-IN_GLOO_WORLDS = ("tp2-sp-recompute", "pp2-phase2", "dp2-small-buckets-phase3", "cp2-phase1")
+IN_GLOO_WORLDS = (
+    "tp2-sp-recompute",
+    "pp2-phase2",
+    "dp2-small-buckets-phase3",
+    "cp2-phase1",
+    "pp2-all-ranks-phase3",
+)
 GLOO = [case for case in CASES[2] if case.name in IN_GLOO_WORLDS]
 # One-number tensors: gloo's threads let go of what was sent a moment later, and a rank learns from
 # the others that they have optimizers of which it holds no parameter.

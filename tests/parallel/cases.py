@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,10 +13,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
-from megatron_gmai.config import Config, LoraConfig, ParallelConfig
+from megatron_gmai.config import Config, LoraConfig, ModelConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.convert.sharding import unshard
 from megatron_gmai.data.loading.batch import MicroBatch
@@ -31,6 +32,7 @@ from megatron_gmai.runtime.groups import (
     initialize_distributed,
 )
 from megatron_gmai.runtime.world import World, lay_out
+from megatron_gmai.training.encode_ahead import EncodedStep
 from megatron_gmai.training.optimizer import (
     build_optimizer,
     finish_param_gather,
@@ -61,6 +63,12 @@ class Case:
     fault: str = "none"
     dtype: str = "fp32"
     gpu_transfers: bool = False  # between pipeline stages, as on GPUs
+    tied: bool = False  # the output layer is the embedding
+
+    @property
+    def model(self) -> ModelConfig:
+        language = dataclasses.replace(MODEL.language, tie_word_embeddings=self.tied)
+        return dataclasses.replace(MODEL, language=language)
 
     @property
     def config(self) -> Config:
@@ -70,7 +78,9 @@ class Case:
             **PHASES[self.phase],
             **dict(self.train),
         )
-        return dataclasses.replace(CONFIG, parallel=self.parallel, train=train, lora=self.lora)
+        return dataclasses.replace(
+            CONFIG, model=self.model, parallel=self.parallel, train=train, lora=self.lora
+        )
 
 
 @dataclass
@@ -132,7 +142,7 @@ def run_case(case: Case, processes: Processes) -> Outcome:
     with planted(case.fault), transfers(case.gpu_transfers):
         trainer = Trainer(case, processes)
         outcome = Outcome()
-        if trainer.world.holds_first_chunk:
+        if trainer.world.image_share is not None:
             count_images(trainer.chunks[0], outcome.encoded)
         for iteration in range(STEPS):
             result = trainer.step(iteration)
@@ -153,7 +163,7 @@ class Trainer:
         self.case, self.config = case, case.config
         self.world = processes.world(self.config, case.dtype)
         self.chunks = build_chunks(self.config, self.world)
-        fill(self.chunks, SeededWeights(MODEL, seed=1))
+        fill(self.chunks, SeededWeights(case.model, seed=1))
         if case.lora.llm_use_lora:
             fill(self.chunks, started_adapters(case.lora), adapters=True)
         self.wrapped = wrap_for_training(self.chunks, self.config, self.world.groups)
@@ -209,8 +219,11 @@ def share(iteration: int, micro_batch_size: int, groups: Groups) -> Iterator[Mic
     packs = global_batch(iteration)
     size = PACKS // groups.dp.size()
     mine = packs[groups.dp.rank() * size : (groups.dp.rank() + 1) * size]
+    images = 0
     for start in range(0, size, micro_batch_size):
-        yield join(mine[start : start + micro_batch_size])
+        batch = join(mine[start : start + micro_batch_size])
+        yield dataclasses.replace(batch, first_image=images)
+        images += len(batch.image_starts)
 
 
 def whole_weights(chunks: list[GMAIVL], groups: Groups) -> tuple[dict[str, Tensor], list[str]]:
@@ -282,4 +295,19 @@ def planted(fault: str) -> AbstractContextManager[Any]:
             return own_gradient(gradient, groups)
 
         return mock.patch("megatron_gmai.model.vision_parallel.own_gradient", summed)
+    if fault.startswith("feature gradients"):
+        exact_gradients = EncodedStep._gradients_by_rank
+
+        def wrong(self: EncodedStep) -> list[Tensor]:
+            first, *others = exact_gradients(self)
+            if fault == "feature gradients applied twice":
+                return [2 * gradient for gradient in (first, *others)]
+            return [first, *(torch.zeros_like(gradient) for gradient in others)]
+
+        return mock.patch.object(EncodedStep, "_gradients_by_rank", wrong)
+    if fault == "gradients of a tied weight not summed over its copies":
+        finalize = sys.modules[finalize_model_grads.__module__]
+        return mock.patch.object(finalize, "_allreduce_word_embedding_grads")
+    if fault == "copies of the tower counted in the norm":
+        return mock.patch("megatron.core.optimizer.optimizer.param_is_not_shared", lambda p: True)
     raise AssertionError(fault)

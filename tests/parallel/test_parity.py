@@ -57,6 +57,8 @@ PP2_CP2 = dataclasses.replace(
 PP2_ZERO = ParallelConfig(
     pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True
 )
+PP2_AHEAD = dataclasses.replace(PP2, vision_phase="all-ranks")
+VPP2_ALL_AHEAD = dataclasses.replace(VPP2_ALL, vision_phase="all-ranks")
 EIGHT = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -66,6 +68,7 @@ EIGHT = ParallelConfig(
     overlap_param_gather=True,
     ddp_bucket_size=4000,
 )
+EIGHT_AHEAD = dataclasses.replace(EIGHT, vision_phase="all-ranks")
 HALF_RECOMPUTED = (("selective_recompute", 0.5),)
 ATTENTION_RECOMPUTED = (("recompute_granularity", "selective"),)
 UNIFORM = (
@@ -77,6 +80,7 @@ ONE_IMAGE = (("vit_micro_batch_size", 1),)
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4, lora_alpha=8)
 PHASES = (1, 2, 3)
 IN_BF16 = 5
+TIED = 10  # and the phase
 WITH_LORA = 4  # trains everything, but of the language model the adapters only
 ENCODED = sorted(
     number
@@ -98,6 +102,7 @@ CASES = {
         Case("tp2-sp-recompute-attention", TP2_SP, train=ATTENTION_RECOMPUTED),
         Case("pp2-recompute-uniform", PP2, train=UNIFORM),
         *(Case(f"tp2-vit-in-turns-phase{phase}", TP2, phase, train=ONE_IMAGE) for phase in PHASES),
+        Case("dp2-recompute-vit", SMALL_BUCKETS, train=(("recompute_vit", True),)),
         Case("dp2-vit-in-turns", SMALL_BUCKETS, micro_batch_size=2, train=ONE_IMAGE),
         Case("dp2-zero", ZERO),
         *(Case(f"dp2-overlap-phase{phase}", OVERLAP, phase) for phase in PHASES),
@@ -118,6 +123,14 @@ CASES = {
         *(Case(f"vpp2-phase{phase}", VPP2, phase) for phase in PHASES),
         Case("vpp2-uneven", VPP2_UNEVEN),
         Case("vpp2-recompute", VPP2, train=HALF_RECOMPUTED),
+        *(Case(f"pp2-all-ranks-phase{phase}", PP2_AHEAD, phase) for phase in PHASES),
+        Case("pp2-all-ranks-vit-in-turns", PP2_AHEAD, train=ONE_IMAGE),
+        Case("pp2-all-ranks-no-layers", dataclasses.replace(PP2_AHEAD, pipeline_layout="0,4")),
+        Case("tp2-all-ranks", dataclasses.replace(TP2, vision_phase="all-ranks")),
+        *(Case(f"tied-pp2-phase{phase}", PP2, phase, tied=True) for phase in (2, 3)),
+        Case("tied-tp2-sp", TP2_SP, tied=True),
+        Case("tied-dp2-small-buckets", SMALL_BUCKETS, tied=True),
+        Case("lora-pp2-all-ranks", PP2_AHEAD, lora=LORA),
     ],
     4: [
         *(Case(f"tp2-pp2-sp-zero-phase{phase}", ALL, phase) for phase in PHASES),
@@ -132,10 +145,20 @@ CASES = {
         Case("lora-tp2-pp2-sp-zero", ALL, lora=LORA),
         Case("pp2-cp2", PP2_CP2),
         *(Case(f"vpp2-tp2-all-phase{phase}", VPP2_ALL, phase) for phase in PHASES),
+        *(Case(f"vpp2-tp2-all-ranks-phase{phase}", VPP2_ALL_AHEAD, phase) for phase in PHASES),
+        Case("tied-vpp2-tp2-all", VPP2_ALL, tied=True),
+        Case(
+            "tied-pp2-dp2-small-buckets",
+            dataclasses.replace(SMALL_BUCKETS, pipeline_model_parallel_size=2),
+            tied=True,
+        ),
+        Case("pp2-cp2-all-ranks", dataclasses.replace(PP2_CP2, vision_phase="all-ranks")),
         Case("cp4", dataclasses.replace(CP2, context_parallel_size=4)),
     ],
     8: [
         *(Case(f"tp2-pp2-dp2-all-phase{phase}", EIGHT, phase) for phase in PHASES),
+        Case("tp2-pp2-dp2-all-ranks", EIGHT_AHEAD),
+        Case("tp2-pp2-cp2-all-ranks", dataclasses.replace(EIGHT_AHEAD, context_parallel_size=2)),
         Case("tp2-pp2-cp2-all", dataclasses.replace(EIGHT, context_parallel_size=2)),
         Case(
             "tp2-vpp2-cp2-all",
@@ -150,6 +173,12 @@ FAULTS = [
     Case("fault-counted-twice", TP2_SP, fault="vision gradients counted once per TP rank"),
     Case("fault-not-summed-over-cp", CP2, fault="vision gradients not summed over CP"),
     Case("fault-mean-of-means", DP2, fault="mean of the micro-batches' means"),
+    Case("fault-missing", PP2_AHEAD, fault="feature gradients missing on a pipeline rank"),
+    Case("fault-applied-twice", PP2_AHEAD, fault="feature gradients applied twice"),
+    Case(
+        "fault-tied", PP2, fault="gradients of a tied weight not summed over its copies", tied=True
+    ),
+    Case("fault-copies-in-norm", PP2_AHEAD, fault="copies of the tower counted in the norm"),
 ]
 # The dtype of GPUs: rounding differs between layouts, copies of a weight still may not.
 BF16 = [
@@ -173,12 +202,16 @@ def references() -> dict[int, Outcome]:
     processes = Processes()
     found = {phase: run_case(Case("reference", phase=phase), processes) for phase in PHASES}
     found[IN_BF16] = run_case(Case("reference", dtype="bf16"), processes)
+    for phase in (2, 3):
+        found[TIED + phase] = run_case(Case("reference", phase=phase, tied=True), processes)
     found[WITH_LORA] = run_case(Case("reference", lora=LORA), processes)
     processes.close()
     return found
 
 
 def reference_of(case: Case) -> int:
+    if case.tied:
+        return TIED + case.phase
     return WITH_LORA if case.lora.llm_use_lora else case.phase
 
 
@@ -240,7 +273,7 @@ def test_a_layout_in_bf16_gives_what_one_process_gives_in_bf16(
 def test_the_comparison_reveals_a_planted_fault(
     case: Case, outcomes: Outcomes, references: dict[int, Outcome]
 ) -> None:
-    found, expected = outcomes(2)[case.name], references[3]
+    found, expected = outcomes(2)[case.name], references[reference_of(case)]
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-5)  # looks right at first
     assert found.grad_norms[0] != pytest.approx(expected.grad_norms[0], rel=1e-3)
 

@@ -74,6 +74,10 @@ class TestAutomaticLayout:
         config = with_parallel(SEVEN_B, pipeline_model_parallel_size=4)
         assert balanced_layers(config, load_of(config, 0))[0] >= 8
 
+    def test_images_on_all_ranks_leave_the_first_stage_its_layers(self) -> None:
+        config = with_parallel(SEVEN_B, pipeline_model_parallel_size=4, vision_phase="all-ranks")
+        assert balanced_layers(config, load_of(config, 3))[0] >= 8
+
     def test_auto_becomes_a_list_and_a_line(self) -> None:
         config = with_parallel(SEVEN_B, pipeline_model_parallel_size=4, pipeline_layout="auto")
         settled, note = settle_layout(config, 3)
@@ -170,6 +174,14 @@ def test_the_program_prints_a_table_and_confirms_it(
 def test_what_cannot_fit_is_told_with_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "gmai-vl-7b", "--gpus", "1", "--gpu", "a100-40gb"]) == 1
     assert "use more GPUs" in capsys.readouterr().err
+
+
+def test_a_vision_phase_that_it_does_not_judge_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--preset", "gmai-vl-7b", "--gpus", "8", "--vision-phase", "all-ranks"]
+    assert main(flags) == 2
+    assert "tools/dry_run.py" in capsys.readouterr().err
 
 
 def test_the_picture_has_a_box_for_every_pass() -> None:

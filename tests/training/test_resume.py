@@ -1,5 +1,6 @@
 """Resuming is exact: bitwise in the same layout, to rounding in another."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -27,6 +28,11 @@ VPP2 = ParallelConfig(
     use_distributed_optimizer=True,
 )
 CP2 = ParallelConfig(context_parallel_size=2, use_distributed_optimizer=True)
+# Copies of the tower on both pipeline ranks, one of which writes; or a part of its state on each.
+AHEAD = dataclasses.replace(PP2, vision_phase="all-ranks")
+AHEAD_OVERLAP = dataclasses.replace(
+    OVERLAP, pipeline_model_parallel_size=2, vision_phase="all-ranks"
+)
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
@@ -44,6 +50,8 @@ SAVED = [
     Job("vpp2-phase3", Case("vpp2", VPP2, phase=3), save_to="from-vpp2-phase3"),
     Job("lora-phase3", Case("lora", TP2, lora=LORA), save_to="from-lora-phase3"),
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
+    Job("ahead-phase2", Case("ahead", AHEAD, phase=2), save_to="from-ahead-phase2"),
+    Job("ahead-overlap", Case("ahead", AHEAD_OVERLAP), save_to="from-ahead-overlap"),
 ]
 SAME = [
     Job(f"same-{job.name}", job.case, load_from=str(job.save_to)) for job in SAVED
@@ -53,6 +61,8 @@ OTHER = {
         Job("one-from-tp2-phase1", Case("one", ONE, phase=1), load_from="from-tp2-phase1"),
         Job("one-from-tp2-phase3", Case("one", ONE, phase=3), load_from="from-tp2-phase3"),
         Job("one-from-zero-phase3", Case("one", ONE, phase=3), load_from="from-zero-phase3"),
+        Job("one-from-ahead-phase2", Case("one", ONE, phase=2), load_from="from-ahead-phase2"),
+        Job("one-from-ahead-overlap", Case("one", ONE), load_from="from-ahead-overlap"),
     ],
     2: [
         Job("zero-from-tp2-phase1", Case("zero", ZERO, phase=1), load_from="from-tp2-phase1"),
@@ -67,6 +77,7 @@ OTHER = {
     4: [
         Job("all-from-tp2-phase1", Case("all", ALL, phase=1), load_from="from-tp2-phase1"),
         Job("all-from-tp2-phase3", Case("all", ALL, phase=3), load_from="from-tp2-phase3"),
+        Job("ahead-from-zero-phase3", Case("a", AHEAD_OVERLAP), load_from="from-zero-phase3"),
         Job("all-from-zero-phase3", Case("all", ALL, phase=3), load_from="from-zero-phase3"),
     ],
 }

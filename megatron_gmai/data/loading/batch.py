@@ -32,6 +32,7 @@ class MicroBatch:
     num_tokens: int  # without padding
     keys: tuple[str, ...]
     rejections: tuple[Rejection, ...] = ()  # samples that could not be read: their place is padding
+    first_image: int = 0  # so many images of this data-parallel rank's step were planned before it
 
     def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
         """Pickles its tensors as bytes, since torch would open a shared file for each of them, and

@@ -26,9 +26,11 @@ HELD = 4
 
 
 class Job(NamedTuple):
-    """The packs of one micro-batch, and the slot of the shared memory for its pixels."""
+    """The packs of one micro-batch, how many images of the step come before it, and the slot of
+    the shared memory for its pixels."""
 
     packs: list[NumberedPack]
+    first_image: int = 0
     slot: int | None = None
 
 
@@ -162,13 +164,17 @@ class _Assembler(torch.utils.data.Dataset):
         self.dataset, self.image_share, self.memory = dataset, image_share, memory
 
     def __getitem__(self, job: Job) -> Result:
-        try:
-            if self.memory is None or job.slot is None:
-                return Result(self.dataset.assemble(job.packs, self.image_share))
+        share = None if self.image_share is None else self.image_share.after(job.first_image)
+        memory = None
+        if self.memory is not None and job.slot is not None:
             memory = self.memory[job.slot].numpy()
-            batch = self.dataset.assemble(job.packs, self.image_share, memory)
+        try:
+            batch = self.dataset.assemble(job.packs, share, memory)
         except ValueError as error:
             return Result(None, str(error))
+        batch = replace(batch, first_image=job.first_image)
+        if memory is None:
+            return Result(batch)
         images = len(batch.pixel_values)
         batch = replace(batch, pixel_values=batch.pixel_values[:0])
         return Result(batch, None, job.slot, images)
@@ -196,23 +202,26 @@ class _Jobs(torch.utils.data.Sampler[Job]):
     def __iter__(self) -> Iterator[Job]:
         start = self.start_pack
         while self.total_packs is None or start < self.total_packs:
-            for packs in self._step(start):
-                job = Job(packs, self.memory.take() if self.memory else None)
+            for packs, first_image in self._step(start):
+                slot = self.memory.take() if self.memory else None
+                job = Job(packs, first_image, slot)
                 self.waiting.append(job)
                 yield job
             start += self.global_batch_size
 
-    def _step(self, start: int) -> list[list[NumberedPack]]:
+    def _step(self, start: int) -> list[tuple[list[NumberedPack], int]]:
+        """The packs of this rank's micro-batches, and the images of the step before each."""
         stop = start + self.global_batch_size
         if self.total_packs is not None:
             stop = min(stop, self.total_packs)
         packs = self.dataset.plan.packs(start, stop)
         packs = packs.filled_up(self.global_batch_size)
-        costs = pack_costs(packs, self.dataset.shards.rows["images"])
-        order = assign(*costs, self.dp_size, self.micro_batch_size)
+        images, attention = pack_costs(packs, self.dataset.shards.rows["images"])
+        order = assign(images, attention, self.dp_size, self.micro_batch_size)[:, self.dp_rank]
+        counts = images[order].sum(1)
         return [
-            [(start + pack, packs.pieces(pack)) for pack in micro.tolist()]
-            for micro in order[:, self.dp_rank]
+            ([(start + pack, packs.pieces(pack)) for pack in micro.tolist()], int(first))
+            for micro, first in zip(order, counts.cumsum() - counts, strict=True)
         ]
 
     def in_flight(self) -> str:

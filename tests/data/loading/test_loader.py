@@ -1,5 +1,6 @@
 """Micro-batches: exact segments, and the same global batches in any layout, from any point."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -143,13 +144,29 @@ def test_without_pixels_everything_else_is_the_same(dataset: PackDataset) -> Non
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_the_shares_of_a_group_make_up_the_images(dataset: PackDataset, parts: int) -> None:
     whole = next(iterate(dataset, 0, 1, 4, GLOBAL))
-    total, count = torch.zeros_like(whole.pixel_values), -(-len(whole.pixel_values) // parts)
+    total = torch.zeros_like(whole.pixel_values)
     for part in range(parts):
         share = next(iterate(dataset, 0, 1, 4, GLOBAL, image_share=ImageShare(part, parts)))
-        own = slice(part * count, (part + 1) * count)
+        own = slice(part, None, parts)
         assert torch.equal(share.pixel_values[own], whole.pixel_values[own])
         total += share.pixel_values
     assert torch.equal(total, whole.pixel_values)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_micro_batch_says_how_many_images_of_its_step_come_before_it(
+    dataset: PackDataset, workers: int
+) -> None:
+    share, steps = ImageShare(1, 2), 2
+    stream = iterate(dataset, 0, 2, 1, GLOBAL, num_workers=workers, image_share=share)
+    for _ in range(steps):
+        dealt = 0
+        for batch in itertools.islice(stream, GLOBAL // 2):
+            assert batch.first_image == dealt
+            decoded = [i for i, image in enumerate(batch.pixel_values) if image.any()]
+            assert decoded == list(share.after(dealt).own(len(batch.image_starts)))
+            dealt += len(batch.image_starts)
+        assert dealt > 1
 
 
 def test_no_pack_has_more_images_than_allowed(
