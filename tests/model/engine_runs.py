@@ -1,0 +1,47 @@
+"""Runs of parity cases on the stand-ins of GPU packages; imported in fresh processes only."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.model import engine_fakes
+
+ENGINE = ("transformer_engine", "transformer_engine")
+# Name, flags of the layout, phase's settings, layers, attention.
+RUNS = {
+    "engine-tp2": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, ENGINE),
+    "engine-cp2-lora": ({"context_parallel_size": 2}, ENGINE),
+    "apex-flash-tp2": ({"tensor_model_parallel_size": 2}, ("local", "flash_attn")),
+}
+
+
+def run_all(folder: Path) -> None:
+    """Run each of RUNS on the stand-ins and write its outcome, and the calls of all, to files."""
+    engine_fakes.install()
+    from megatron_gmai.config import LoraConfig, ParallelConfig
+    from megatron_gmai.runtime.implementation import Implementation
+    from megatron_gmai.runtime.world import World
+    from tests.parallel.cases import Case, Config, Processes, run_case
+
+    class OnStandIns(Processes):
+        implementation = Implementation()
+
+        def world(self, config: Config, dtype: str = "fp32") -> World:
+            world = super().world(config, dtype)
+            return dataclasses.replace(world, implementation=self.implementation)
+
+    processes = OnStandIns()
+    for name, (layout, (layers, attention)) in RUNS.items():
+        processes.implementation = Implementation(layers, attention, fused_weight_gradient=True)
+        parallel = ParallelConfig(
+            **layout, use_distributed_optimizer=True, overlap_grad_reduce=True
+        )
+        lora = LoraConfig(llm_use_lora="lora" in name)
+        outcome = run_case(Case(name, parallel, lora=lora), processes)
+        if dist.get_rank() == 0:
+            torch.save(vars(outcome), folder / f"{name}.pt")
+    if dist.get_rank() == 0:
+        torch.save(engine_fakes.CALLS, folder / "calls.pt")
+    dist.barrier()
