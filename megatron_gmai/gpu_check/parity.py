@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.gpu_check.finding import Finding, at_most, failed
@@ -106,8 +104,8 @@ def parity(
             chosen = tuple(case for case in able if case.processes == size)
             try:
                 found = in_processes(size, seconds, run_cases, chosen, device, dtype)
-            except (TimeoutError, torch.multiprocessing.ProcessException) as error:
-                reason = str(error).strip().splitlines()[-1]
+            except (TimeoutError, RuntimeError) as error:
+                reason = str(error).splitlines()[-1]
                 yield failed("parity", f"{size} processes in {dtype}", reason)
                 continue
             for case, steps in zip(chosen, found, strict=True):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessException
 
 
 def in_processes(size: int, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function(*arguments)` returns in the first of `size` processes, which torch can join.
 
-    Raises TimeoutError after so many seconds, torch's ProcessRaisedException where one fails.
+    Raises TimeoutError after so many seconds, RuntimeError with the traceback of one that fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
@@ -26,11 +27,14 @@ def in_processes(size: int, seconds: float, function: Callable[..., Any], *argum
             start_method="spawn",
         )
         deadline = time.monotonic() + seconds
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise TimeoutError(f"stopped after {seconds:.0f} s")
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > deadline:
+                    for process in context.processes:
+                        process.kill()
+                    raise TimeoutError(f"stopped after {seconds:.0f} s")
+        except ProcessException as error:
+            raise RuntimeError(str(error).strip()) from error
         return torch.load(result, weights_only=False)
 
 

@@ -49,9 +49,13 @@ def _attention_step(
     head = language.hidden_size // language.num_attention_heads
     bounds = torch.arange(segments + 1, dtype=torch.int32) * (length // segments)
     where = Segments.from_cu_seqlens(bounds, length // segments, device.torch_device)
-    make = dict(dtype=device.dtype, device=device.torch_device, requires_grad=True)
     counts = (language.num_attention_heads, *[language.num_query_groups] * 2)
-    qkv = [torch.randn(int(bounds[-1]), 1, n, head, **make) for n in counts]  # type: ignore[arg-type]
+    qkv = [
+        torch.randn(int(bounds[-1]), 1, n, head, dtype=device.dtype, device=device.torch_device)
+        for n in counts
+    ]
+    for tensor in qkv:
+        tensor.requires_grad_()
 
     def step() -> object:
         return torch.autograd.grad(module(*qkv, None, packed_seq_params=where).sum(), qkv)
@@ -124,8 +128,8 @@ def fastest_training(gpus: int, memory_gib: float, seconds: float = 100) -> Iter
         try:
             yield from in_processes(gpus, seconds, training_speed, config, "cuda", 3)
             return
-        except (TimeoutError, torch.multiprocessing.ProcessException) as error:
+        except (TimeoutError, RuntimeError) as error:
             name = f"{config.model.language.num_layers} decoder layers"
-            yield failed("speed", name, str(error).strip().splitlines()[-1])
+            yield failed("speed", name, str(error).splitlines()[-1])
             if "out of memory" not in str(error).lower():
                 return

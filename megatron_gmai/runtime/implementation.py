@@ -70,7 +70,7 @@ def choose_implementation(
         known = ATTENTIONS if layers == "transformer_engine" else ATTENTIONS[1:]
         attention = _first(known, reasons)
     fused = layers == "transformer_engine" or APEX_EXTENSION not in absent
-    return Implementation(layers, attention, fused, _worth_telling(device, absent))
+    return Implementation(layers, attention, fused, _worth_telling(absent))
 
 
 def find_absent(device: Device) -> dict[str, str]:
@@ -139,9 +139,9 @@ def _first(names: tuple[str, ...], absent: dict[str, str]) -> str:
     return next(name for name in names if name not in absent)
 
 
-def _worth_telling(device: Device, absent: dict[str, str]) -> tuple[tuple[str, str], ...]:
+def _worth_telling(absent: dict[str, str]) -> tuple[tuple[str, str], ...]:
     """One reason for all where there is one; a missing extension only if something would use it."""
-    if not device.is_cuda or len(set(absent.values())) == 1 < len(absent):
+    if len(absent) == len(_PROBES) and len(set(absent.values())) == 1:
         return (("others", next(iter(absent.values()))),)
     with_engine = "transformer_engine" not in absent
     return tuple((k, v) for k, v in absent.items() if not (with_engine and k == APEX_EXTENSION))

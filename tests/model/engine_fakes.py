@@ -132,10 +132,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     assert bounds.dtype is torch.int32
     lengths = bounds.diff().tolist()
     split = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
-    out = [
-        scaled_dot_product_attention(*(x[None] for x in part), is_causal=True, enable_gqa=True)[0]
-        for part in zip(*split, strict=True)
-    ]
+    out = []
+    for one_q, one_k, one_v in zip(*split, strict=True):
+        batch = (one_q[None], one_k[None], one_v[None])
+        out.append(scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0])
     return torch.cat(out, dim=1).transpose(0, 1).contiguous()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,11 +10,12 @@ import torch.distributed as dist
 from tests.model import engine_fakes
 
 ENGINE = ("transformer_engine", "transformer_engine")
-# Name, flags of the layout, phase's settings, layers, attention.
-RUNS = {
-    "engine-tp2": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, ENGINE),
+TENSOR: dict[str, Any] = {"tensor_model_parallel_size": 2}
+# Name -> settings of the layout; layers and attention.
+RUNS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
+    "engine-tp2": ({**TENSOR, "sequence_parallel": True}, ENGINE),
     "engine-cp2-lora": ({"context_parallel_size": 2}, ENGINE),
-    "apex-flash-tp2": ({"tensor_model_parallel_size": 2}, ("local", "flash_attn")),
+    "apex-flash-tp2": (TENSOR, ("local", "flash_attn")),
 }
 
 

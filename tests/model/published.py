@@ -6,7 +6,6 @@ Dao-AILab/flash-attention (2.7.4.post1, 2.8.3) and NVIDIA/apex (25.09). A new ve
 supported gets a line here where it differs from the one before.
 """
 
-import inspect
 from inspect import Parameter, Signature
 
 _DPA_INIT = (
@@ -76,13 +75,15 @@ SIGNATURES: dict[str, dict[str, str]] = {
 
 def signature(parameters: str) -> Signature:
     """The signature that a line of the table describes."""
-    kind, found = Parameter.POSITIONAL_OR_KEYWORD, []
+    found: list[Parameter] = []
+    keyword_only = False
     for word in parameters.split():
-        if word == "*":
-            kind = Parameter.KEYWORD_ONLY
-        elif word == "/":
+        if word == "/":
             found = [p.replace(kind=Parameter.POSITIONAL_ONLY) for p in found]
+        elif word == "*":
+            keyword_only = True
         else:
-            default = None if word.endswith("=") else inspect.Parameter.empty
+            kind = Parameter.KEYWORD_ONLY if keyword_only else Parameter.POSITIONAL_OR_KEYWORD
+            default = None if word.endswith("=") else Parameter.empty
             found.append(Parameter(word.rstrip("="), kind, default=default))
     return Signature(found)

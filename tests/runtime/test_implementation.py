@@ -102,7 +102,8 @@ def test_what_was_chosen_is_told_with_the_reasons(monkeypatch: pytest.MonkeyPatc
 
 
 def test_on_a_cpu_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_PROBES", {})
+    broken = dict.fromkeys(PACKAGES, lambda: pytest.fail("probed"))
+    monkeypatch.setattr(probe, "_PROBES", broken)
     found = choose_implementation(CPU)
     assert dataclasses.replace(found, absent=()) == PLAIN
 
