@@ -50,6 +50,7 @@ def main() -> None:
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
     world = open_world(config)
+    log(str(world.implementation))
     if first:
         save_config(config)
         record_start(Path(config.run.work_dir), world.layout.world_size)

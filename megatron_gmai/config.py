@@ -233,6 +233,18 @@ class RunConfig:
     dtype: str = option(
         "auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "bf16", "fp16", "fp32")
     )
+    transformer_impl: str = option(
+        "auto",
+        "linears, norms and rotary by Transformer Engine, or local: Megatron-Core's linears, this "
+        "project's norms (auto: Transformer Engine where it can run)",
+        choices=("auto", "transformer_engine", "local"),
+    )
+    attention_backend: str = option(
+        "auto",
+        "attention over packs by Transformer Engine, the flash-attn package, "
+        "torch.nn.attention.varlen, or sdpa: one call a segment (auto: the first that can run)",
+        choices=("auto", "transformer_engine", "flash_attn", "torch_varlen", "sdpa"),
+    )
     dry_run: int | None = option(
         None,
         "take one step as N processes on devices that do not exist, tell memory, messages and "

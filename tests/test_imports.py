@@ -34,6 +34,7 @@ ALLOWED = {
     "dry_run": {"gmai_kernels", "training", "model", "data", "runtime", "planner"},
     "evaluate": {"model", "data", "runtime"},
     "report": {"data"},
+    "gpu_check": {"training", "model", "data", "convert", "runtime", "planner", "dry_run"},
     "preflight": {"data", "convert", "runtime"},
 }
 # The rooms of data/, each with the rooms it may import besides itself and the files on top.
@@ -47,7 +48,7 @@ DATA_ROOMS = {
     "inspection": {"text", "images", "sources", "shards"},
 }
 DATA_TOP = {"files", "ledger", "lock", "pool", "progress", "schema"}
-MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate", "dry_run"}
+MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate", "dry_run", "gpu_check"}
 
 
 def layer_of(module: str) -> str | None:

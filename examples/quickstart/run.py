@@ -9,7 +9,9 @@ everything.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -105,16 +107,10 @@ def training_command(folders: Folders, index: int, gpus: int) -> list[str]:
 
 def train(output: Path) -> None:
     """All steps. Raises StepFailed or ValueError with a message for the user."""
-    folders, gpus = Folders(output.resolve()), _gpus()
+    folders = Folders(output.resolve())
     steps = Steps(folders.output / "steps")
-    data = _data(steps, folders)
-    done = {"data": data, "shards": _shards(steps, folders, data)}
-    previous = done["shards"]
-    for index, phase in enumerate(PHASES):
-        words = training_command(folders, index, gpus)
-        made = folders.phase(phase)
-        previous = _command_step(steps, phase.name, previous, words, made, going_on=("--resume",))
-        done[phase.name] = previous
+    done = _trained(steps, folders, PHASES)
+    previous = done[PHASES[-1].name]
     done["evaluation"] = _evaluation(steps, folders, previous)
     done["scores"] = _scores(steps, folders, previous)
     done["export"] = _export(steps, folders, previous)
@@ -123,6 +119,30 @@ def train(output: Path) -> None:
     report.draw(folders.output, summary)
     report.copy_examples(folders.output)
     print(report.table(summary))
+
+
+def first_phases(output: Path, count: int) -> dict[str, list[float]]:
+    """Only the data and the first phases; name of each -> its losses. Raises as `train`."""
+    folders, phases = Folders(output.resolve()), PHASES[:count]
+    _trained(Steps(folders.output / "steps"), folders, phases)
+    losses = {}
+    for phase in phases:
+        lines = (folders.phase(phase) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[phase.name] = [float(json.loads(line)["loss"]) for line in lines]
+    return losses
+
+
+def _trained(steps: Steps, folders: Folders, phases: Sequence[Phase]) -> dict[str, Done]:
+    """Data, shards and phases, each from what is before it."""
+    data, gpus = _data(steps, folders), _gpus()
+    done = {"data": data, "shards": _shards(steps, folders, data)}
+    previous = done["shards"]
+    for index, phase in enumerate(phases):
+        words = training_command(folders, index, gpus)
+        made = folders.phase(phase)
+        previous = _command_step(steps, phase.name, previous, words, made, going_on=("--resume",))
+        done[phase.name] = previous
+    return done
 
 
 def _data(steps: Steps, folders: Folders) -> Done:

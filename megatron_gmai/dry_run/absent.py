@@ -26,6 +26,7 @@ from megatron_gmai.runtime import cpu
 from megatron_gmai.runtime.cpu import is_cuda
 from megatron_gmai.runtime.device import DTYPES, Device
 from megatron_gmai.runtime.groups import destroy_groups
+from megatron_gmai.runtime.implementation import PLAIN, Implementation, why_no_torch_varlen
 from megatron_gmai.runtime.world import World, lay_out
 
 NAME = "gpu"  # of the device type; "cuda" needs torch's CUDA build even for tensors without data
@@ -62,6 +63,14 @@ def absent_device() -> torch.device:
     return torch.device(NAME, 0)
 
 
+def implementation_of(device: Device) -> Implementation:
+    """What torch can compute shapes of: not the kernels of other packages. Those of flash-attn and
+    Transformer Engine keep the same tensors as torch's varlen attention."""
+    if device.is_cuda and device.dtype is not torch.float32 and why_no_torch_varlen() is None:
+        return Implementation(attention="torch_varlen")
+    return PLAIN
+
+
 def device_of(kind: str) -> torch.device:
     """Where the tensors of a dry run on the path of `kind` are."""
     return absent_device() if kind == "cuda" else cpu.CPU
@@ -89,7 +98,8 @@ def world_of(
         torch.autograd.set_multithreading_enabled(False),
     ):
         try:
-            yield lay_out(Device(kind, place, "fake", DTYPES[name]), config)
+            device = Device(kind, place, "fake", DTYPES[name])
+            yield lay_out(device, config, implementation_of(device))
         finally:
             destroy_groups()
 

@@ -9,7 +9,14 @@ from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 def for_evaluation(config: Config, device: str, dtype: str, tensor_parallel: int = 1) -> Config:
     """The trained model and its treatment of data, in another layout and without training."""
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
-    run = dataclasses.replace(config.run, device=device, dtype=dtype)
+    run = dataclasses.replace(
+        config.run,
+        device=device,
+        dtype=dtype,
+        # Another machine may lack what training was told to use.
+        transformer_impl="auto",
+        attention_backend="auto",
+    )
     return dataclasses.replace(config, parallel=parallel, train=TrainConfig(), run=run)
 
 

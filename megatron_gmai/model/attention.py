@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_gmai.runtime.device import Device, installed_packages
+from megatron_gmai.runtime.implementation import Implementation
 
 
 @dataclass
@@ -103,7 +103,7 @@ class SegmentAttention(torch.nn.Module):
         return torch.cat(pieces)
 
 
-class FlashVarlenAttention(SegmentAttention):
+class FlashAttention(SegmentAttention):
     """Attention over all segments in one kernel of the flash-attn package."""
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -119,6 +119,82 @@ class FlashVarlenAttention(SegmentAttention):
             segments.max_seqlen_kv,
             causal=self.causal,
         )
+
+
+class TorchVarlenAttention(SegmentAttention):
+    """Attention over all segments in one kernel that torch brings along."""
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(  # type: ignore[return-value]  # a pair only where one is asked for
+            query,
+            key,
+            value,
+            segments.cu_seqlens_q,
+            segments.cu_seqlens_kv,
+            segments.max_seqlen_q,
+            segments.max_seqlen_kv,
+            window_size=(-1, 0) if self.causal else (-1, -1),  # so many keys before and after
+            enable_gqa=query.size(1) != key.size(1),
+        )
+
+
+class TransformerEngineAttention(SegmentAttention):
+    """Attention over all segments by Transformer Engine: cuDNN's kernels, or flash-attn's.
+
+    It is told of this rank's heads only. Its own context parallelism cuts every segment into
+    2 · cp parts and so needs segments that divide; ours (`heads_for_tokens`) takes any.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        pg_collection: ProcessGroupCollection,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config, layer_number, attn_mask_type, attention_type, pg_collection)
+        from transformer_engine.pytorch import DotProductAttention
+
+        ranks = pg_collection.tp.size() * self.cp.size()
+        self.kernel = DotProductAttention(
+            num_attention_heads=config.num_attention_heads // ranks,
+            kv_channels=config.kv_channels,
+            num_gqa_groups=max(1, config.num_query_groups // ranks),
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal" if self.causal else "padding",
+            layer_number=layer_number,
+        )
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        out = self.kernel(  # [T, A·D]
+            query,
+            key,
+            value,
+            cu_seqlens_q=segments.cu_seqlens_q,
+            cu_seqlens_kv=segments.cu_seqlens_kv,
+            max_seqlen_q=segments.max_seqlen_q,
+            max_seqlen_kv=segments.max_seqlen_kv,
+            pad_between_seqs=False,  # else it compares on the device and waits
+        )
+        return out.view(query.shape)
+
+
+ATTENTIONS: dict[str, type[SegmentAttention]] = {
+    "transformer_engine": TransformerEngineAttention,
+    "flash_attn": FlashAttention,
+    "torch_varlen": TorchVarlenAttention,
+    "sdpa": SegmentAttention,
+}
+
+
+def attention_for(implementation: Implementation) -> type[SegmentAttention]:
+    """The class for the language model's core-attention slot."""
+    return ATTENTIONS[implementation.attention]
 
 
 def heads_for_tokens(
@@ -150,14 +226,6 @@ def tokens_for_heads(out: Tensor, cp: ProcessGroup) -> Tensor:
         return out
     exchanged = all_to_all(cp, out.unflatten(0, (cp.size(), -1)).contiguous())
     return exchanged.transpose(0, 1).flatten(1, 2)  # [cp, T / cp, a, D] -> [T / cp, A, D]
-
-
-def attention_for(device: Device) -> type[SegmentAttention]:
-    """The class for the core-attention slot: flash-attn where it is installed and can run."""
-    half = device.dtype in (torch.bfloat16, torch.float16)
-    if device.is_cuda and half and installed_packages()["flash_attn"]:
-        return FlashVarlenAttention
-    return SegmentAttention
 
 
 def _cache_mask(real_keys: Tensor, queries: int, keys: int) -> Tensor:

@@ -37,7 +37,7 @@ class GMAIVL(MegatronModule):
     """
 
     def __init__(self, config: Config, chunk: Chunk, world: World) -> None:
-        super().__init__(language_transformer_config(config, chunk, world.device))
+        super().__init__(language_transformer_config(config, chunk, world))
         self.chunk, self.groups = chunk, world.groups
         self.table = weights(config.model, config.lora)
         # Names that Megatron's schedule and gradient finalisation look for.
@@ -49,7 +49,7 @@ class GMAIVL(MegatronModule):
         self.images_at_once = config.train.vit_micro_batch_size
         self.recompute_vision = config.train.recompute_vit
         if chunk.has_vision:
-            self.vision_model = VisionTower(config.model.vision, world.device, world.groups)
+            self.vision_model = VisionTower(config.model.vision, world)
             self.projector = Projector(config.model, world.device)
             self._mark_vision_parameters(config.parallel.use_distributed_optimizer)
         self.language_model = LanguageModel(

@@ -58,7 +58,7 @@ class LanguageModel(MegatronModule):
         self.max_position_embeddings = language.max_position_embeddings
         self.decoder = TransformerBlock(
             config,
-            language_block_spec(len(chunk.layers), world.device),
+            language_block_spec(len(chunk.layers), world.implementation),
             pre_process=chunk.is_first,
             post_process=chunk.is_last,
             pg_collection=groups.mcore,

@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -23,6 +22,8 @@ from torch.nn.functional import dropout, linear
 
 from megatron_gmai.config import LoraConfig
 from megatron_gmai.weights import LORA_TARGETS
+
+ROW_PARALLEL = ("proj", "fc2")  # of LORA_TARGETS
 
 
 class Adapter(torch.nn.Module):
@@ -33,11 +34,16 @@ class Adapter(torch.nn.Module):
     """
 
     def __init__(
-        self, base: torch.nn.Module, lora: LoraConfig, config: TransformerConfig, tp: ProcessGroup
+        self,
+        base: torch.nn.Module,
+        is_row_parallel: bool,
+        lora: LoraConfig,
+        config: TransformerConfig,
+        tp: ProcessGroup,
     ) -> None:
         super().__init__()
         self.scale, self.dropout = lora.lora_alpha / lora.lora_rank, lora.lora_dropout
-        self.is_row_parallel = isinstance(base, RowParallelLinear)
+        self.is_row_parallel = is_row_parallel
         self.sequence_parallel, self.tp = config.sequence_parallel, tp
         weight = base.get_parameter("weight")
         out, inside = weight.shape
@@ -76,7 +82,7 @@ def add_adapters(
     for layer in layers:
         for target in lora.targets:
             base = layer.get_submodule(LORA_TARGETS[target])
-            base.lora = Adapter(base, lora, config, tp)
+            base.lora = Adapter(base, target in ROW_PARALLEL, lora, config, tp)
             base.register_forward_hook(_add)
 
 

@@ -1,9 +1,14 @@
-"""The normalisations in Megatron's spec slots: RMSNorm (fused kernel) and CLIP's LayerNorm."""
+"""The normalisations in Megatron's spec slots: RMSNorm (fused kernel) and CLIP's LayerNorm.
+
+Transformer Engine's two have the same parameters under the same names.
+"""
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.transformer import TransformerConfig
 
 from gmai_kernels import rms_norm
+from megatron_gmai.runtime.implementation import Implementation
 
 
 class RMSNorm(torch.nn.Module):
@@ -32,3 +37,13 @@ class LayerNorm(torch.nn.LayerNorm):
         super().__init__(
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
+
+
+def rms_norm_for(implementation: Implementation) -> type:
+    """The class for the language model's norms."""
+    return TENorm if implementation.is_transformer_engine else RMSNorm
+
+
+def layer_norm_for(implementation: Implementation) -> type:
+    """The class for the vision tower's norms."""
+    return TENorm if implementation.is_transformer_engine else LayerNorm

@@ -4,6 +4,7 @@ Shapes: T tokens of a micro-batch on this context-parallel rank, H hidden, V voc
 tensor-parallel rank.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -32,6 +33,9 @@ class OutputLayer(ColumnParallelLinear):
     def __init__(
         self, config: TransformerConfig, vocab_size: int, loss_implementation: str, tp: ProcessGroup
     ) -> None:
+        # The loss makes the weight's gradient; and Megatron's own linear fuses only with Apex.
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = False
         super().__init__(
             config.hidden_size,
             padded_vocab_size(vocab_size, tp.size()),

@@ -1,9 +1,15 @@
-"""Megatron's `TransformerConfig` for the two transformers, and the layer specs with our slots."""
+"""Megatron's `TransformerConfig` for the two transformers, and the layer specs with our slots.
+
+With Transformer Engine the slots hold Megatron's wrappers of its linears and norms, one by one. Its
+linear with a norm inside is not used: it saves traffic in FP8 only, would give the norms' weights
+other names, and adapters (`lora.py`) hang on the input of a linear, which has to be the normed one.
+"""
 
 from typing import Any
 
 import torch
 from megatron.core.activations import quick_gelu
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -17,9 +23,11 @@ from torch.nn.functional import silu
 
 from megatron_gmai.config import Config, VisionConfig
 from megatron_gmai.layout import Chunk, Recompute, layers_of_chunks, virtual_stages
-from megatron_gmai.model.attention import attention_for
-from megatron_gmai.model.norm import LayerNorm, RMSNorm
+from megatron_gmai.model.attention import SegmentAttention, attention_for
+from megatron_gmai.model.norm import layer_norm_for, rms_norm_for
 from megatron_gmai.runtime.device import Device
+from megatron_gmai.runtime.implementation import Implementation
+from megatron_gmai.runtime.world import World
 
 
 def _leave_uninitialised(tensor: torch.Tensor) -> None:
@@ -35,7 +43,7 @@ def _eager_quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _common(device: Device) -> dict[str, Any]:
+def _common(device: Device, implementation: Implementation) -> dict[str, Any]:
     return dict(
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -46,23 +54,23 @@ def _common(device: Device) -> dict[str, Any]:
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=implementation.fused_weight_gradient,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=implementation.is_transformer_engine,
         # jit fusers cost seconds of compilation and need a GPU to pay back.
         bias_dropout_fusion=device.is_cuda,
     )
 
 
-def language_transformer_config(config: Config, chunk: Chunk, device: Device) -> TransformerConfig:
+def language_transformer_config(config: Config, chunk: Chunk, world: World) -> TransformerConfig:
     """InternLM2's decoder as Megatron sees it, with the layout and the chunk's recomputation."""
-    language, parallel = config.model.language, config.parallel
+    language, parallel, device = config.model.language, config.parallel, world.device
     recompute = Recompute.of(config, chunk)
     virtual = virtual_stages(parallel, language.num_layers)
     interleaved = virtual > 1
     return TransformerConfig(
-        **_common(device),
+        **_common(device, world.implementation),
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads,
@@ -94,8 +102,11 @@ def pipeline_transfers(on_gpu: bool, interleaved: bool) -> dict[str, bool]:
     NCCL sends and receives as one batch, or overlapped with the computation of other chunks where
     there are some. A stage's output is freed once it is sent, but not with overlap: before 0.18
     Megatron-Core's interleaved schedule frees it while it is still being sent (its PR 4047).
+    The host does not wait after a batch: the race behind that default of Megatron's was in torch
+    before 1.13 (PyTorch's PR 82450; Megatron's PR 6919 removes such a wait).
     """
     return dict(
+        batch_p2p_sync=False,
         batch_p2p_comm=on_gpu and not interleaved,
         overlap_p2p_comm=on_gpu and interleaved,
         deallocate_pipeline_outputs=on_gpu and not interleaved,
@@ -113,10 +124,12 @@ def _megatron_layout(config: Config) -> list[list[str]] | None:
     return chunks
 
 
-def vision_transformer_config(vision: VisionConfig, device: Device) -> TransformerConfig:
+def vision_transformer_config(
+    vision: VisionConfig, device: Device, implementation: Implementation
+) -> TransformerConfig:
     """CLIP's encoder up to the layer whose output is used; not parallel in itself."""
     return TransformerConfig(
-        **_common(device),
+        **_common(device, implementation),
         num_layers=vision.layers_used,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_attention_heads,
@@ -129,18 +142,30 @@ def vision_transformer_config(vision: VisionConfig, device: Device) -> Transform
     )
 
 
-def language_block_spec(num_layers: int, device: Device) -> TransformerBlockSubmodules:
+def language_block_spec(
+    num_layers: int, implementation: Implementation
+) -> TransformerBlockSubmodules:
     """Decoder layers of this stage: causal attention over packed segments, RMSNorm, SwiGLU."""
-    layer = _layer_spec(RMSNorm, AttnMaskType.causal, device)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    norm, attention = rms_norm_for(implementation), attention_for(implementation)
+    layer = _layer_spec(norm, attention, AttnMaskType.causal, implementation)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def vision_layer_spec(device: Device) -> ModuleSpec:
-    """Encoder layer of CLIP: full attention inside each image, LayerNorm, quick GELU."""
-    return _layer_spec(LayerNorm, AttnMaskType.no_mask, device)
+def vision_layer_spec(implementation: Implementation) -> ModuleSpec:
+    """Encoder layer of CLIP: full attention inside each image, LayerNorm, quick GELU.
+
+    Images are a dense batch: torch's own attention needs no packing for them.
+    """
+    norm = layer_norm_for(implementation)
+    return _layer_spec(norm, SegmentAttention, AttnMaskType.no_mask, implementation)
 
 
-def _layer_spec(norm: type, mask: AttnMaskType, device: Device) -> ModuleSpec:
+def _layer_spec(
+    norm: type, attention: type, mask: AttnMaskType, implementation: Implementation
+) -> ModuleSpec:
+    column, row = ColumnParallelLinear, RowParallelLinear
+    if implementation.is_transformer_engine:
+        column, row = TEColumnParallelLinear, TERowParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -149,19 +174,12 @@ def _layer_spec(norm: type, mask: AttnMaskType, device: Device) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=attention_for(device),
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=column, core_attention=attention, linear_proj=row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

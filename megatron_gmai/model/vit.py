@@ -5,10 +5,9 @@ from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from torch import Tensor
 
 from megatron_gmai.config import CLIP_MEAN, CLIP_STD, VisionConfig
-from megatron_gmai.model.norm import LayerNorm
+from megatron_gmai.model.norm import layer_norm_for
 from megatron_gmai.model.transformer import vision_layer_spec, vision_transformer_config
-from megatron_gmai.runtime.device import Device
-from megatron_gmai.runtime.groups import Groups
+from megatron_gmai.runtime.world import World
 
 
 class VisionTower(CLIPViTModel):
@@ -17,16 +16,17 @@ class VisionTower(CLIPViTModel):
     It is built on a group of this rank alone: each rank of the first stage encodes other images.
     """
 
-    def __init__(self, vision: VisionConfig, device: Device, groups: Groups) -> None:
+    def __init__(self, vision: VisionConfig, world: World) -> None:
+        device, implementation = world.device, world.implementation
         with device.torch_device:  # Megatron makes the patch embedding on the CPU otherwise
             super().__init__(
-                vision_transformer_config(vision, device),
-                vision_layer_spec(device),
-                ln_pre_impl=LayerNorm,
+                vision_transformer_config(vision, device, implementation),
+                vision_layer_spec(implementation),
+                ln_pre_impl=layer_norm_for(implementation),
                 patch_dim=vision.patch_size,
                 img_h=vision.image_size,
                 img_w=vision.image_size,
-                pg_collection=groups.for_vision(),
+                pg_collection=world.groups.for_vision(),
             )
         for parameter in self.parameters():  # ... and in fp32
             parameter.data = parameter.data.to(device.dtype)

@@ -1,7 +1,6 @@
 """Where a run computes: the one place that chooses between CPU with gloo and CUDA with NCCL."""
 
 import glob
-import importlib.util
 import os
 import shutil
 import sys
@@ -111,12 +110,6 @@ def threads_per_process() -> int:
     """Cores of this machine shared evenly by its ranks, at least one each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def installed_packages() -> dict[str, bool]:
-    """The single probe of the optional GPU packages."""
-    names = {"transformer_engine": "transformer_engine", "apex": "apex", "flash_attn": "flash_attn"}
-    return {name: importlib.util.find_spec(module) is not None for name, module in names.items()}
 
 
 def device_name(device: Device) -> str:

@@ -13,6 +13,7 @@ from megatron_gmai.runtime.groups import (
     initialize_distributed,
     seed_everything,
 )
+from megatron_gmai.runtime.implementation import PLAIN, Implementation, choose_implementation
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class World:
     layout: Layout
     chunks: tuple[Chunk, ...]
     encodes_ahead: bool  # all pipeline ranks encode images, before the step's micro-batches
+    implementation: Implementation = PLAIN
 
     @property
     def rank(self) -> int:
@@ -55,21 +57,24 @@ def open_world(config: Config) -> World:
     """Choose the device, join the processes that torchrun started, and build the groups.
 
     Raises:
-        ValueError: a device that is not there, or a layout that does not divide.
+        ValueError: a device or an implementation that is not there, or a layout that does not
+            divide.
     """
-    device = choose_device(config.run.device, config.run.dtype)
-    initialize_distributed(device, config.run.distributed_timeout_minutes)
-    return lay_out(device, config)
+    run = config.run
+    device = choose_device(run.device, run.dtype)
+    implementation = choose_implementation(device, run.transformer_impl, run.attention_backend)
+    initialize_distributed(device, run.distributed_timeout_minutes)
+    return lay_out(device, config, implementation)
 
 
-def lay_out(device: Device, config: Config) -> World:
+def lay_out(device: Device, config: Config, implementation: Implementation = PLAIN) -> World:
     """The world of `config`'s layout, over processes that have joined already."""
     parallel, num_layers = config.parallel, config.model.language.num_layers
     layout = Layout.of(parallel, dist.get_world_size())
     groups = build_groups(parallel, num_layers, config.run.distributed_timeout_minutes)
     seed_everything(config.train.seed)
     chunks = chunks_of_rank(parallel, num_layers, groups.pp.rank())
-    return World(device, groups, layout, chunks, encodes_ahead(parallel))
+    return World(device, groups, layout, chunks, encodes_ahead(parallel), implementation)
 
 
 def close_world() -> None:

@@ -185,7 +185,8 @@ def forward_step(
         segments=Segments.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, device),
         labels=labels,  # in host memory: the loss checks and sorts them without a wait
         pixel_values=to_device(batch.pixel_values),
-        image_starts=to_device(batch.image_starts - own.start),
+        # Subtracted there: a new tensor here would not be pinned, and its copy would wait.
+        image_starts=to_device(batch.image_starts) - own.start,
         first_image=batch.first_image,
         features=features,
     )

@@ -1,0 +1,68 @@
+"""Runs a function as a world of fresh processes, so that a check that dies ends nothing else."""
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessException
+
+
+def in_processes(size: int, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns in the first of `size` processes, which torch can join.
+
+    Raises TimeoutError after so many seconds, RuntimeError with the traceback of one that fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.pt"
+        context = torch.multiprocessing.start_processes(
+            _member,
+            (size, _free_port(), result, function, arguments),
+            nprocs=size,
+            join=False,
+            start_method="spawn",
+        )
+        deadline = time.monotonic() + seconds
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > deadline:
+                    for process in context.processes:
+                        process.kill()
+                    raise TimeoutError(f"stopped after {seconds:.0f} s")
+        except ProcessException as error:
+            raise RuntimeError(str(error).strip()) from error
+        return torch.load(result, weights_only=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _member(
+    rank: int,
+    size: int,
+    port: int,
+    result: Path,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    found = function(*arguments)
+    if rank == 0:
+        torch.save(found, result)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the others may still be sending
+    os._exit(0)  # threads of gloo must not delay the end
