@@ -73,6 +73,9 @@ class ModelConfig:
 class DataConfig:
     datasets: str | None = option(None, "GMAI-VL list file (JSON): data sets, ratios, folders")
     shards: str | None = option(None, "folder of WebDataset shards with an index")
+    valid_shards: str | None = option(
+        None, "folder of shards that are held out: their loss is taken every --eval-interval steps"
+    )
     dset_cache_dir: str | None = option(
         None, "where shards made from --datasets are kept (default: WORK_DIR/shards)"
     )
@@ -216,6 +219,10 @@ class RunConfig:
         10, "steps in a row with a loss or gradient that is not finite, after which the run stops"
     )
     log_interval: int = option(10, "steps between progress lines")
+    eval_interval: int = option(1000, "with --valid-shards: steps between validations")
+    eval_iters: int = option(
+        100, "with --valid-shards: global batches of each data set at most in a validation"
+    )
     tensorboard_dir: str | None = option(None, "event files (default: WORK_DIR/tensorboard)")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(

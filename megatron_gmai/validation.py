@@ -58,6 +58,8 @@ def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
         ("--max-rejected", data.max_rejected, 0, 1),
         ("--num-workers", data.num_workers, 0, math.inf),
         ("--log-interval", run.log_interval, 1, math.inf),
+        ("--eval-interval", run.eval_interval, 1, math.inf),
+        ("--eval-iters", run.eval_iters, 1, math.inf),
         ("--keep-last", run.keep_last, 1, math.inf),
         ("--keep-every", run.keep_every, 1, math.inf),
         ("--max-skipped-steps", run.max_skipped_steps, 1, math.inf),
@@ -148,6 +150,7 @@ def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
         yield _missing("--dset-cache-dir", data.dset_cache_dir, "folder")
     for flag, folder in (
         ("--shards", data.shards),
+        ("--valid-shards", data.valid_shards),
         ("--llava", run.llava),
         ("--llm", run.llm),
         ("--vision", run.vision),
@@ -155,6 +158,14 @@ def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
     ):
         if folder and not Path(folder).is_dir():
             yield _missing(flag, folder, "folder")
+    trained_on = data.shards or data.dset_cache_dir
+    valid = data.valid_shards
+    if valid and trained_on and Path(valid).resolve() == Path(trained_on).resolve():
+        yield Problem(
+            f"--valid-shards {valid}",
+            "the run trains on these very shards",
+            "hold samples out: make shards of a list of their own",
+        )
     if data.tokenizer and not find_tokenizer(config):
         yield _missing("--tokenizer", data.tokenizer, "tokenizer.model file")
     elif not find_tokenizer(config):

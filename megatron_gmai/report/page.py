@@ -25,6 +25,8 @@ SERIES = (
     ("peak memory of a rank, GiB", "peak_memory_bytes", 2**30, False),
 )
 
+NAMED = 3  # samples of a step that stands out
+
 
 def render_page(runs: Sequence[RunRecord], title: str) -> str:
     """All runs on one axis of steps, one after the other."""
@@ -40,6 +42,8 @@ def render_page(runs: Sequence[RunRecord], title: str) -> str:
             f"<div class=charts>{''.join(_charts(runs))}</div>",
             "<p>A line is the mean of the steps that share its place, the band behind it their "
             "range. Red: a restart, and dashed the steps that it took back.</p>",
+            *(_validation(run) for run in runs if run.valid),
+            *(_alarms(run) for run in runs if run.skipped or run.spikes),
             "<h2>Starts</h2>",
             _table(("run", "began (UTC)", "steps", "taken back", "lasted"), _attempt_rows(runs)),
             "<h2>Rejected samples</h2>",
@@ -76,6 +80,7 @@ def _tiles(runs: Sequence[RunRecord]) -> str:
         ("peak memory", f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.2f} GiB"),
         ("restarts", f"{sum(run.restarts for run in runs)}"),
         ("rejected samples", f"{len({r.key for run in runs for r in run.rejections})}"),
+        ("skipped steps", f"{sum(len(run.skipped) for run in runs)}"),
     ]
     cells = (f"<div><span>{_text(name)}</span><b>{_text(value)}</b></div>" for name, value in tiles)
     return f"<div class=tiles>{''.join(cells)}</div>"
@@ -132,6 +137,42 @@ def _attempt_rows(runs: Sequence[RunRecord]) -> Iterator[Sequence[str]]:
                 str(taken_back or ""),
                 _duration(attempt.ended - attempt.began),
             )
+
+
+def _validation(run: RunRecord) -> str:
+    """The losses of all data sets as lines, and as numbers beside each other."""
+    by_set: dict[str, list[dict[str, Any]]] = {}
+    for row in run.valid:
+        by_set.setdefault(row["data_set"], []).append(row)
+    lines = [Line([(r["iteration"], r["loss"]) for r in rows]) for rows in by_set.values()]
+    rows = (
+        (_text(name), str(found[-1]["samples"]), str(found[-1]["iteration"]),
+         *(number(value) for value in (found[0]["loss"], min(r["loss"] for r in found),
+                                       found[-1]["loss"])))
+        for name, found in by_set.items()
+    )  # fmt: skip
+    head = ("data set", "samples", "at step", "first", "least", "newest")
+    drawn = chart("loss on held-out packs, a line a data set", lines)
+    return (
+        f"<h2>Validation of {_text(run.name)}</h2><div class=charts>{drawn}</div>"
+        f"{_table(head, rows)}"
+    )
+
+
+def _alarms(run: RunRecord) -> str:
+    """Steps that were skipped, and steps whose loss stood out, with their first samples."""
+    rows = [
+        (row["iteration"], what(row), ", ".join(row["keys"][:NAMED]), len(row["keys"]))
+        for rows, what in (
+            (run.skipped, lambda row: f"skipped: {row['reason']}"),
+            (run.spikes, lambda row: f"spike: {row['loss']:.4g}, median {row['median']:.4g}"),
+        )
+        for row in rows
+    ]
+    cells = (tuple(map(_text, row)) for row in sorted(rows))
+    return f"<h2>Steps that stand out in {_text(run.name)}</h2>" + _table(
+        ("step", "why", "first samples", "samples"), cells
+    )
 
 
 def _rejected(run: RunRecord) -> str:

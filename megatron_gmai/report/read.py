@@ -39,6 +39,9 @@ class RunRecord:
     config: dict[str, Any]
     starts: list[dict[str, Any]]
     rejections: list[Rejection]
+    valid: list[dict[str, Any]]  # losses on held-out packs, by step and data set
+    skipped: list[dict[str, Any]]  # steps whose loss or gradient was not finite
+    spikes: list[dict[str, Any]]  # steps whose loss stood far above those before
 
     @property
     def name(self) -> str:
@@ -81,6 +84,9 @@ def _read_run(folder: Path) -> RunRecord:
         config=_json(folder / "config.json"),
         starts=list(_json_lines(folder / STARTS_FILE)),
         rejections=read_ledger(folder / "rejected.jsonl"),
+        valid=list(_json_lines(folder / "valid.jsonl")),
+        skipped=list(_json_lines(folder / "skipped.jsonl")),
+        spikes=list(_json_lines(folder / "spikes.jsonl")),
     )
 
 

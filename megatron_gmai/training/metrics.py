@@ -2,11 +2,14 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_gmai.training.step import StepResult
+from megatron_gmai.training.step import Evaluated, StepResult
+
+VALID_FILE = "valid.jsonl"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class MetricsLog:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = work_dir / "metrics.jsonl"
-        keep_rows_up_to(path, start)
+        path, self.valid = work_dir / "metrics.jsonl", work_dir / VALID_FILE
+        for written in (path, self.valid):
+            keep_rows_up_to(written, start)
         self.file: IO[str] = path.open("a", encoding="utf-8")
         self.tensorboard: Any = SummaryWriter(str(tensorboard_dir), purge_step=start + 1)
         self.start, self.total, self.interval = start, total, interval
@@ -91,6 +95,16 @@ class MetricsLog:
         for name in ("loss", "lr", "grad_norm", "tokens_per_s", "pack_fill"):
             self.tensorboard.add_scalar(name, getattr(row, name), row.iteration)
         print(self.line(row), flush=True)
+
+    def write_validation(self, iteration: int, found: Mapping[str, Evaluated]) -> None:
+        """Record the validation losses of the data sets: a line each in `WORK_DIR/valid.jsonl`."""
+        with self.valid.open("a", encoding="utf-8") as file:
+            for name, result in found.items():
+                row = {"iteration": iteration, "data_set": name, **vars(result)}
+                file.write(json.dumps(row) + "\n")
+                self.tensorboard.add_scalar(f"valid_loss/{name}", result.loss, iteration)
+        told = ", ".join(f"{name} {result.loss:.4f}" for name, result in found.items())
+        print(f"validation at step {iteration}: {told}", flush=True)
 
     def line(self, row: Row) -> str:
         done = row.iteration - self.start

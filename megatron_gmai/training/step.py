@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches through the pipeline, gradients finished, weights updated."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -40,7 +40,17 @@ class StepResult:
     rejected: int = 0  # places of samples that could not be read
     rejections: tuple[Rejection, ...] = ()  # and why
     not_finite: str = ""  # what kept the gradients from being applied
-    keys: tuple[str, ...] = ()  # of the global batch's samples, if `not_finite`
+    keys: tuple[str, ...] = ()  # of the global batch's samples, if `not_finite` or a spike
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a pass over held-out packs gave; equal on every rank."""
+
+    loss: float  # mean over their supervised tokens
+    supervised_tokens: int
+    samples: int
+    rejected: int  # places of samples that could not be read
 
 
 @dataclass
@@ -109,30 +119,20 @@ class TrainStep:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def __call__(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
-        """One step over this rank's next `num_microbatches` micro-batches."""
+    def __call__(
+        self,
+        batches: Iterator[MicroBatch],
+        lr: float,
+        is_spike: Callable[[float], bool] = lambda loss: False,
+    ) -> StepResult:
+        """One step over this rank's next `num_microbatches` micro-batches. The samples of a loss
+        that `is_spike`, which has to be the same on all ranks, are named."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        taken, counts = _Taken(), _Counts()
-        # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
-        drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
-        iterators = list(itertools.tee(drawn, len(self.chunks)))
-        try:
-            losses = self.forward_backward(
-                forward_step_func=partial(forward_step, world=self.world),
-                data_iterator=iterators,
-                model=self.chunks,
-                num_microbatches=self.num_microbatches,
-                seq_length=self.tokens_per_microbatch,
-                micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
-                forward_only=False,
-            )
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(taken.newest, self.world.rank, error) from error
-        counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
+        taken, counts = self._run(batches, self.num_microbatches, forward_only=False)
         total = reduce_counts(counts, self.world)
         loss = total["loss"] / max(1, total["supervised_tokens"])
         update = apply_gradients(self.optimizer, loss)
@@ -142,9 +142,53 @@ class TrainStep:
             updated=update.applied,
             rejections=gather(taken.rejections, self.world.groups) if total["rejected"] else (),
             not_finite=update.not_finite,
-            keys=gather(taken.keys, self.world.groups) if update.not_finite else (),
+            keys=gather(taken.keys, self.world.groups)
+            if update.not_finite or is_spike(loss)
+            else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[MicroBatch], num_microbatches: int) -> Evaluated:
+        """The loss of this rank's next micro-batches; the weights must be whole
+        (`finish_param_gather`). Neither gradients nor random numbers change."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            _, counts = self._run(batches, num_microbatches, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+        total = reduce_counts(counts, self.world)
+        return Evaluated(
+            loss=total["loss"] / max(1, total["supervised_tokens"]),
+            supervised_tokens=int(total["supervised_tokens"]),
+            samples=int(total["samples"]),
+            rejected=int(total["rejected"]),
+        )
+
+    def _run(
+        self, batches: Iterator[MicroBatch], num_microbatches: int, forward_only: bool
+    ) -> tuple[_Taken, _Counts]:
+        """Micro-batches through the pipeline: what was drawn, and the sums of this rank."""
+        taken, counts = _Taken(), _Counts()
+        # Every chunk asks for each micro-batch once; it is drawn and counted once for all of them.
+        drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
+        iterators = list(itertools.tee(drawn, len(self.chunks)))
+        try:
+            losses = self.forward_backward(
+                forward_step_func=partial(forward_step, world=self.world),
+                data_iterator=iterators,
+                model=self.chunks,
+                num_microbatches=num_microbatches,
+                seq_length=self.tokens_per_microbatch,
+                micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
+                forward_only=forward_only,
+            )
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(taken.newest, self.world.rank, error) from error
+        counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
+        return taken, counts
 
 
 def forward_step(

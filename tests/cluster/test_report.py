@@ -123,6 +123,28 @@ def test_a_run_that_is_still_writing_is_read(work_dir: Path, tmp_path: Path) -> 
     assert run.last_step == STEPS
 
 
+def test_validation_and_steps_that_stand_out_are_shown(work_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(work_dir, tmp_path / "work")
+    rows = [
+        {"iteration": step, "data_set": name, "loss": 9 / step, "samples": 7}
+        for step in (2, 4)
+        for name in ("<a>", "b")
+    ]
+    for name, lines in (
+        ("valid", rows),
+        ("skipped", [{"iteration": 3, "reason": "the loss is nan", "keys": ["k1", "k2"]}]),
+        ("spikes", [{"iteration": 5, "loss": 9.0, "median": 2.0, "keys": [*"abcd"]}]),
+    ):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "work" / f"{name}.jsonl").write_text(text)
+    assert report.main([str(tmp_path / "work")]) == 0
+    page = (tmp_path / "work" / "report.html").read_text()
+    assert page.count("<figure>") == 10
+    assert "<td>&lt;a&gt;<td>7<td>4<td>4.5<td>2.25<td>2.25" in page
+    assert "<td>3<td>skipped: the loss is nan<td>k1, k2<td>2" in page
+    assert "<td>5<td>spike: 9, median 2<td>a, b, c<td>4" in page
+
+
 MEASURE = """<!doctype html><iframe style="width:{width}px;height:900px;border:0"></iframe><script>
 const frame = document.querySelector("iframe");
 frame.onload = () => {{
