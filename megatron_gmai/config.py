@@ -224,6 +224,15 @@ class RunConfig:
         100, "with --valid-shards: global batches of each data set at most in a validation"
     )
     tensorboard_dir: str | None = option(None, "event files (default: WORK_DIR/tensorboard)")
+    wandb_project: str | None = option(None, "send metrics to this project of Weights & Biases")
+    wandb_exp_name: str | None = option(None, "name of the run there (default: WORK_DIR's)")
+    mlflow_experiment: str | None = option(
+        None, "send metrics to this experiment of MLflow (MLFLOW_TRACKING_URI says where)"
+    )
+    profile: bool = option(False, "write torch's traces of some steps to WORK_DIR/profile")
+    profile_step_start: int = option(10, "with --profile: the first step of a trace")
+    profile_step_end: int = option(12, "with --profile: the step at which it ends")
+    profile_ranks: str = option("0", "with --profile: ranks that write one, as 0,8")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "bf16", "fp16", "fp32")

@@ -28,8 +28,8 @@ SERIES = (
 NAMED = 3  # samples of a step that stands out
 
 
-def render_page(runs: Sequence[RunRecord], title: str) -> str:
-    """All runs on one axis of steps, one after the other."""
+def render_page(runs: Sequence[RunRecord], title: str, sections: Sequence[str] = ()) -> str:
+    """All runs on one axis of steps, one after the other; `sections` of HTML stand below."""
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     return "\n".join(
         [
@@ -42,10 +42,11 @@ def render_page(runs: Sequence[RunRecord], title: str) -> str:
             f"<div class=charts>{''.join(_charts(runs))}</div>",
             "<p>A line is the mean of the steps that share its place, the band behind it their "
             "range. Red: a restart, and dashed the steps that it took back.</p>",
+            *sections,
             *(_validation(run) for run in runs if run.valid),
             *(_alarms(run) for run in runs if run.skipped or run.spikes),
             "<h2>Starts</h2>",
-            _table(("run", "began (UTC)", "steps", "taken back", "lasted"), _attempt_rows(runs)),
+            table(("run", "began (UTC)", "steps", "taken back", "lasted"), _attempt_rows(runs)),
             "<h2>Rejected samples</h2>",
             *(_rejected(run) for run in runs if run.rejections),
             "" if any(run.rejections for run in runs) else "<p>none</p>",
@@ -155,7 +156,7 @@ def _validation(run: RunRecord) -> str:
     drawn = chart("loss on held-out packs, a line a data set", lines)
     return (
         f"<h2>Validation of {_text(run.name)}</h2><div class=charts>{drawn}</div>"
-        f"{_table(head, rows)}"
+        f"{table(head, rows)}"
     )
 
 
@@ -170,7 +171,7 @@ def _alarms(run: RunRecord) -> str:
         for row in rows
     ]
     cells = (tuple(map(_text, row)) for row in sorted(rows))
-    return f"<h2>Steps that stand out in {_text(run.name)}</h2>" + _table(
+    return f"<h2>Steps that stand out in {_text(run.name)}</h2>" + table(
         ("step", "why", "first samples", "samples"), cells
     )
 
@@ -185,7 +186,7 @@ def _rejected(run: RunRecord) -> str:
             for key, url in pictures(reason, shards)
         )  # fmt: skip
         rows.append((str(len(reason.rejections)), _text(reason.text), _text(sources), images))
-    return f"<h3>{_text(run.name)}</h3>" + _table(
+    return f"<h3>{_text(run.name)}</h3>" + table(
         ("samples", "reason", "data sets", "pictures"), rows
     )
 
@@ -207,7 +208,7 @@ def _compared(runs: Sequence[RunRecord], values: Sequence[dict[str, Any]]) -> st
         cells = [_text(of.get(name, "")) for of in values]
         same = len(set(cells)) == 1
         rows.append((_text(name), *([cells[0], *[""] * (len(cells) - 1)] if same else cells)))
-    return _table(("", *(_text(run.name) for run in runs)), rows)
+    return table(("", *(_text(run.name) for run in runs)), rows)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -219,8 +220,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
-    """Cells are HTML already."""
+def table(head: Sequence[str], rows: Any) -> str:
+    """A table of cells that are HTML already."""
     lines = ["".join(f"<th>{cell}" for cell in head)]
     lines += ["".join(f"<td>{cell}" for cell in row) for row in rows]
     return f"<div class=wide><table><tr>{'<tr>'.join(lines)}</table></div>"

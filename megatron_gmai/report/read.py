@@ -49,8 +49,8 @@ class RunRecord:
 
     @property
     def restarts(self) -> int:
-        """A start that ended before its first logged step is no attempt, but it is written down."""
-        return max(0, len(self.attempts) - 1, len(self.starts) - 1)
+        """Every start is written down; runs of earlier versions have their event files only."""
+        return max(0, len(self.starts or self.attempts) - 1)
 
     @property
     def last_step(self) -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.prepare import copy_tokenizer
+from megatron_gmai.observe.sinks import open_sinks
 from megatron_gmai.planner.cost import step_flops
 from megatron_gmai.planner.hardware import device_peak
 from megatron_gmai.runtime.device import Device, device_name, peak_memory_bytes
@@ -17,11 +18,13 @@ from megatron_gmai.training.held_out import evaluate
 from megatron_gmai.training.metrics import MetricsLog, make_row
 from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.preemption import stop_requested
+from megatron_gmai.training.profiling import Profiler
 from megatron_gmai.training.saving import Saver
 from megatron_gmai.training.setup import Run
 from megatron_gmai.training.skipped import SkippedSteps
 from megatron_gmai.training.spikes import LossSpikes
 from megatron_gmai.training.step import StepResult
+from megatron_gmai.training.timing import RankTimes, gather_times
 from megatron_gmai.training.watchdog import Watchdog
 
 
@@ -43,9 +46,11 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
     batches = watchdog.over(run.batches)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
     skipped, spikes, saver = open_skipped(run), open_spikes(run), Saver(run)
+    profiler = Profiler(config.run, run.world.rank)
     finished, saving = True, 0.0
     for iteration in range(run.position.iteration + 1, total + 1):
         watchdog.begin(iteration)
+        profiler.begin(iteration)
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
         result = run.step(batches, lr, spikes.is_spike)
@@ -56,10 +61,11 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
         seconds = time.monotonic() - began
         if iteration % config.run.log_interval == 0 or iteration == total:
             memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
+            times = times_of_all_ranks(run)
             if log is not None:
                 flops = speed_terms(run, result)
                 row = make_row(
-                    iteration, result, lr, seconds, memory, *flops, skipped.total, saving
+                    iteration, result, lr, seconds, memory, *flops, skipped.total, saving, times
                 )
                 log.write(row)
             saving = 0.0
@@ -74,9 +80,15 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
         if stopped and iteration < total:
             finished = False
             break
+    profiler.finish()
     if log is not None:
         log.close()
     return finished
+
+
+def times_of_all_ranks(run: Run) -> list[RankTimes]:
+    assert run.step.timers is not None
+    return gather_times(run.step.timers, run.world.groups, run.world.device.torch_device)
 
 
 def validate(run: Run, iteration: int, watchdog: Watchdog, log: MetricsLog | None) -> None:
@@ -127,6 +139,7 @@ def open_log(run: Run) -> MetricsLog | None:
         run.position.iteration,
         run.total_iterations,
         settings.log_interval,
+        open_sinks(run.config, run.world.layout.world_size),
     )
 
 

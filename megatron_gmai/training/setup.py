@@ -28,6 +28,7 @@ from megatron_gmai.training.held_out import HeldOut, held_out_data, open_held_ou
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.start import Start
 from megatron_gmai.training.step import TrainStep
+from megatron_gmai.training.timing import StepTimers
 from megatron_gmai.training.weights import fill
 
 
@@ -90,6 +91,7 @@ def build_run(config: Config, start: Start, world: World) -> Run:
         world,
         world.layout.micro_batches(train),
         train.micro_batch_size * config.data.max_length,
+        StepTimers(world.device.is_cuda),
     )
     return Run(
         config=config,

@@ -6,6 +6,7 @@ import statistics
 from collections import deque
 from pathlib import Path
 
+from megatron_gmai.data.files import Lines
 from megatron_gmai.training.metrics import keep_rows_up_to
 from megatron_gmai.training.step import StepResult
 
@@ -27,6 +28,7 @@ class LossSpikes:
 
     def __init__(self, work_dir: Path | None, start: int) -> None:
         self.path = None if work_dir is None else work_dir / FILE
+        self.lines = None if self.path is None else Lines(self.path)
         self.losses: deque[float] = deque(maxlen=_WINDOW)
         if self.path is not None:
             keep_rows_up_to(self.path, start)
@@ -45,7 +47,7 @@ class LossSpikes:
 
     def add(self, iteration: int, result: StepResult) -> None:
         """Take note of a step, and tell a spike; `result.keys` name its samples then."""
-        if self.path is not None and self.is_spike(result.loss):
+        if self.lines is not None and self.is_spike(result.loss):
             typical = statistics.median(self.losses)
             line = {
                 "iteration": iteration,
@@ -53,8 +55,7 @@ class LossSpikes:
                 "median": typical,
                 "keys": result.keys,
             }
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.lines.add([json.dumps(line) + "\n"])
             print(
                 f"loss spike at step {iteration}: {result.loss:.4f} after a median of "
                 f"{typical:.4f}; its {len(result.keys)} samples are named in {self.path}",

@@ -21,6 +21,7 @@ from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.optimizer import apply_gradients
 from megatron_gmai.training.out_of_memory import out_of_memory
+from megatron_gmai.training.timing import StepTimers
 
 Item = TypeVar("Item")
 
@@ -105,15 +106,18 @@ class TrainStep:
         world: World,
         num_microbatches: int,
         tokens_per_microbatch: int,
+        timers: StepTimers | None = None,
     ) -> None:
         self.chunks, self.optimizer, self.world = list(chunks), optimizer, world
         self.num_microbatches = num_microbatches
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.timers = timers
         self.forward_backward = get_forward_backward_func()
         # Megatron's schedules read these from the first chunk's configuration.
         config = self.chunks[0].module.config
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
+        config.timers = timers
         if self.chunks[0].ddp_config.overlap_grad_reduce:
             # Gradients are reduced behind the backward pass of the last micro-batch only.
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -127,6 +131,8 @@ class TrainStep:
     ) -> StepResult:
         """One step over this rank's next `num_microbatches` micro-batches. The samples of a loss
         that `is_spike`, which has to be the same on all ranks, are named."""
+        if self.timers is not None:
+            batches = self.timers.begin().over(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for chunk in self.chunks:

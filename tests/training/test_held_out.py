@@ -1,5 +1,6 @@
 """Validation on held-out packs: the same in every layout, and without a trace in training."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -89,9 +90,24 @@ def rows(shards: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory)
     process.kill()
     process.wait()
     output = finish(start(shards, work / "a", 2, *validated, "--resume"))
-    finish(start(shards, work / "plain", 2))
+    profile = ("--profile", "--profile-step-start", "2", "--profile-step-end", "4")
+    finish(start(shards, work / "plain", 2, *profile, "--profile-ranks", "1"))
+    the_profile_and_the_times_are_there(work / "plain")
     assert losses(work / "a") == losses(work / "plain"), output
     return [json.loads(line) for line in (work / "a" / "valid.jsonl").read_text().splitlines()]
+
+
+def the_profile_and_the_times_are_there(work_dir: Path) -> None:
+    (trace,) = (work_dir / "profile").iterdir()
+    assert trace.name == "rank1.steps2-3.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert "aten::mm" in names and "gloo:all_reduce" in names
+    for line in (work_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (stage,) = row["stages"]
+        assert stage["compute"] > 0 and stage["data"] == row["data_wait_s"] > 0
+        assert stage["compute"] + stage["data"] + stage["reduce"] <= row["step_time_s"] * 1.5
 
 
 def test_every_data_set_has_its_loss_once_at_every_interval(rows: list[dict]) -> None:
