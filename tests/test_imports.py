@@ -35,7 +35,7 @@ ALLOWED = {
     "dry_run": {"gmai_kernels", "training", "model", "data", "runtime", "planner"},
     "evaluate": {"model", "data", "runtime"},
     "report": {"data"},
-    "preflight": {"data", "convert", "runtime"},
+    "preflight": {"data", "convert", "runtime", "planner"},
 }
 # The rooms of data/, each with the rooms it may import besides itself and the files on top.
 DATA_ROOMS = {
