@@ -34,7 +34,7 @@ ALLOWED = {
     "training": {"model", "data", "convert", "runtime", "planner", "observe"},
     "dry_run": {"gmai_kernels", "training", "model", "data", "runtime", "planner"},
     "evaluate": {"model", "data", "runtime"},
-    "report": {"data"},
+    "report": {"data", "planner"},
     "preflight": {"data", "convert", "runtime", "planner"},
 }
 # The rooms of data/, each with the rooms it may import besides itself and the files on top.

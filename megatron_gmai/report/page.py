@@ -11,6 +11,7 @@ from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.report.charts import Line, Mark, chart, number
 from megatron_gmai.report.read import RunRecord
 from megatron_gmai.report.rejected import by_reason, pictures
+from megatron_gmai.report.times import planned_mfu, stage_times
 
 # (title, key in metrics.jsonl, divided by, logarithmic where its range is wide)
 SERIES = (
@@ -20,6 +21,7 @@ SERIES = (
     ("seconds per step", "step_time_s", 1, True),
     ("pack fill, %", "pack_fill", 0.01, False),
     ("learning rate", "lr", 1, False),
+    ("MFU, % (dashed: the plan's)", "mfu", 0.01, False),
     ("images per step", "images", 1, False),
     ("supervised tokens per step", "supervised_tokens", 1, False),
     ("peak memory of a rank, GiB", "peak_memory_bytes", 2**30, False),
@@ -43,6 +45,7 @@ def render_page(runs: Sequence[RunRecord], title: str, sections: Sequence[str] =
             "<p>A line is the mean of the steps that share its place, the band behind it their "
             "range. Red: a restart, and dashed the steps that it took back.</p>",
             *sections,
+            *map(stage_times, runs),
             *(_validation(run) for run in runs if run.valid),
             *(_alarms(run) for run in runs if run.skipped or run.spikes),
             "<h2>Starts</h2>",
@@ -97,9 +100,23 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[str]:
     ]
     for title, key, unit, may_be_log in SERIES:
         lines = [
-            Line([(start + row["iteration"], row[key] / unit) for row in run.rows if key in row])
+            Line(
+                [
+                    (start + row["iteration"], row[key] / unit)
+                    for row in run.rows
+                    if row.get(key) is not None
+                ]
+            )
             for run, start in starts
         ]
+        if key == "mfu":
+            lines += [
+                Line(
+                    [(start + 1, expected / unit), (start + run.last_step, expected / unit)], "plan"
+                )
+                for run, start in starts
+                if (expected := planned_mfu(run)) is not None
+            ]
         if key == "loss":
             lines += [
                 Line([(start + step, loss) for step, loss in lost.items()], "lost")

@@ -34,7 +34,7 @@ class RunRecord:
     """One work directory: a run of one phase."""
 
     folder: Path
-    rows: list[dict[str, float]]  # of metrics.jsonl, by step
+    rows: list[dict[str, Any]]  # of metrics.jsonl, by step
     attempts: list[Attempt]
     config: dict[str, Any]
     starts: list[dict[str, Any]]
