@@ -12,7 +12,7 @@ CORE := tests/kernels tests/runtime tests/model \
 
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
-.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner
+.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner bench-save drill
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -53,7 +53,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 verify: $(VENV)/.dev  ## the quick start's export against the checkpoint that it came from
 	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/phase3/checkpoints runs/quickstart/hf $(ARGS)
 
-bench: bench-kernels bench-data bench-convert bench-evaluation  ## all benchmarks, results under runs/bench
+bench: bench-kernels bench-data bench-convert bench-evaluation bench-save  ## all benchmarks, results under runs/bench
 
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
@@ -71,8 +71,14 @@ bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and i
 bench-evaluation: $(VENV)/.dev  ## scoring and the search for leakage
 	$(RUN) benchmarks/evaluation.py $(ARGS)
 
+bench-save: $(VENV)/.dev  ## saving from a copy against saving at once: waiting and memory
+	$(RUN) benchmarks/save.py $(ARGS)
+
+drill: $(VENV)/.dev  ## break a run on purpose in 46 places (about 10 minutes; as root: all of them)
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.drill $(ARGS)
+
 clean:  ## remove what the targets above made, but neither .venv nor other runs
-	rm -rf runs/quickstart runs/bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs/quickstart runs/bench runs/drill build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(VENV)/.train: $(addprefix requirements/,cpu.txt quickstart.txt images.txt) setup.py pyproject.toml

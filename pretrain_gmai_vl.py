@@ -22,6 +22,7 @@ def main() -> None:
     quiet_libraries()
 
     from megatron_gmai.planner.layout import settle_layout
+    from megatron_gmai.preflight.first import first_checks
     from megatron_gmai.runtime.environment import record_start
     from megatron_gmai.runtime.world import close_world, open_world
     from megatron_gmai.training.loop import save_config, train
@@ -54,6 +55,8 @@ def main() -> None:
     if first:
         save_config(config)
         record_start(Path(config.run.work_dir), world.layout.world_size)
+        for line in first_checks(config, world.device):
+            log(line)
     start = verified(start, config, log)
     run = build_run(config, start, world)
     log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")

@@ -37,8 +37,8 @@ def show(figures: Iterable[Figure]) -> None:
         print(f"{figure.name:62} {value:>20} {figure.bar:>10}  {verdict}", flush=True)
 
 
-def write(path: Path, figures: Iterable[Figure], notes: list[str]) -> None:
-    """Write {"figures": [...], "notes": [...]} as JSON."""
+def write(path: Path, figures: Iterable[Figure], notes: list[str], **more: object) -> None:
+    """Write {"figures": [...], "notes": [...]} and what else there is as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"figures": [asdict(figure) for figure in figures], "notes": notes}
+    content = {"figures": [asdict(figure) for figure in figures], "notes": notes, **more}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -74,6 +74,9 @@ class ModelConfig:
 class DataConfig:
     datasets: str | None = option(None, "GMAI-VL list file (JSON): data sets, ratios, folders")
     shards: str | None = option(None, "folder of WebDataset shards with an index")
+    valid_shards: str | None = option(
+        None, "folder of shards that are held out: their loss is taken every --eval-interval steps"
+    )
     dset_cache_dir: str | None = option(
         None, "where shards made from --datasets are kept (default: WORK_DIR/shards)"
     )
@@ -228,7 +231,20 @@ class RunConfig:
         10, "steps in a row with a loss or gradient that is not finite, after which the run stops"
     )
     log_interval: int = option(10, "steps between progress lines")
+    eval_interval: int = option(1000, "with --valid-shards: steps between validations")
+    eval_iters: int = option(
+        100, "with --valid-shards: global batches of each data set at most in a validation"
+    )
     tensorboard_dir: str | None = option(None, "event files (default: WORK_DIR/tensorboard)")
+    wandb_project: str | None = option(None, "send metrics to this project of Weights & Biases")
+    wandb_exp_name: str | None = option(None, "name of the run there (default: WORK_DIR's)")
+    mlflow_experiment: str | None = option(
+        None, "send metrics to this experiment of MLflow (MLFLOW_TRACKING_URI says where)"
+    )
+    profile: bool = option(False, "write torch's traces of some steps to WORK_DIR/profile")
+    profile_step_start: int = option(10, "with --profile: the first step of a trace")
+    profile_step_end: int = option(12, "with --profile: the step at which it ends")
+    profile_ranks: str = option("0", "with --profile: ranks that write one, as 0,8")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "auto: bf16 on GPU, fp32 on CPU", choices=("auto", "bf16", "fp16", "fp32")

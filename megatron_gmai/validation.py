@@ -22,7 +22,17 @@ def validate(config: Config, world_size: int) -> None:
     ValueError that lists all problems.
     """
     _judge(
-        (_ranges, _model_sizes, layout_problems, batch_problems, _inputs, _start, _memory, _lora),
+        (
+            _ranges,
+            _profiled_ranks,
+            _model_sizes,
+            layout_problems,
+            batch_problems,
+            _inputs,
+            _start,
+            _memory,
+            _lora,
+        ),
         config,
         world_size,
     )
@@ -58,6 +68,10 @@ def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
         ("--max-rejected", data.max_rejected, 0, 1),
         ("--num-workers", data.num_workers, 0, math.inf),
         ("--log-interval", run.log_interval, 1, math.inf),
+        ("--profile-step-start", run.profile_step_start, 1, math.inf),
+        ("--profile-step-end", run.profile_step_end, run.profile_step_start + 1, math.inf),
+        ("--eval-interval", run.eval_interval, 1, math.inf),
+        ("--eval-iters", run.eval_iters, 1, math.inf),
         ("--keep-last", run.keep_last, 1, math.inf),
         ("--keep-every", run.keep_every, 1, math.inf),
         ("--max-skipped-steps", run.max_skipped_steps, 1, math.inf),
@@ -79,6 +93,17 @@ def _ranges(config: Config, world_size: int) -> Iterator[Problem]:
         if not 0 <= value < 1:
             yield Problem(f"{flag} {value}", "out of range", "give a number from 0 to below 1")
     yield from _checkpoint_interval(run.checkpoint_interval)
+
+
+def _profiled_ranks(config: Config, world_size: int) -> Iterator[Problem]:
+    ranks = config.run.profile_ranks
+    words = ranks.split(",")
+    if not all(word.isdecimal() and int(word) < world_size for word in words):
+        yield Problem(
+            f"--profile-ranks {ranks}",
+            f"the world has ranks 0 to {world_size - 1}",
+            "give numbers of ranks, as 0,8",
+        )
 
 
 def _checkpoint_interval(interval: float) -> Iterator[Problem]:
@@ -148,6 +173,7 @@ def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
         yield _missing("--dset-cache-dir", data.dset_cache_dir, "folder")
     for flag, folder in (
         ("--shards", data.shards),
+        ("--valid-shards", data.valid_shards),
         ("--llava", run.llava),
         ("--llm", run.llm),
         ("--vision", run.vision),
@@ -155,6 +181,14 @@ def _inputs(config: Config, world_size: int) -> Iterator[Problem]:
     ):
         if folder and not Path(folder).is_dir():
             yield _missing(flag, folder, "folder")
+    trained_on = data.shards or data.dset_cache_dir
+    valid = data.valid_shards
+    if valid and trained_on and Path(valid).resolve() == Path(trained_on).resolve():
+        yield Problem(
+            f"--valid-shards {valid}",
+            "the run trains on these very shards",
+            "hold samples out: make shards of a list of their own",
+        )
     if data.tokenizer and not find_tokenizer(config):
         yield _missing("--tokenizer", data.tokenizer, "tokenizer.model file")
     elif not find_tokenizer(config):

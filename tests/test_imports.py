@@ -30,12 +30,13 @@ ALLOWED = {
     "data": set[str](),
     "convert": set[str](),
     "planner": set[str](),
-    "training": {"model", "data", "convert", "runtime", "planner"},
+    "observe": set[str](),
+    "training": {"model", "data", "convert", "runtime", "planner", "observe"},
     "dry_run": {"gmai_kernels", "training", "model", "data", "runtime", "planner"},
     "evaluate": {"model", "data", "runtime"},
-    "report": {"data"},
+    "report": {"data", "planner"},
     "gpu_check": {"training", "model", "data", "convert", "runtime", "planner", "dry_run"},
-    "preflight": {"data", "convert", "runtime"},
+    "preflight": {"data", "convert", "runtime", "planner"},
 }
 # The rooms of data/, each with the rooms it may import besides itself and the files on top.
 DATA_ROOMS = {

@@ -55,6 +55,7 @@ def local_checks(config: Config, device: "Device") -> "Iterator[Check]":
 
     from megatron_gmai.preflight import machine, storage
     from megatron_gmai.preflight.check import guarded
+    from megatron_gmai.preflight.memory import PLAN, fits_memory
     from megatron_gmai.runtime.device import local_rank
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -62,12 +63,15 @@ def local_checks(config: Config, device: "Device") -> "Iterator[Check]":
     yield from guarded("driver and torch", lambda: machine.driver(device), "mend the driver")
     yield from guarded("device", lambda: machine.device_memory(device), "mend the driver")
     yield from machine.shared_memory()
+    yield from guarded("plan fits memory", lambda: fits_memory(config, device, rank, world), PLAN)
     folder, work_dir = Path(config.run.save or ""), Path(config.run.work_dir)
-    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-    size = storage.checkpoint_bytes(config, names[str(device.dtype)])
+    count = storage.checkpoints_kept(config)
+    size = storage.checkpoint_bytes(config, storage.DTYPES[str(device.dtype)])
     if local_rank() == 0:
         writable = "make the folder writable, or give another --work-dir"
-        yield from guarded("room for checkpoints", lambda: storage.room(folder, size), writable)
+        yield from guarded(
+            "room for checkpoints", lambda: storage.room(folder, size, count), writable
+        )
         yield from guarded(
             "speed of checkpoints", lambda: storage.write_speed(folder, size, rank), writable
         )

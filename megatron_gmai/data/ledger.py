@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_gmai.data.files import Lines
 from megatron_gmai.data.schema import from_json
 
 
@@ -40,6 +41,7 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
+        self._lines = None if self.path is None else Lines(self.path)
         self._keys: set[str] = set()
         if self.path is not None and self.path.exists():
             self._keys = {line.key for line in read_ledger(self.path)}
@@ -57,10 +59,9 @@ class Ledger:
             if rejection.key not in self._keys:
                 self._keys.add(rejection.key)
                 new.append(rejection)
-        if new and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(dump_line(rejection) for rejection in new))
+        if new and self._lines is not None:
+            self._lines.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines.add(dump_line(rejection) for rejection in new)
 
 
 def dump_line(rejection: Rejection) -> str:

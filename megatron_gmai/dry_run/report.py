@@ -75,6 +75,10 @@ def _lines(report: RankReport) -> Iterator[str]:
     for name, sums in (("static", report.static), ("peak", report.peak)):
         values = [sums.get(kind, 0) for kind in KINDS]
         yield f"  {name:12}" + "".join(f"{v / GIB:13.3f}" for v in (*values, sum(values)))
+    yield (
+        f"  a checkpoint: {report.checkpoint_bytes / GIB:.3f} GiB written by this rank; with "
+        "--async-save as much is taken of the host's memory"
+    )
     yield f"  the peak is in: {report.peak_place}; the largest tensors alive then:"
     for block in report.largest:
         shape = " x ".join(map(str, block.shape))

@@ -20,6 +20,7 @@ from megatron_gmai.dry_run.watch import watch
 from megatron_gmai.layout import Layout, encodes_ahead, virtual_stages
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
+from megatron_gmai.training.checkpoint import pieces_to_write
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.optimizer_state import allocate, set_steps
 from megatron_gmai.training.step import TrainStep
@@ -43,6 +44,7 @@ class RankReport:
     launches: int = 0
     waits: list[tuple[Wait, int]] = field(default_factory=list)  # and how often
     single_precision: list[tuple[Wait, int]] = field(default_factory=list)
+    checkpoint_bytes: int = 0  # that this rank writes, and copies to the host with --async-save
     seconds: float = 0.0
 
     @property
@@ -89,6 +91,8 @@ def count_step(
     )
     gc.collect()  # tensors in reference cycles would be freed at some time or other
     report.static = by_kind(block for block in counter.blocks if block.died is None)
+    pieces = pieces_to_write(chunks, step.optimizer, config)
+    report.checkpoint_bytes = sum(piece.tensor.nbytes for piece in pieces)
     begin = counter.events
     watch(chunks, counter)
     forget_work(counter)

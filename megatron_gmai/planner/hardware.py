@@ -59,9 +59,15 @@ def gpu_called(name: str) -> Gpu:
     return GPUS[name]
 
 
-def device_peak(driver_name: str) -> float | None:
-    """Peak bf16 operations a second of a device by its driver's name; None for one not known."""
+def gpu_of_driver(driver_name: str) -> Gpu | None:
+    """The GPU that a driver calls so; None for one not known."""
     for part, name in _DRIVER_NAMES.items():
         if part in driver_name and "PCIe" not in driver_name and "NVL" not in driver_name:
-            return GPUS[name].peak_tflops * 1e12
+            return GPUS[name]
     return None
+
+
+def device_peak(driver_name: str) -> float | None:
+    """Peak bf16 operations a second of a device by its driver's name; None for one not known."""
+    gpu = gpu_of_driver(driver_name)
+    return None if gpu is None else gpu.peak_tflops * 1e12

@@ -22,6 +22,7 @@ KEPT = 3  # checkpoints that should have room
 SAMPLES = 64  # read and checked by each rank
 OPTIMIZER_BYTES = 12  # a trained parameter's fp32 master and Adam's two moments
 TOKEN_FILE = ".preflight-token"
+DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -40,15 +41,29 @@ def checkpoint_bytes(config: Config, dtype: str) -> int:
     return WEIGHT_BYTES[dtype] * sum(sizes.values()) + state
 
 
-def room(folder: Path, size: int) -> Iterator[Check]:
-    """Free space beside what a checkpoint of `size` bytes takes."""
+def checkpoints_kept(config: Config) -> int:
+    """So many checkpoints of this run lie on the disk at once, the one that is written included;
+    of a run whose length is not known yet, or that saves at its end only, a few."""
+    run, steps = config.run, config.train.train_iters
+    interval = run.checkpoint_interval
+    if steps is None or interval < 0:
+        return KEPT if run.keep_last is None else run.keep_last + 1
+    saves = math.ceil(1 / interval if interval < 1 else steps / interval)
+    if run.keep_last is None:
+        return saves
+    every = 0 if run.keep_every is None else steps // run.keep_every
+    return min(saves, run.keep_last + 1 + every)
+
+
+def room(folder: Path, size: int, count: int = KEPT) -> Iterator[Check]:
+    """Free space beside what `count` checkpoints of `size` bytes take."""
     free = shutil.disk_usage(_existing(folder)).free
     told = f"{_size_text(free)} free, a checkpoint has {_size_text(size)}"
     if free < size:
         yield Check("room for checkpoints", FAIL, told, f"free space, or set --save (now {folder})")
     else:
-        status = PASS if free >= KEPT * size else WARN
-        remedy = f"fewer than {KEPT} fit: free space or remove old ones as the run goes on"
+        status = PASS if free >= count * size else WARN
+        remedy = f"{count} of this run do not fit: free space, or lower --keep-last"
         yield Check("room for checkpoints", status, told, remedy)
 
 
@@ -95,19 +110,11 @@ def shards(folder: str | None, rank: int, world: int) -> Iterator[Check]:
                     "make them before the job: tools/make_shards.py")  # fmt: skip
         return
     found = Shards(folder)
-    origin = Path(folder)
-    files = found.manifest.shards[rank::world]
-    missing = [
-        file.name
-        for file in files
-        if not is_url(folder) and _size(origin / file.name) not in (file.size, None)
-    ]
     if not len(found):
         yield Check("shards", FAIL, f"no sample in {folder}", "see rejected.jsonl in it")
         return
-    if missing:
-        told = f"{missing[0]} is absent or of another size" + f" ({len(missing)} such)"
-        yield Check("shards", FAIL, told, "copy them again, or make them again")
+    if unreachable := list(shard_files(folder, rank, world)):
+        yield from unreachable
         return
     chosen = np.unique(np.linspace(rank % len(found), len(found) - 1, SAMPLES, dtype=np.int64))
     began, read, damaged = time.monotonic(), 0, list[str]()
@@ -124,6 +131,18 @@ def shards(folder: str | None, rank: int, world: int) -> Iterator[Check]:
         told = f"{len(damaged)} of {len(chosen)} samples are damaged: {damaged[0]}"
     remedy = "copy the shard again; damaged samples are rejected and counted as a run meets them"
     yield Check("shards", FAIL if damaged else PASS, told, remedy)
+
+
+def shard_files(folder: str, rank: int = 0, world: int = 1) -> Iterator[Check]:
+    """A row only if one of this rank's files is not there whole; nothing of them is read."""
+    missing = [
+        file.name
+        for file in Shards(folder).manifest.shards[rank::world]
+        if not is_url(folder) and _size(Path(folder) / file.name) not in (file.size, None)
+    ]
+    if missing:
+        told = f"{missing[0]} is absent or of another size ({len(missing)} such)"
+        yield Check("shards", FAIL, told, "copy them again, or make them again")
 
 
 def _size(path: Path) -> int | None:

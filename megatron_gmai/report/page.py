@@ -11,6 +11,7 @@ from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.report.charts import Line, Mark, chart, number
 from megatron_gmai.report.read import RunRecord
 from megatron_gmai.report.rejected import by_reason, pictures
+from megatron_gmai.report.times import planned_mfu, stage_times
 
 # (title, key in metrics.jsonl, divided by, logarithmic where its range is wide)
 SERIES = (
@@ -20,14 +21,17 @@ SERIES = (
     ("seconds per step", "step_time_s", 1, True),
     ("pack fill, %", "pack_fill", 0.01, False),
     ("learning rate", "lr", 1, False),
+    ("MFU, % (dashed: the plan's)", "mfu", 0.01, False),
     ("images per step", "images", 1, False),
     ("supervised tokens per step", "supervised_tokens", 1, False),
     ("peak memory of a rank, GiB", "peak_memory_bytes", 2**30, False),
 )
 
+NAMED = 3  # samples of a step that stands out
 
-def render_page(runs: Sequence[RunRecord], title: str) -> str:
-    """All runs on one axis of steps, one after the other."""
+
+def render_page(runs: Sequence[RunRecord], title: str, sections: Sequence[str] = ()) -> str:
+    """All runs on one axis of steps, one after the other; `sections` of HTML stand below."""
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     return "\n".join(
         [
@@ -40,8 +44,12 @@ def render_page(runs: Sequence[RunRecord], title: str) -> str:
             f"<div class=charts>{''.join(_charts(runs))}</div>",
             "<p>A line is the mean of the steps that share its place, the band behind it their "
             "range. Red: a restart, and dashed the steps that it took back.</p>",
+            *sections,
+            *map(stage_times, runs),
+            *(_validation(run) for run in runs if run.valid),
+            *(_alarms(run) for run in runs if run.skipped or run.spikes),
             "<h2>Starts</h2>",
-            _table(("run", "began (UTC)", "steps", "taken back", "lasted"), _attempt_rows(runs)),
+            table(("run", "began (UTC)", "steps", "taken back", "lasted"), _attempt_rows(runs)),
             "<h2>Rejected samples</h2>",
             *(_rejected(run) for run in runs if run.rejections),
             "" if any(run.rejections for run in runs) else "<p>none</p>",
@@ -76,6 +84,7 @@ def _tiles(runs: Sequence[RunRecord]) -> str:
         ("peak memory", f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.2f} GiB"),
         ("restarts", f"{sum(run.restarts for run in runs)}"),
         ("rejected samples", f"{len({r.key for run in runs for r in run.rejections})}"),
+        ("skipped steps", f"{sum(len(run.skipped) for run in runs)}"),
     ]
     cells = (f"<div><span>{_text(name)}</span><b>{_text(value)}</b></div>" for name, value in tiles)
     return f"<div class=tiles>{''.join(cells)}</div>"
@@ -91,9 +100,23 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[str]:
     ]
     for title, key, unit, may_be_log in SERIES:
         lines = [
-            Line([(start + row["iteration"], row[key] / unit) for row in run.rows if key in row])
+            Line(
+                [
+                    (start + row["iteration"], row[key] / unit)
+                    for row in run.rows
+                    if row.get(key) is not None
+                ]
+            )
             for run, start in starts
         ]
+        if key == "mfu":
+            lines += [
+                Line(
+                    [(start + 1, expected / unit), (start + run.last_step, expected / unit)], "plan"
+                )
+                for run, start in starts
+                if (expected := planned_mfu(run)) is not None
+            ]
         if key == "loss":
             lines += [
                 Line([(start + step, loss) for step, loss in lost.items()], "lost")
@@ -134,6 +157,42 @@ def _attempt_rows(runs: Sequence[RunRecord]) -> Iterator[Sequence[str]]:
             )
 
 
+def _validation(run: RunRecord) -> str:
+    """The losses of all data sets as lines, and as numbers beside each other."""
+    by_set: dict[str, list[dict[str, Any]]] = {}
+    for row in run.valid:
+        by_set.setdefault(row["data_set"], []).append(row)
+    lines = [Line([(r["iteration"], r["loss"]) for r in rows]) for rows in by_set.values()]
+    rows = (
+        (_text(name), str(found[-1]["samples"]), str(found[-1]["iteration"]),
+         *(number(value) for value in (found[0]["loss"], min(r["loss"] for r in found),
+                                       found[-1]["loss"])))
+        for name, found in by_set.items()
+    )  # fmt: skip
+    head = ("data set", "samples", "at step", "first", "least", "newest")
+    drawn = chart("loss on held-out packs, a line a data set", lines)
+    return (
+        f"<h2>Validation of {_text(run.name)}</h2><div class=charts>{drawn}</div>"
+        f"{table(head, rows)}"
+    )
+
+
+def _alarms(run: RunRecord) -> str:
+    """Steps that were skipped, and steps whose loss stood out, with their first samples."""
+    rows = [
+        (row["iteration"], what(row), ", ".join(row["keys"][:NAMED]), len(row["keys"]))
+        for rows, what in (
+            (run.skipped, lambda row: f"skipped: {row['reason']}"),
+            (run.spikes, lambda row: f"spike: {row['loss']:.4g}, median {row['median']:.4g}"),
+        )
+        for row in rows
+    ]
+    cells = (tuple(map(_text, row)) for row in sorted(rows))
+    return f"<h2>Steps that stand out in {_text(run.name)}</h2>" + table(
+        ("step", "why", "first samples", "samples"), cells
+    )
+
+
 def _rejected(run: RunRecord) -> str:
     shards = _shards(run)
     rows = []
@@ -144,7 +203,7 @@ def _rejected(run: RunRecord) -> str:
             for key, url in pictures(reason, shards)
         )  # fmt: skip
         rows.append((str(len(reason.rejections)), _text(reason.text), _text(sources), images))
-    return f"<h3>{_text(run.name)}</h3>" + _table(
+    return f"<h3>{_text(run.name)}</h3>" + table(
         ("samples", "reason", "data sets", "pictures"), rows
     )
 
@@ -166,7 +225,7 @@ def _compared(runs: Sequence[RunRecord], values: Sequence[dict[str, Any]]) -> st
         cells = [_text(of.get(name, "")) for of in values]
         same = len(set(cells)) == 1
         rows.append((_text(name), *([cells[0], *[""] * (len(cells) - 1)] if same else cells)))
-    return _table(("", *(_text(run.name) for run in runs)), rows)
+    return table(("", *(_text(run.name) for run in runs)), rows)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,8 +237,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
-    """Cells are HTML already."""
+def table(head: Sequence[str], rows: Any) -> str:
+    """A table of cells that are HTML already."""
     lines = ["".join(f"<th>{cell}" for cell in head)]
     lines += ["".join(f"<td>{cell}" for cell in row) for row in rows]
     return f"<div class=wide><table><tr>{'<tr>'.join(lines)}</table></div>"

@@ -34,11 +34,14 @@ class RunRecord:
     """One work directory: a run of one phase."""
 
     folder: Path
-    rows: list[dict[str, float]]  # of metrics.jsonl, by step
+    rows: list[dict[str, Any]]  # of metrics.jsonl, by step
     attempts: list[Attempt]
     config: dict[str, Any]
     starts: list[dict[str, Any]]
     rejections: list[Rejection]
+    valid: list[dict[str, Any]]  # losses on held-out packs, by step and data set
+    skipped: list[dict[str, Any]]  # steps whose loss or gradient was not finite
+    spikes: list[dict[str, Any]]  # steps whose loss stood far above those before
 
     @property
     def name(self) -> str:
@@ -46,8 +49,8 @@ class RunRecord:
 
     @property
     def restarts(self) -> int:
-        """A start that ended before its first logged step is no attempt, but it is written down."""
-        return max(0, len(self.attempts) - 1, len(self.starts) - 1)
+        """Every start is written down; runs of earlier versions have their event files only."""
+        return max(0, len(self.starts or self.attempts) - 1)
 
     @property
     def last_step(self) -> int:
@@ -81,6 +84,9 @@ def _read_run(folder: Path) -> RunRecord:
         config=_json(folder / "config.json"),
         starts=list(_json_lines(folder / STARTS_FILE)),
         rejections=read_ledger(folder / "rejected.jsonl"),
+        valid=list(_json_lines(folder / "valid.jsonl")),
+        skipped=list(_json_lines(folder / "skipped.jsonl")),
+        spikes=list(_json_lines(folder / "spikes.jsonl")),
     )
 
 

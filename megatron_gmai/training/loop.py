@@ -9,17 +9,22 @@ import torch.distributed as dist
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.prepare import copy_tokenizer
+from megatron_gmai.observe.sinks import open_sinks
 from megatron_gmai.planner.cost import step_flops
 from megatron_gmai.planner.hardware import device_peak
 from megatron_gmai.runtime.device import Device, device_name, peak_memory_bytes
 from megatron_gmai.training.checkpoint import newest_whole_checkpoint
+from megatron_gmai.training.held_out import evaluate
 from megatron_gmai.training.metrics import MetricsLog, make_row
-from megatron_gmai.training.optimizer import learning_rate
+from megatron_gmai.training.optimizer import finish_param_gather, learning_rate
 from megatron_gmai.training.preemption import stop_requested
+from megatron_gmai.training.profiling import Profiler
 from megatron_gmai.training.saving import Saver
 from megatron_gmai.training.setup import Run
 from megatron_gmai.training.skipped import SkippedSteps
+from megatron_gmai.training.spikes import LossSpikes
 from megatron_gmai.training.step import StepResult
+from megatron_gmai.training.timing import RankTimes, gather_times
 from megatron_gmai.training.watchdog import Watchdog
 
 
@@ -40,26 +45,33 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
     log = open_log(run)
     batches = watchdog.over(run.batches)
     save_every = checkpoint_steps(config.run.checkpoint_interval, total)
-    skipped, saver = open_skipped(run), Saver(run)
+    skipped, spikes, saver = open_skipped(run), open_spikes(run), Saver(run)
+    profiler = Profiler(config.run, run.world.rank)
     finished, saving = True, 0.0
     for iteration in range(run.position.iteration + 1, total + 1):
         watchdog.begin(iteration)
+        profiler.begin(iteration)
         began = time.monotonic()
         lr = learning_rate(iteration, total, config.train)
-        result = run.step(batches, lr)
+        result = run.step(batches, lr, spikes.is_spike)
         if result.rejections:
             run.dataset.reject(result.rejections)
         skipped.add(iteration, result, partial(newest, run))
+        spikes.add(iteration, result)
         seconds = time.monotonic() - began
         if iteration % config.run.log_interval == 0 or iteration == total:
             memory = highest_of_all_ranks(peak_memory_bytes(run.world.device), run.world.device)
+            times = times_of_all_ranks(run)
             if log is not None:
                 flops = speed_terms(run, result)
                 row = make_row(
-                    iteration, result, lr, seconds, memory, *flops, skipped.total, saving
+                    iteration, result, lr, seconds, memory, *flops, skipped.total, saving, times
                 )
                 log.write(row)
             saving = 0.0
+        # Before the checkpoint of the same step: a run that resumes from it has this behind it.
+        if run.held_out and (iteration % config.run.eval_interval == 0 or iteration == total):
+            validate(run, iteration, watchdog, log)
         # A signal reaches the ranks between different steps: all stop after the same one.
         stopped = bool(highest_of_all_ranks(int(stop_requested()), run.world.device))
         if iteration % save_every == 0 or iteration == total or stopped:
@@ -68,9 +80,27 @@ def take_steps(run: Run, watchdog: Watchdog) -> bool:
         if stopped and iteration < total:
             finished = False
             break
+    profiler.finish()
     if log is not None:
         log.close()
     return finished
+
+
+def times_of_all_ranks(run: Run) -> list[RankTimes]:
+    assert run.step.timers is not None
+    return gather_times(run.step.timers, run.world.groups, run.world.device.torch_device)
+
+
+def validate(run: Run, iteration: int, watchdog: Watchdog, log: MetricsLog | None) -> None:
+    """Take the loss on the held-out packs of each data set, and record it."""
+    finish_param_gather(run.chunks)
+    found = {
+        held_out.name: evaluate(held_out, run.config, run.world, run.step, watchdog.over)
+        for held_out in run.held_out
+    }
+    watchdog.beat()
+    if log is not None:
+        log.write_validation(iteration, found)
 
 
 def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None]:
@@ -92,6 +122,11 @@ def open_skipped(run: Run) -> SkippedSteps:
     return SkippedSteps(work_dir, run.position.iteration, run.config.run.max_skipped_steps)
 
 
+def open_spikes(run: Run) -> LossSpikes:
+    work_dir = Path(run.config.run.work_dir) if run.world.is_first_rank else None
+    return LossSpikes(work_dir, run.position.iteration)
+
+
 def open_log(run: Run) -> MetricsLog | None:
     """The log on rank 0; other ranks have none."""
     if not run.world.is_first_rank:
@@ -104,6 +139,7 @@ def open_log(run: Run) -> MetricsLog | None:
         run.position.iteration,
         run.total_iterations,
         settings.log_interval,
+        open_sinks(run.config, run.world.layout.world_size),
     )
 
 

@@ -2,11 +2,19 @@
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from megatron_gmai.training.step import StepResult
+from megatron_gmai.data.files import Lines
+from megatron_gmai.observe.sinks import Sinks
+from megatron_gmai.training.step import Evaluated, StepResult
+from megatron_gmai.training.timing import RankTimes, by_stage, stragglers
+from megatron_gmai.training.watchdog import spans
+
+VALID_FILE = "valid.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,11 @@ class Row:
     save_time_s: float = 0.0  # that checkpoints held up training, since the row before
     model_flops_per_s: float = 0.0  # of all ranks, the vision tower's included
     mfu: float | None = None  # share of the devices' peak; None where that is not known
+    data_wait_s: float = 0.0  # of the rank that waited longest for its micro-batches
+    # Of each pipeline stage, seconds: `compute`, `pipeline` (other stages: transfers and bubble),
+    # `reduce` (gradients), `data`.
+    stages: list[dict[str, float]] = field(default_factory=list)
+    stragglers: list[int] = field(default_factory=list)  # ranks that took far longer than others
 
 
 def make_row(
@@ -41,8 +54,9 @@ def make_row(
     peak: float | None = None,
     skipped: int = 0,
     saving: float = 0.0,
+    times: Sequence[RankTimes] = (),
 ) -> Row:
-    """`flops` of the step's model work and `peak` a second, both of all ranks."""
+    """`flops` of the step's model work and `peak` a second, both of all ranks; `times` of each."""
     return Row(
         iteration=iteration,
         loss=result.loss,
@@ -60,6 +74,9 @@ def make_row(
         mfu=None if peak is None else flops / seconds / peak,
         skipped_steps=skipped,
         save_time_s=saving,
+        data_wait_s=max((one.data for one in times), default=0.0),
+        stages=by_stage(times),
+        stragglers=stragglers(times),
     )
 
 
@@ -71,14 +88,19 @@ class MetricsLog:
     """
 
     def __init__(
-        self, work_dir: Path, tensorboard_dir: Path, start: int, total: int, interval: int
+        self,
+        work_dir: Path,
+        tensorboard_dir: Path,
+        start: int,
+        total: int,
+        interval: int,
+        sinks: Sinks | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = work_dir / "metrics.jsonl"
-        keep_rows_up_to(path, start)
-        self.file: IO[str] = path.open("a", encoding="utf-8")
-        self.tensorboard: Any = SummaryWriter(str(tensorboard_dir), purge_step=start + 1)
+        path, valid = work_dir / "metrics.jsonl", work_dir / VALID_FILE
+        for written in (path, valid):
+            keep_rows_up_to(written, start)
+        self.rows, self.valid = Lines(path), Lines(valid)
+        self.events, self.sinks = Events(tensorboard_dir, start), sinks or Sinks([])
         self.start, self.total, self.interval = start, total, interval
         self.began = time.monotonic()
 
@@ -86,11 +108,22 @@ class MetricsLog:
         """Record a step; every `interval` steps, and after the last, print a line."""
         if row.iteration % self.interval and row.iteration != self.total:
             return
-        self.file.write(json.dumps(vars(row)) + "\n")
-        self.file.flush()
-        for name in ("loss", "lr", "grad_norm", "tokens_per_s", "pack_fill"):
-            self.tensorboard.add_scalar(name, getattr(row, name), row.iteration)
+        self.rows.add([json.dumps(vars(row)) + "\n"])
+        names = ("loss", "lr", "grad_norm", "tokens_per_s", "pack_fill")
+        self.events.add({name: getattr(row, name) for name in names}, row.iteration)
+        numbers = {name: v for name, v in vars(row).items() if isinstance(v, int | float)}
+        self.sinks.log(numbers, row.iteration)
         print(self.line(row), flush=True)
+
+    def write_validation(self, iteration: int, found: Mapping[str, Evaluated]) -> None:
+        """Record the validation losses of the data sets: a line each in `WORK_DIR/valid.jsonl`."""
+        rows = [{"iteration": iteration, "data_set": n, **vars(r)} for n, r in found.items()]
+        self.valid.add(json.dumps(row) + "\n" for row in rows)
+        losses = {f"valid_loss/{name}": result.loss for name, result in found.items()}
+        self.events.add(losses, iteration)
+        self.sinks.log(losses, iteration)
+        told = ", ".join(f"{name} {result.loss:.4f}" for name, result in found.items())
+        print(f"validation at step {iteration}: {told}", flush=True)
 
     def line(self, row: Row) -> str:
         done = row.iteration - self.start
@@ -102,12 +135,45 @@ class MetricsLog:
             f" ({row.supervised_tokens / row.step_time_s:,.0f} supervised)"
             f" | {row.images / row.step_time_s:.1f} images/s | fill {row.pack_fill:.1%}"
             f" | {row.model_flops_per_s / 1e12:.3g} TFLOP/s{_share(row.mfu)}"
-            f" | {row.peak_memory_bytes / 2**30:.2f} GiB | {_duration(left)} left"
+            f" | {row.peak_memory_bytes / 2**30:.2f} GiB | {_duration(left)} left{_slow(row)}"
         )
 
     def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
+        self.rows.add([])  # what has waited for space
+        self.valid.add([])
+        self.events.close()
+        self.sinks.close()
+
+
+class Events:
+    """TensorBoard's event files: a new one at each start, and after a disk was full."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.folder = folder
+        self.writer: Any = self._open(start)
+
+    def _open(self, start: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder), purge_step=start + 1)
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Record values of a step; they are lost where the disk is full."""
+        try:
+            self.writer = self.writer or self._open(step - 1)
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        except OSError:  # of a thread that writes: this writer is of no more use
+            self.writer = None
+
+    def close(self) -> None:
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()
+
+
+def _slow(row: Row) -> str:
+    return f" | stragglers: {spans(row.stragglers)}" if row.stragglers else ""
 
 
 def _share(mfu: float | None) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from megatron_gmai.weights import Shape, Weight
@@ -28,9 +29,9 @@ class Piece:
     tensor: Tensor
 
 
-def copied(piece: Piece) -> Piece:
-    """The piece with memory of its own on the host, which later steps do not change."""
-    return replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True))
+def reserved(piece: Piece) -> Piece:
+    """The piece with memory of its own on the host, touched and not yet filled."""
+    return replace(piece, tensor=torch.zeros_like(piece.tensor, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_gmai.training.checkpoint import (
 )
 from megatron_gmai.training.optimizer import finish_param_gather
 from megatron_gmai.training.optimizer_state import steps_taken
-from megatron_gmai.training.pieces import Piece, copied
+from megatron_gmai.training.pieces import Piece, reserved
 from megatron_gmai.training.retention import remove_old
 from megatron_gmai.training.setup import Run
 
@@ -37,6 +37,8 @@ class Saver:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="save")
         self.writing: Future[None] | None = None
         self.copies: list[Piece] = []
+        if run.config.run.async_save:
+            self.writing = self.executor.submit(self._reserve, self._pieces())
 
     def save(self, iteration: int, must_succeed: bool) -> float:
         """Save this iteration; the seconds that training waited for it.
@@ -50,9 +52,7 @@ class Saver:
         settings = run.config.run
         position = self._position(iteration)
         finish_param_gather(run.chunks)
-        optimizer = None if settings.checkpoint_drop_optimizer else run.optimizer
-        chunks = [chunk.module for chunk in run.chunks]
-        pieces = pieces_to_write(chunks, optimizer, run.config)
+        pieces = self._pieces()
         if must_succeed:
             self._write(position, pieces, must_succeed=True)
         elif settings.async_save:
@@ -68,14 +68,19 @@ class Saver:
             writing, self.writing = self.writing, None
             writing.result()
 
-    def _copy(self, pieces: list[Piece]) -> None:
-        """Copy what this rank is to write, its own share of the state: the next step changes it.
+    def _pieces(self) -> list[Piece]:
+        """What this rank is to write: its own share of the state."""
+        run = self.run
+        optimizer = None if run.config.run.checkpoint_drop_optimizer else run.optimizer
+        return pieces_to_write([chunk.module for chunk in run.chunks], optimizer, run.config)
 
-        The memory is kept for the next save: touching it for the first time is most of the cost.
-        """
-        if not self.copies:
-            self.copies = [copied(piece) for piece in pieces]
-            return
+    def _reserve(self, pieces: list[Piece]) -> None:
+        """Take the memory of the copies while the first steps run: touching it for the first time
+        is most of the cost of a copy."""
+        self.copies = [reserved(piece) for piece in pieces]
+
+    def _copy(self, pieces: list[Piece]) -> None:
+        """Copy the share: the next step changes it."""
         for copy, piece in zip(self.copies, pieces, strict=True):
             copy.tensor.copy_(piece.tensor.detach())
 

@@ -24,9 +24,11 @@ from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import Position, load_checkpoint
+from megatron_gmai.training.held_out import HeldOut, held_out_data, open_held_out
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.start import Start
 from megatron_gmai.training.step import TrainStep
+from megatron_gmai.training.timing import StepTimers
 from megatron_gmai.training.weights import fill
 
 
@@ -44,6 +46,7 @@ class Run:
     position: Position
     total_iterations: int
     carried: Mapping[str, Tensor]  # on rank 0, which saves it; empty elsewhere
+    held_out: Sequence[HeldOut] = ()
 
 
 def prepare(config: Config, world: World) -> DataConfig:
@@ -88,6 +91,7 @@ def build_run(config: Config, start: Start, world: World) -> Run:
         world,
         world.layout.micro_batches(train),
         train.micro_batch_size * config.data.max_length,
+        StepTimers(world.device.is_cuda),
     )
     return Run(
         config=config,
@@ -100,7 +104,15 @@ def build_run(config: Config, start: Start, world: World) -> Run:
         position=position,
         total_iterations=total_iterations(config, packs, position),
         carried=start.carried() if world.is_first_rank else {},
+        held_out=held_out(config, world),
     )
+
+
+def held_out(config: Config, world: World) -> Sequence[HeldOut]:
+    """The held-out packs by data set; none without `--valid-shards`."""
+    if config.data.valid_shards is None:
+        return ()
+    return open_held_out(prepare(held_out_data(config), world), config)
 
 
 def build_model(

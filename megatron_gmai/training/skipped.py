@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_gmai.data.files import Lines
 from megatron_gmai.training.metrics import keep_rows_up_to
 from megatron_gmai.training.step import StepResult
 
@@ -20,6 +21,7 @@ class SkippedSteps:
 
     def __init__(self, work_dir: Path | None, start: int, most_in_a_row: int) -> None:
         self.path = None if work_dir is None else work_dir / FILE
+        self.lines = None if self.path is None else Lines(self.path)
         self.total = self.in_a_row = 0
         self.most_in_a_row = most_in_a_row
         if self.path is not None and self.path.exists():
@@ -37,10 +39,9 @@ class SkippedSteps:
             return
         self.total += 1
         self.in_a_row += 1
-        if self.path is not None:
+        if self.lines is not None:
             line = {"iteration": iteration, "reason": result.not_finite, "keys": result.keys}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.lines.add([json.dumps(line) + "\n"])
             print(
                 f"step {iteration} skipped: {result.not_finite}; its {len(result.keys)} samples "
                 f"are named in {self.path}",

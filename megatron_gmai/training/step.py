@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches through the pipeline, gradients finished, weights updated."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from megatron_gmai.runtime.world import World
 from megatron_gmai.training.encode_ahead import EncodedStep, encode_step
 from megatron_gmai.training.optimizer import apply_gradients
 from megatron_gmai.training.out_of_memory import out_of_memory
+from megatron_gmai.training.timing import StepTimers
 
 Item = TypeVar("Item")
 Input = tuple[MicroBatch, Tensor | None]  # with the features of its images, if encoded ahead
@@ -42,7 +43,17 @@ class StepResult:
     rejected: int = 0  # places of samples that could not be read
     rejections: tuple[Rejection, ...] = ()  # and why
     not_finite: str = ""  # what kept the gradients from being applied
-    keys: tuple[str, ...] = ()  # of the global batch's samples, if `not_finite`
+    keys: tuple[str, ...] = ()  # of the global batch's samples, if `not_finite` or a spike
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a pass over held-out packs gave; equal on every rank."""
+
+    loss: float  # mean over their supervised tokens
+    supervised_tokens: int
+    samples: int
+    rejected: int  # places of samples that could not be read
 
 
 @dataclass
@@ -97,34 +108,39 @@ class TrainStep:
         world: World,
         num_microbatches: int,
         tokens_per_microbatch: int,
+        timers: StepTimers | None = None,
     ) -> None:
         self.chunks, self.optimizer, self.world = list(chunks), optimizer, world
         self.num_microbatches = num_microbatches
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.timers = timers
         self.forward_backward = get_forward_backward_func()
         # Megatron's schedules read these from the first chunk's configuration.
         config = self.chunks[0].module.config
         self.config, self.reduce_gradients = config, finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
+        config.timers = timers
         if self.chunks[0].ddp_config.overlap_grad_reduce:
             # Gradients are reduced behind the backward pass of the last micro-batch only.
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def __call__(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
-        """One step over this rank's next `num_microbatches` micro-batches."""
+    def __call__(
+        self,
+        batches: Iterator[MicroBatch],
+        lr: float,
+        is_spike: Callable[[float], bool] = lambda loss: False,
+    ) -> StepResult:
+        """One step over this rank's next `num_microbatches` micro-batches. The samples of a loss
+        that `is_spike`, which has to be the same on all ranks, are named."""
+        if self.timers is not None:
+            batches = self.timers.begin().over(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        taken, counts = _Taken(), _Counts()
-        drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
-        try:
-            losses = self._run_schedule(drawn)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(taken.newest, self.world.rank, error) from error
-        counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
+        taken, counts = self._run(batches, self.num_microbatches, forward_only=False)
         total = reduce_counts(counts, self.world)
         loss = total["loss"] / max(1, total["supervised_tokens"])
         update = apply_gradients(self.optimizer, loss)
@@ -134,33 +150,71 @@ class TrainStep:
             updated=update.applied,
             rejections=gather(taken.rejections, self.world.groups) if total["rejected"] else (),
             not_finite=update.not_finite,
-            keys=gather(taken.keys, self.world.groups) if update.not_finite else (),
+            keys=gather(taken.keys, self.world.groups)
+            if update.not_finite or is_spike(loss)
+            else (),
             **{f.name: int(total[f.name]) for f in fields(_Counts) if f.name != "loss"},
         )
 
-    def _run_schedule(self, drawn: Iterator[MicroBatch]) -> list[Tensor]:
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[MicroBatch], num_microbatches: int) -> Evaluated:
+        """The loss of this rank's next micro-batches; the weights must be whole
+        (`finish_param_gather`). Neither gradients nor random numbers change."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            _, counts = self._run(batches, num_microbatches, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+        total = reduce_counts(counts, self.world)
+        return Evaluated(
+            loss=total["loss"] / max(1, total["supervised_tokens"]),
+            supervised_tokens=int(total["supervised_tokens"]),
+            samples=int(total["samples"]),
+            rejected=int(total["rejected"]),
+        )
+
+    def _run(
+        self, batches: Iterator[MicroBatch], num_microbatches: int, forward_only: bool
+    ) -> tuple[_Taken, _Counts]:
+        """Micro-batches through the pipeline: what was drawn, and the sums of this rank."""
+        taken, counts = _Taken(), _Counts()
+        drawn = taken.over(batches, counts, whole=self.world.groups.cp.rank() == 0)
+        try:
+            losses = self._run_schedule(drawn, num_microbatches, forward_only)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(taken.newest, self.world.rank, error) from error
+        counts.loss = float(sum(losses)) if self.world.holds_last_chunk else 0.0
+        return taken, counts
+
+    def _run_schedule(
+        self, drawn: Iterator[MicroBatch], num_microbatches: int, forward_only: bool
+    ) -> list[Tensor]:
         """Forward and backward passes of the micro-batches, and the reduction of gradients; the
         summed losses of each, on ranks of the last stage."""
-        inputs, encoded = self._inputs(drawn)
+        inputs, encoded = self._inputs(drawn, num_microbatches)
         self.config.finalize_model_grads_func = partial(self._finish_gradients, encoded)
         losses = self.forward_backward(
             forward_step_func=partial(forward_step, world=self.world),
             # Every chunk asks for each micro-batch once; it is drawn and counted once for all.
             data_iterator=list(itertools.tee(inputs, len(self.chunks))),
             model=self.chunks,
-            num_microbatches=self.num_microbatches,
+            num_microbatches=num_microbatches,
             seq_length=self.tokens_per_microbatch,
             micro_batch_size=1,  # the packs of a micro-batch are one sequence to Megatron
-            forward_only=False,
+            forward_only=forward_only,
         )
         self.config.finalize_model_grads_func = None  # it would keep the features in memory
         return losses
 
-    def _inputs(self, drawn: Iterator[MicroBatch]) -> tuple[Iterator[Input], EncodedStep | None]:
+    def _inputs(
+        self, drawn: Iterator[MicroBatch], num_microbatches: int
+    ) -> tuple[Iterator[Input], EncodedStep | None]:
         """The step's micro-batches, each with the features that were encoded ahead, if they are."""
         if not self.world.encodes_ahead:
             return ((batch, None) for batch in drawn), None
-        own = itertools.islice(drawn, self.num_microbatches)
+        own = itertools.islice(drawn, num_microbatches)
         batches, encoded = encode_step(self.chunks[0].module, own, self.world)
         return zip(batches, encoded.leaves, strict=True), encoded
 

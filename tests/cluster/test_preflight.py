@@ -1,15 +1,20 @@
 """Preflight: what is right passes, what is broken is named with its remedy."""
 
+import dataclasses
 import shutil
 import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_gmai.preflight import machine, storage
+from megatron_gmai.cli import parse
+from megatron_gmai.preflight import machine, memory, storage
 from megatron_gmai.preflight.check import FAIL, PASS, WARN, Check, merge, table
+from megatron_gmai.preflight.first import first_checks
 from megatron_gmai.presets import preset
+from megatron_gmai.runtime.device import Device
 from megatron_gmai.training.checkpoint import open_checkpoint
 from tests.training.command import finish, launcher, run, start
 
@@ -112,3 +117,54 @@ def test_help_and_mistakes_answer_without_a_table(tmp_path: Path) -> None:
     output = finish(process)
     assert process.returncode == 2
     assert "does not divide" in output and "pass" not in output
+
+
+@pytest.mark.parametrize(("needed", "status"), [(50, PASS), (76, WARN), (81, FAIL)])
+def test_a_plan_is_held_against_the_gpus_memory(needed: int, status: str) -> None:
+    check = memory.judge(needed * 2**30, 80 * 2**30)
+    assert check.status == status and "80.0 GiB" in check.found
+
+
+def test_the_memory_of_a_plan_is_the_planners(shards: Path) -> None:
+    config = preset("gmai-vl-7b")
+    parallel = dataclasses.replace(
+        config.parallel, tensor_model_parallel_size=2, use_distributed_optimizer=True
+    )
+    device = Device("cpu", torch.device("cpu"), "gloo", torch.float32)
+    (check,) = memory.fits_memory(dataclasses.replace(config, parallel=parallel), device, 0, 32)
+    assert check.status == PASS
+    assert 20 < float(check.found.split()[0]) < 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ({}, 3),
+        ({"checkpoint_interval": 10}, 10),
+        ({"checkpoint_interval": 0.25}, 4),
+        ({"checkpoint_interval": 10, "keep_last": 2}, 3),
+        ({"checkpoint_interval": 10, "keep_last": 2, "keep_every": 50}, 5),
+    ],
+)
+def test_the_room_is_for_all_checkpoints_that_stay(flags: dict, kept: int) -> None:
+    config = preset("gmai-vl-tiny")
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, **flags),
+        train=dataclasses.replace(config.train, train_iters=100),
+    )
+    assert storage.checkpoints_kept(config) == kept
+
+
+def test_a_run_tells_in_its_first_second_what_does_not_pass(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    config = parse(["--preset", "gmai-vl-tiny", "--shards", str(copy), "--work-dir", str(tmp_path)])
+    device = Device("cpu", torch.device("cpu"), "gloo", torch.float32)
+    assert list(first_checks(config.config, device)) == []
+    next(copy.glob("*.tar")).unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**20))
+    room, files = first_checks(config.config, device)
+    assert "fail: room for checkpoints: 1.0 MiB free" in room
+    assert "fail: shards: " in files and "is absent" in files

@@ -17,6 +17,7 @@ from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.report.charts import TOP, Line, Mark, Scale, chart, number
 from megatron_gmai.report.read import read_runs
 from megatron_gmai.report.rejected import by_reason, find_sample
+from megatron_gmai.report.times import planned_mfu
 from tests.data.world import mixed_records, record
 from tests.training.command import STEPS, finish, losses, start, wait_for_step
 from tools import report
@@ -121,6 +122,55 @@ def test_a_run_that_is_still_writing_is_read(work_dir: Path, tmp_path: Path) -> 
         file.write('{"iteration": 11, "loss"')
     (run,) = read_runs(tmp_path / "work")
     assert run.last_step == STEPS
+
+
+def test_validation_and_steps_that_stand_out_are_shown(work_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(work_dir, tmp_path / "work")
+    rows = [
+        {"iteration": step, "data_set": name, "loss": 9 / step, "samples": 7}
+        for step in (2, 4)
+        for name in ("<a>", "b")
+    ]
+    for name, lines in (
+        ("valid", rows),
+        ("skipped", [{"iteration": 3, "reason": "the loss is nan", "keys": ["k1", "k2"]}]),
+        ("spikes", [{"iteration": 5, "loss": 9.0, "median": 2.0, "keys": [*"abcd"]}]),
+    ):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "work" / f"{name}.jsonl").write_text(text)
+    assert report.main([str(tmp_path / "work")]) == 0
+    page = (tmp_path / "work" / "report.html").read_text()
+    assert page.count("<figure>") == 10
+    assert "<td>&lt;a&gt;<td>7<td>4<td>4.5<td>2.25<td>2.25" in page
+    assert "<td>3<td>skipped: the loss is nan<td>k1, k2<td>2" in page
+    assert "<td>5<td>spike: 9, median 2<td>a, b, c<td>4" in page
+
+
+def test_the_parts_of_a_step_stand_by_stage_and_mfu_beside_the_plan(
+    work_dir: Path, tmp_path: Path, page: str
+) -> None:
+    assert page.count("<div class=bar>") == 1  # of a run without pipeline stages
+    shutil.copytree(work_dir, tmp_path / "work")
+    parts = {"compute": 0.5, "pipeline": 0.25, "reduce": 0.125, "data": 0.0}
+    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"mfu": 0.4, "step_time_s": 1.0, "stragglers": [3] if row["iteration"] > 8 else []}
+        row["stages"] = [{"stage": stage, **parts} for stage in range(2)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "work" / "metrics.jsonl").write_text(lines)
+    start = {"processes": 8, "gpus": "8 x NVIDIA H100 80GB HBM3"}
+    (tmp_path / "work" / "environment.jsonl").write_text(json.dumps(start) + "\n")
+    (run,) = read_runs(tmp_path / "work")
+    expected = planned_mfu(run)
+    assert expected is not None and 0 < expected < 0.7
+    assert planned_mfu(read_runs(work_dir)[0]) is None
+    assert report.main([str(tmp_path / "work")]) == 0
+    drawn = (tmp_path / "work" / "report.html").read_text()
+    assert drawn.count("<div class=bar>") == 2
+    assert drawn.count('class=pipeline style="width:25.00%"') == 2
+    assert drawn.count('class=rest style="width:12.50%"') == 2
+    assert "rank 3 in 2 of 10" in drawn
+    assert drawn.count('class="plan"') == 1
 
 
 MEASURE = """<!doctype html><iframe style="width:{width}px;height:900px;border:0"></iframe><script>

@@ -22,6 +22,8 @@ def test_it_prints_and_writes_what_each_stage_takes(
     assert "--pipeline-layout auto ->" in printed and "pipeline stage 1" in printed
     assert [report["rank"] for report in reports] == [0, 2]
     assert all(report["peak_bytes"] > report["static_bytes"] for report in reports)
+    assert "a checkpoint: 0.0" in printed
+    assert all(report["checkpoint_bytes"] > 0 for report in reports)
     assert all(report["collectives"] and report["waits"] for report in reports)
 
 

@@ -34,3 +34,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_shards(folder / "LIST.json", folder / "shards")
     copy_tokenizer(folder / "tokenizer.model", folder / "shards")
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def held_out(shards: Path) -> Path:
+    """Two further data sets, of 24 and of 3 samples."""
+    entries = {}
+    for name, count in (("samples", 24), ("other", 3)):
+        folder = shards.parent / f"held-out-{name}"
+        folder.mkdir()
+        (folder / "samples.json").write_text(json.dumps(mixed_records(folder, count)))
+        entries[name] = {"image_dir": str(folder), "annotations": f"held-out-{name}/samples.json"}
+    (shards.parent / "HELD_OUT.json").write_text(json.dumps(entries))
+    build_shards(shards.parent / "HELD_OUT.json", shards.parent / "held-out")
+    return shards.parent / "held-out"

@@ -14,7 +14,8 @@ from megatron_gmai.training.step import StepResult
 KEYS = [
     "iteration", "loss", "lr", "grad_norm", "supervised_tokens", "tokens", "images", "samples",
     "pack_fill", "step_time_s", "tokens_per_s", "peak_memory_bytes",
-    "skipped_steps", "save_time_s", "model_flops_per_s", "mfu",
+    "skipped_steps", "save_time_s", "model_flops_per_s", "mfu", "data_wait_s",
+    "stages", "stragglers",
 ]  # fmt: skip
 RESULT = StepResult(
     loss=1 / 3,

@@ -95,6 +95,9 @@ def iterate(
         multiprocessing_context=_worker_context() if num_workers else None,
         worker_init_fn=_end_with_the_run,
         prefetch_factor=PREFETCH if num_workers else None,
+        # The loader draws a seed when it starts. Out of the run's random numbers, a resumed run
+        # would have drawn one more than one that ran through.
+        generator=torch.Generator(),
     )
     for result in _results(loader, jobs):
         yield _taken_over(result, memory, pin_memory)

@@ -110,6 +110,13 @@ def test_an_interrupted_run_goes_on_with_the_same_global_batches(
     assert global_batches(dataset, 2, 1, start=done * GLOBAL) == whole[done:]
 
 
+def test_starting_draws_none_of_the_runs_random_numbers(dataset: PackDataset) -> None:
+    """A run that is resumed starts its loader once more than one that is not."""
+    before = torch.get_rng_state()
+    next(iterate(dataset, 0, 1, 2, GLOBAL))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_two_epochs_hold_each_sample_twice(dataset: PackDataset) -> None:
     keys = sorted(key for step in global_batches(dataset, 2, 1) for key in step)
     stored = sorted(dataset.shards.read(i).key for i in range(len(dataset.shards)))
