@@ -7,6 +7,7 @@ torch's own writer (`torch.distributed.checkpoint.save`) keeps every tensor unti
 
 import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def _alone(tensor: Tensor) -> Tensor:
     return torch.from_numpy(values).view(tensor.dtype).view(tensor.shape)
 
 
+@contextmanager
+def _reason_of_torch() -> Iterator[None]:
+    """A file that cannot be written (a full disk) is told as such: torch puts a complaint about
+    positions in the zip above the OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 class _Writer:
     """Appends tensors to `*.distcp` files and keeps the table of where each of them lies."""
 
@@ -104,7 +117,7 @@ class _Writer:
             self._file = self._next_file()
         start, offsets = self._file.tell(), torch.Size([0] * tensor.dim())
         # The zip's own sums would take as long as ours, which cover them (torch reads neither).
-        with torch_files.patch("save.compute_crc32", False):
+        with torch_files.patch("save.compute_crc32", False), _reason_of_torch():
             torch.save(tensor, self._file)
         length = self._file.tell() - start
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(
