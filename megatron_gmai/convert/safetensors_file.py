@@ -6,7 +6,6 @@ a JSON header padded with spaces; the bytes of all tensors, one after the other.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_gmai.convert.disk_file import DiskFile
 from megatron_gmai.convert.output import Advance, not_counted
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -31,15 +31,13 @@ def write_safetensors(
     Only one tensor is in memory at a time. The file's mode follows the umask.
     """
     assert sys.byteorder == "little"
-    with path.open("wb") as file:
+    with DiskFile(path) as file:
         file.write(_header(shapes, dtype))
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             flat = tensor.detach().cpu().to(dtype).contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
             advance(flat.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:

@@ -7,6 +7,7 @@ torch's own writer (`torch.distributed.checkpoint.save`) keeps every tensor unti
 
 import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.utils.serialization import config as torch_files
 
 from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
+from megatron_gmai.convert.disk_file import DiskFile
 from megatron_gmai.convert.manifest import LATEST, write_manifest
 from megatron_gmai.convert.output import Advance, new_folder, not_counted, sync
 from megatron_gmai.convert.read_ahead import read_ahead
@@ -55,12 +58,15 @@ def write_training_checkpoint(
         checkpoint = partial / "iter_0000000"
         checkpoint.mkdir()
         writer = _Writer(checkpoint, advance)
-        for name, tensor in read_ahead(_stored(weights, dtype)):
-            writer.write(name, tensor)
-        writer.finish()
+        try:
+            for name, tensor in read_ahead(_stored(weights, dtype)):
+                writer.write(name, tensor)
+            writer.finish()
+        finally:
+            writer.abandon()
         write_carried(checkpoint, carried)
         position = {"iteration": 0, "consumed_packs": 0, "optimizer_steps": 0, "bookmark": None}
-        write_manifest(checkpoint, position, config, has_optimizer=False)
+        write_manifest(checkpoint, position, config, False, writer.checksums)
         for path in checkpoint.iterdir():
             sync(path)
         sync(checkpoint)
@@ -83,6 +89,18 @@ def _alone(tensor: Tensor) -> Tensor:
     return torch.from_numpy(values).view(tensor.dtype).view(tensor.shape)
 
 
+@contextmanager
+def _reason_of_torch() -> Iterator[None]:
+    """A file that cannot be written (a full disk) is told as such: torch puts a complaint about
+    positions in the zip above the OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 class _Writer:
     """Appends tensors to `*.distcp` files and keeps the table of where each of them lies."""
 
@@ -90,18 +108,20 @@ class _Writer:
         self._folder, self._advance = folder, advance
         self._tensors: dict[str, Any] = {}
         self._places: dict[MetadataIndex, Any] = {}
-        self._files = 0
+        self.checksums: dict[str, int] = {}  # CRC-32 by the name of each file that is finished
         self._file = self._next_file()
 
     def write(self, name: str, tensor: Tensor) -> None:
         if self._file.tell() and self._file.tell() + tensor.nbytes > _MAX_FILE_BYTES:
-            self._file.close()
+            self._close()
             self._file = self._next_file()
         start, offsets = self._file.tell(), torch.Size([0] * tensor.dim())
-        torch.save(tensor, self._file)
+        # The zip's own sums would take as long as ours, which cover them (torch reads neither).
+        with torch_files.patch("save.compute_crc32", False), _reason_of_torch():
+            torch.save(tensor, self._file)
         length = self._file.tell() - start
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(
-            Path(self._file.name).name, start, length
+            self._file.path.name, start, length
         )
         self._tensors[name] = TensorStorageMetadata(
             TensorProperties.create_from_tensor(tensor),
@@ -111,10 +131,17 @@ class _Writer:
         self._advance(length)
 
     def finish(self) -> None:
-        self._file.close()
+        self._close()
         metadata = Metadata(self._tensors, storage_data=self._places)
         (self._folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
-    def _next_file(self) -> Any:
-        self._files += 1
-        return (self._folder / f"__0_{self._files - 1}.distcp").open("wb")
+    def abandon(self) -> None:
+        self._file.abandon()
+
+    def _close(self) -> None:
+        self._file.close()
+        self.checksums[self._file.path.name] = self._file.crc32
+
+    def _next_file(self) -> DiskFile:
+        name = f"__0_{len(self.checksums)}.distcp"
+        return DiskFile(self._folder / name, summed=True)

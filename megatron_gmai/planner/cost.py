@@ -8,7 +8,7 @@ the forward pass) and, for trained weights, of the weights (as much again).
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_gmai.config import Config, LanguageConfig, ModelConfig, TrainConfig
+from megatron_gmai.config import Config, LanguageConfig, ModelConfig
 
 INTERNLM2_VOCABULARY = 92_544
 TEXT_PER_IMAGE = 96  # tokens of a typical question and answer about an image
@@ -82,25 +82,30 @@ def projector_flops(model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Passes:
-    """Backward passes of each part, in units of its forward pass."""
+    """Backward passes of each part, in units of its forward pass.
+
+    Adapters need the language model's gradients but none of its weights'; their own products, of
+    rank r instead of H, are left out.
+    """
 
     tower: int
     projector: int
     language: int
 
     @classmethod
-    def of(cls, train: TrainConfig) -> "Passes":
+    def of(cls, config: Config) -> "Passes":
+        train, lora = config.train, config.lora.llm_use_lora
         tower = 0 if train.freeze_vit else 2
         projector = (0 if train.freeze_projector else 1) + (0 if train.freeze_vit else 1)
         # Gradients pass through the language model unless nothing before it is trained.
-        through = 1 if not (train.freeze_vit and train.freeze_projector) else 0
-        weights = 0 if train.freeze_llm else 1
+        through = 1 if lora or not (train.freeze_vit and train.freeze_projector) else 0
+        weights = 0 if train.freeze_llm or lora else 1
         return cls(tower, projector, max(through, weights) + weights)
 
 
 def image_flops(config: Config) -> float:
     """Operations for one image, forward and backward."""
-    passes, model = Passes.of(config.train), config.model
+    passes, model = Passes.of(config), config.model
     return (1 + passes.tower) * tower_flops(model) + (1 + passes.projector) * projector_flops(model)
 
 
@@ -108,12 +113,12 @@ def layer_flops(config: Config, load: Load) -> float:
     """Operations of a decoder layer for one pack, forward and backward."""
     language = config.model.language
     forward = load.length * layer_products(language) + layer_attention(language, load.squares)
-    return (1 + Passes.of(config.train).language) * forward
+    return (1 + Passes.of(config).language) * forward
 
 
 def output_flops(config: Config, load: Load) -> float:
     """Operations of the output layer for one pack, forward and backward."""
-    passes = 1 + Passes.of(config.train).language
+    passes = 1 + Passes.of(config).language
     return passes * load.length * output_products(config.model.language)
 
 
@@ -122,7 +127,7 @@ def step_flops(config: Config, positions: int, tokens: int, images: int, samples
 
     `positions` counts padding, which is computed too. Samples are taken as equally long.
     """
-    language, passes = config.model.language, 1 + Passes.of(config.train).language
+    language, passes = config.model.language, 1 + Passes.of(config).language
     products = language.num_layers * layer_products(language) + output_products(language)
     squares = tokens**2 / max(1, samples)
     attention = language.num_layers * layer_attention(language, squares)

@@ -74,7 +74,7 @@ def _layer(config: Config, load: Load) -> float:
     if config.train.recompute_granularity == "full":
         recomputed = 1.0  # counted as if all were: the share differs by chunk
     settled = with_vocabulary(config)
-    forward_share = 1 / (1 + Passes.of(config.train).language)
+    forward_share = 1 / (1 + Passes.of(config).language)
     return layer_flops(settled, load) * (1 + recomputed * forward_share)
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from megatron_gmai.config import Config, ModelConfig, TrainConfig
+from megatron_gmai.config import Config, LoraConfig, ModelConfig, TrainConfig
 from megatron_gmai.layout import Chunk, ImageShare, Layout, Recompute, chunks_of_rank
 from megatron_gmai.layout import virtual_stages as virtual_stages_of
 from megatron_gmai.planner.cost import Load
@@ -81,7 +81,7 @@ def static_bytes(
     """Bytes of weights, gradients and optimizer state."""
     held = gradients = optimizer = 0.0
     sharded = config.parallel.use_distributed_optimizer
-    for weight in weight_table(config.model):
+    for weight in weight_table(config.model, config.lora):
         copies = sum(weight.is_in(chunk) for chunk in chunks)
         size = copies * math.prod(local_shape(weight, layout.tensor))
         held += HALF * size
@@ -93,13 +93,15 @@ def static_bytes(
 
 
 @functools.lru_cache(maxsize=8)
-def weight_table(model: ModelConfig) -> tuple[Weight, ...]:
+def weight_table(model: ModelConfig, lora: LoraConfig) -> tuple[Weight, ...]:
     """The weights, kept because a search asks for them thousands of times."""
-    return tuple(weights(model).values())
+    return tuple(weights(model, lora).values())
 
 
 def is_trained(config: Config, weight: Weight) -> bool:
     train = config.train
+    if config.lora.llm_use_lora and weight.tower == "language_model":
+        return weight.is_adapter
     return not {
         "vision_model": train.freeze_vit,
         "projector": train.freeze_projector,
@@ -117,7 +119,7 @@ def _update_peak(config: Config, layout: Layout, chunks: tuple[Chunk, ...]) -> f
     """The optimizer's temporaries: a square root of the second moments of one of its two parts."""
     sizes = {True: 0.0, False: 0.0}
     sharded = config.parallel.use_distributed_optimizer
-    for weight in weight_table(config.model):
+    for weight in weight_table(config.model, config.lora):
         if is_trained(config, weight) and any(weight.is_in(chunk) for chunk in chunks):
             ranks = _copies(weight, layout) if sharded else 1
             size = math.prod(local_shape(weight, layout.tensor)) / ranks
@@ -167,7 +169,8 @@ def saved_bytes(share: Share, chunk: Chunk) -> float:
 
 
 def trains_language(config: Config) -> bool:
-    return not config.train.freeze_llm
+    """Whether the language model's own weights are trained; adapters are not among them."""
+    return not (config.train.freeze_llm or config.lora.llm_use_lora)
 
 
 def layer_bytes(share: Share, without_attention: bool = False) -> float:
@@ -190,6 +193,11 @@ def layer_bytes(share: Share, without_attention: bool = False) -> float:
     kept += 2 * ffn  # gate and up
     if trains_language(share.config):  # inputs of the four products
         kept += 2 * stream + queries + ffn
+    lora = share.config.lora
+    inputs = {"qkv": stream, "proj": queries, "fc1": stream, "fc2": ffn}
+    for target in lora.targets:  # of A, what dropout made of it with its mask, and of B
+        dropped = inputs[target] / HALF if lora.lora_dropout else 0.0
+        kept += inputs[target] + dropped + HALF * s * lora.lora_rank
     return kept
 
 

@@ -126,7 +126,7 @@ def pass_seconds(share: Share, chunk: Chunk, gpu: Gpu, direction: str) -> float:
 def layer_seconds(share: Share, gpu: Gpu, direction: str) -> float:
     """A decoder layer's pass."""
     config, language, layout = share.config, share.config.model.language, share.layout
-    times = 1 if direction == "forward" else Passes.of(config.train).language
+    times = 1 if direction == "forward" else Passes.of(config).language
     packs, ranks = config.train.micro_batch_size, layout.tensor * layout.context
     products = times * packs * share.load.length * layer_products(language) / ranks
     attention = layer_attention(language, share.load.squares) * packs / ranks
@@ -185,7 +185,7 @@ def bandwidth(gpu: Gpu, reach: int, stride: int = 1) -> float:
 
 def vision_seconds(share: Share, gpu: Gpu, direction: str) -> float:
     """Tower and projector on this rank's images, and the exchange of features."""
-    config, passes, model = share.config, Passes.of(share.config.train), share.config.model
+    config, passes, model = share.config, Passes.of(share.config), share.config.model
     images, forward = share.images, direction == "forward"
     if share.load.images == 0:
         return 0.0
@@ -211,7 +211,7 @@ def loss_seconds(share: Share, gpu: Gpu, direction: str) -> float:
         return 20 * LAUNCH
     config, layout = share.config, share.layout
     tokens = config.train.micro_batch_size * share.load.length
-    times = 1 + Passes.of(config.train).language
+    times = 1 + Passes.of(config).language
     ranks = layout.tensor * layout.context
     flops = times * tokens * output_products(config.model.language) / ranks
     rows = config.model.language.vocab_size / layout.tensor

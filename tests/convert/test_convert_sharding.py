@@ -1,12 +1,14 @@
 """Tensor-parallel slices put together again give the whole tensor."""
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmai.config import ModelConfig
+from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_gmai.convert.mapping import Flavour, rows
 from megatron_gmai.convert.sharding import shard, unshard
 from megatron_gmai.weights import Cut, Weight, local_shape, weights
 
@@ -26,6 +28,42 @@ def test_unshard_undoes_shard(
         parts = [shard(table[name], tensor, rank, tp_size) for rank in range(tp_size)]
         assert {tuple(part.shape) for part in parts} == {local_shape(table[name], tp_size)}, name
         assert torch.equal(unshard(table[name], parts), tensor), name
+
+
+def drawn_model(seed: int) -> tuple[ModelConfig, int]:
+    """A model of random sizes, and a tensor-parallel size that divides them."""
+    draw = random.Random(seed)
+    tp = draw.choice([1, 2, 4])
+    groups = tp * draw.randint(1, 3)
+    heads, head = groups * draw.randint(1, 4), 2 * draw.randint(1, 4)
+    vision_heads = draw.randint(1, 3)
+    vision = VisionConfig(
+        num_layers=draw.randint(2, 5),
+        hidden_size=vision_heads * draw.randint(1, 5),
+        num_attention_heads=vision_heads,
+        ffn_hidden_size=draw.randint(1, 20),
+        patch_size=7,
+        image_size=14,
+    )
+    words = draw.randint(5, 700)
+    language = LanguageConfig(
+        draw.randint(1, 3), heads * head, heads, groups, tp * draw.randint(1, 9), words
+    )
+    return ModelConfig(vision, language, image_token_id=words - 1), tp
+
+
+@pytest.mark.parametrize("flavour", ["transformers", "original"])
+@pytest.mark.parametrize("seed", range(12))
+def test_published_tensors_of_any_size_come_back_from_their_parts(
+    seed: int, flavour: Flavour
+) -> None:
+    model, tp = drawn_model(seed)
+    for row in rows(model, flavour):
+        sources = [torch.randn(shape) for shape in row.source_shapes]
+        whole = row.rule.merge(sources)
+        parts = [shard(row.weight, whole, rank, tp) for rank in range(tp)]
+        again = row.rule.split(unshard(row.weight, parts))
+        assert all(map(torch.equal, again, sources)), row.canonical
 
 
 def test_only_the_language_model_is_cut(model_config: ModelConfig) -> None:

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmai.config import Config, ParallelConfig
+from megatron_gmai.cli import parse
+from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.layout import Layout, chunks_of_rank
-from megatron_gmai.planner.cost import Load, load_of, step_flops, with_vocabulary
+from megatron_gmai.planner.cost import Load, load_of, step_flops, typical_images, with_vocabulary
 from megatron_gmai.planner.figure import timeline_svg
 from megatron_gmai.planner.hardware import GPUS, device_peak, gpu_called
 from megatron_gmai.planner.layout import balanced_layers, imbalance, settle_layout
-from megatron_gmai.planner.memory import Share
+from megatron_gmai.planner.memory import Share, is_trained, stage_memory
 from megatron_gmai.planner.schedule import order, simulate
 from megatron_gmai.planner.search import plan, search
 from megatron_gmai.planner.speed import pass_seconds, transfer
 from megatron_gmai.presets import preset
+from megatron_gmai.weights import weights
+from tools.dry_run import main as dry_run_main
 from tools.plan import main
 
 SEVEN_B = with_vocabulary(preset("gmai-vl-7b"))
@@ -169,6 +172,33 @@ def test_the_program_prints_a_table_and_confirms_it(
     for stage in first["dry_run"]:
         assert stage["predicted_gib"] == pytest.approx(stage["counted_gib"], rel=0.05)
     assert xml.etree.ElementTree.parse(figure).getroot().tag.endswith("svg")
+
+
+def test_adapters_take_the_place_of_the_language_models_gradients_and_state(
+    tmp_path: Path,
+) -> None:
+    """Bytes of state are those that a dry run counts, the peak is close to it."""
+    flags = ["--preset", "gmai-vl-tiny", "--tp", "2", "--pp", "2", "--sequence-parallel"]
+    lora = [*flags, "--use-distributed-optimizer", "--llm-use-lora", "--lora-dropout", "0.1"]
+    file = tmp_path / "dry.json"
+    assert dry_run_main([*lora, "--world-size", "4", "--dtype", "bf16", "--json", str(file)]) == 0
+    config = with_vocabulary(parse([*lora, "--dtype", "bf16"]).config)
+    layout, load = Layout.of(config.parallel, 4), load_of(config, typical_images(config))
+    for report in json.loads(file.read_text()):
+        found = stage_memory(config, layout, report["stage"], load)
+        static = report["static"]
+        assert found.weights == static["weights"]
+        assert found.gradients == pytest.approx(static["gradients"], rel=0.01)
+        assert found.optimizer == pytest.approx(static["optimizer"], rel=0.01)
+        assert found.peak == pytest.approx(report["peak_bytes"], rel=0.05)
+        table = [w for w in weights(config.model, config.lora).values() if is_trained(config, w)]
+        assert all(w.is_adapter or w.tower != "language_model" for w in table)
+
+
+def test_adapters_cost_no_gradients_of_the_weights_below_them() -> None:
+    lora = dataclasses.replace(SEVEN_B, lora=LoraConfig(llm_use_lora=True))
+    whole, part = (step_flops(c, 2048, 2048, 0, 1) for c in (SEVEN_B, lora))
+    assert part == pytest.approx(whole * 2 / 3)
 
 
 def test_what_cannot_fit_is_told_with_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
