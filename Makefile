@@ -68,8 +68,9 @@ bench-planner: $(VENV)/.dev  ## the planner against dry runs, and these against 
 bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
 	$(RUN) benchmarks/convert.py $(ARGS)
 
-bench-evaluation: $(VENV)/.dev  ## scoring and the search for leakage
-	$(RUN) benchmarks/evaluation.py $(ARGS)
+bench-evaluation: $(VENV)/.dev  ## scoring, the search for leakage, and the server under load
+	$(RUN) benchmarks/evaluation.py
+	$(RUN) benchmarks/server.py $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs
 	rm -rf runs/quickstart runs/bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

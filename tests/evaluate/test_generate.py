@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.evaluate.generate import Prompt, generate
+from megatron_gmai.evaluate.sampling import Sampling
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from tests.evaluate.models import build
@@ -86,18 +87,32 @@ def test_nothing_is_said_where_the_stop_token_comes_first(model: GMAIVL) -> None
     assert generate(model, PROMPTS[:1], first, NEW) == [[]]
 
 
-def write_answers(folder: Path, tensor_parallel: int) -> None:
-    """What each rank of a tensor-parallel group says, one file a rank."""
+def test_what_is_drawn_does_not_depend_on_the_batch(model: GMAIVL) -> None:
+    together = generate(model, PROMPTS, NEVER, NEW, HOT)
+    assert together != generate(model, PROMPTS, NEVER, NEW)
+    for one, sampling, answer in zip(PROMPTS, HOT, together, strict=True):
+        assert generate(model, [one], NEVER, NEW, [sampling]) == [answer]
+
+
+HOT = [Sampling(1.0, 0.9, seed).of_question("q") for seed in range(len(PROMPTS))]
+LAYOUTS = {"tp2-pp2": (2, 2), "pp2": (1, 2), "tp2": (2, 1)}  # of four ranks; others are copies
+
+
+def both_ways(model: GMAIVL) -> list[list[list[int]]]:
+    """Greedy answers, and drawn ones."""
+    return [generate(model, PROMPTS, NEVER, NEW, sampling) for sampling in (None, HOT)]
+
+
+def write_answers(folder: Path) -> None:
+    """What each rank of each layout says, one file a rank."""
     world = Processes()
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
-    model = build(world, dataclasses.replace(CONFIG, parallel=parallel))
-    answers = generate(model, PROMPTS, NEVER, NEW)
-    torch.save(answers, folder / f"{model.groups.tp.rank()}.pt")
+    for name, (tp, pp) in LAYOUTS.items():
+        parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        model = build(world, dataclasses.replace(CONFIG, parallel=parallel))
+        torch.save(both_ways(model), folder / f"{name}-{dist.get_rank()}.pt")
 
 
-def test_two_tensor_parallel_ranks_answer_as_one_process_does(
-    model: GMAIVL, tmp_path: Path
-) -> None:
-    run_world(2, write_answers, tmp_path, 2)
-    answers: list[list[list[int]] | Tensor] = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
-    assert answers == [generate(model, PROMPTS, NEVER, NEW)] * 2
+def test_all_layouts_answer_as_one_process_does(model: GMAIVL, tmp_path: Path) -> None:
+    run_world(4, write_answers, tmp_path)
+    said = [torch.load(tmp_path / f"{name}-{rank}.pt") for name in LAYOUTS for rank in range(4)]
+    assert said == [both_ways(model)] * 12
