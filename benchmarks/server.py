@@ -74,7 +74,10 @@ def random_model(folder: Path) -> Path:
     file = prefix.with_suffix(".model")
     tokenizer = load_tokenizer(file)
     config = preset("gmai-vl-tiny")
-    model = dataclasses.replace(config.model, image_token_id=tokenizer.image_token_id)
+    language = dataclasses.replace(config.model.language, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(
+        config.model, language=language, image_token_id=tokenizer.image_token_id
+    )
     write_pretrained(
         folder / "hf",
         model,

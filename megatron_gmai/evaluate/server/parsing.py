@@ -78,11 +78,12 @@ def parse_chat(body: Any, generator: Generator, most_tokens: int) -> Chat:
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
     seed = body.get("seed")
-    known = isinstance(seed, int) and not isinstance(seed, bool)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        seed = secrets.randbits(63)
     return Sampling(
         temperature=_number(body, "temperature", 0.0, 0, 2),
         top_p=_number(body, "top_p", 1.0, 0, 1),
-        seed=seed if known else secrets.randbits(63),
+        seed=seed,
     )
 
 
