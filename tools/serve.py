@@ -95,7 +95,6 @@ def serve(app: "Starlette", flags: argparse.Namespace, settings: "Settings") -> 
     """Until a signal ends it."""
     import uvicorn
 
-    print(f"{flags.load} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
     uvicorn.run(
         app,
         host=flags.host,
@@ -124,7 +123,10 @@ def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
     config = for_evaluation(trained.config, flags.device, flags.dtype, tp, pp)
     validate_layout(config, ranks)
     tokenizer = tokenizer_for(config, flags.tokenizer)
-    model = load_for_inference(trained, config, open_world(config))
+    world = open_world(config)
+    model = load_for_inference(trained, config, world)
+    if world.is_first_rank:
+        print(f"{trained.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
     return ModelGenerator(flags.name, model, config, tokenizer)
 
 

@@ -26,11 +26,10 @@ from megatron_gmai.evaluate.sampling import GREEDY, Sampling
 from megatron_gmai.model.vit import CLIP_MEAN, CLIP_STD
 from tests.evaluate.models import build, config_for
 from tests.evaluate.tables import cell, png, write_tsv
-from tests.evaluate.test_program import checkpoints, evaluate, exported
+from tests.evaluate.test_program import evaluate
 from tests.parallel.cases import Processes
 from tools.make_benchmark import main as make_benchmark
 
-__all__ = ["checkpoints", "exported"]
 NEW = 5
 
 
