@@ -68,8 +68,9 @@ bench-planner: $(VENV)/.dev  ## the planner against dry runs, and these against 
 bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
 	$(RUN) benchmarks/convert.py $(ARGS)
 
-bench-evaluation: $(VENV)/.dev  ## scoring and the search for leakage
-	$(RUN) benchmarks/evaluation.py $(ARGS)
+bench-evaluation: $(VENV)/.dev  ## scoring, the search for leakage, and the server under load
+	$(RUN) benchmarks/evaluation.py
+	$(RUN) benchmarks/server.py $(ARGS)
 
 bench-save: $(VENV)/.dev  ## saving from a copy against saving at once: waiting and memory
 	$(RUN) benchmarks/save.py $(ARGS)

@@ -2,15 +2,15 @@
 
     python tools/evaluate.py [predict] --load CHECKPOINT --data HELD_OUT.json [--output FILE.json]
     python tools/evaluate.py predict --load CHECKPOINT --benchmark SET.tsv --output MODEL_SET.tsv
-    torchrun --nproc-per-node N tools/evaluate.py ...     the questions are shared by N ranks
+    torchrun --nproc-per-node N tools/evaluate.py ...     N / (TP x PP) copies share the questions
     python tools/evaluate.py score --benchmark SET.tsv --predictions FILE [--html PAGE.html]
     python tools/evaluate.py compare --benchmark SET.tsv PREDICTIONS_A PREDICTIONS_B
     python tools/evaluate.py leakage --benchmark SET.tsv --shards DIR
 
 CHECKPOINT is iter_NNNNNNN or a folder of checkpoints, saved in any layout, or a Hugging Face folder
-of either flavour. Answers are generated greedily from the template and the image treatment that the
-model was trained with. Those to --data count as right when they equal the expected ones but for
-case, spaces and a final full stop.
+of either flavour. Answers are generated from the template and the image treatment that the model
+was trained with, greedily unless --temperature is given. Those to --data count as right when they
+equal the expected ones but for case, spaces and a final full stop.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,7 +27,7 @@ from megatron_gmai.data.files import write_atomically
 from megatron_gmai.evaluate.benchmarks.predictions import FORMATS, write_predictions
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
 from megatron_gmai.evaluate.commands import COMMANDS
-from megatron_gmai.evaluate.loading import for_evaluation, tokenizer_for
+from megatron_gmai.evaluate.loading import add_layout_flags, for_evaluation, tokenizer_for
 from megatron_gmai.evaluate.prompts import STYLES
 from megatron_gmai.evaluate.report import questions_hash, settings_path, software
 from megatron_gmai.runtime.quiet import quiet_libraries
@@ -79,13 +80,10 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: bf16 on GPU, fp32 on CPU",
     )
-    flags.add_argument(
-        "--tensor-model-parallel-size",
-        "--tp",
-        type=int,
-        default=1,
-        help="ranks that share each layer (1)",
-    )
+    flags.add_argument("--temperature", type=float, default=0.0, help="draws answers (0: greedy)")
+    flags.add_argument("--top-p", type=float, default=1.0, help="nucleus that is drawn from (1)")
+    flags.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    add_layout_flags(flags)
     return flags
 
 
@@ -107,6 +105,10 @@ def predict(argv: list[str]) -> None:
         raise ValueError("--batch-size and --max-new-tokens must be at least 1")
     if flags.benchmark and (not flags.output or flags.output.suffix[1:] not in FORMATS):
         raise ValueError(f"--benchmark needs --output FILE.{{{','.join(FORMATS)}}}")
+    if flags.temperature < 0 or not 0 < flags.top_p <= 1:
+        raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
+    if flags.data and flags.temperature:
+        raise ValueError("--data is answered greedily; --temperature is for --benchmark")
     quiet_libraries()
     from megatron_gmai.evaluate.predict import BenchmarkQuestions
     from megatron_gmai.evaluate.questions import HeldOut
@@ -114,8 +116,8 @@ def predict(argv: list[str]) -> None:
     from megatron_gmai.training.inference import load_for_inference, open_trained
 
     trained = open_trained(flags.load)
-    tensor_parallel = flags.tensor_model_parallel_size
-    config = for_evaluation(trained.config, flags.device, flags.dtype, tensor_parallel)
+    layout = (flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size)
+    config = for_evaluation(trained.config, flags.device, flags.dtype, *layout)
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = tokenizer_for(config, flags.tokenizer)
     treatment = (config.data, config.model, tokenizer, flags.max_new_tokens)
@@ -168,14 +170,16 @@ def predict_benchmark(
     """Writes predictions, and beside them how they came about."""
     from megatron_gmai.evaluate.predict import claim, files_hash
     from megatron_gmai.evaluate.predict import predict as predict_all
+    from megatron_gmai.evaluate.sampling import Sampling
 
+    sampling = Sampling(flags.temperature, flags.top_p, flags.seed)
     first, answers = world.is_first_rank, flags.output.with_suffix(".answers")
     settings: dict[str, Any] = {
         "software": software(),
         "checkpoint": str(load.resolve()),
         "benchmark_sha256": questions_hash(questions.benchmark),
         "prompt": flags.prompt,
-        "decoding": "greedy",
+        "decoding": asdict(sampling) if sampling.draws else "greedy",
         "max_new_tokens": flags.max_new_tokens,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "image_size": questions.vision.image_size,
@@ -193,6 +197,7 @@ def predict_benchmark(
         flags.max_new_tokens,
         answers,
         Progress() if first else lambda done, total: None,
+        sampling,
     )
     if not first:
         return

@@ -1,6 +1,7 @@
 """Serves a checkpoint behind OpenAI's chat-completions interface, with a chat page at its root.
 
     python tools/serve.py --load CHECKPOINT [--port 8000] [--examples FOLDER]
+    torchrun --nproc-per-node 4 tools/serve.py --load CHECKPOINT --tp 4     a model shared by ranks
 
 Bound to this machine alone unless --host says otherwise; other addresses need a key in
 $GMAI_API_KEY, which clients send as "Authorization: Bearer KEY". Research only: no medical device.
@@ -11,12 +12,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_gmai.evaluate.loading import for_evaluation, tokenizer_for
+from megatron_gmai.evaluate.loading import add_layout_flags, for_evaluation, tokenizer_for
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from megatron_gmai.evaluate.server.app import Settings
     from megatron_gmai.evaluate.server.model import ModelGenerator
 
 KEY = "GMAI_API_KEY"
@@ -47,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--examples", type=Path, help="folder of example images for the page")
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    add_layout_flags(flags)
     return flags
 
 
@@ -57,8 +62,6 @@ def main(argv: list[str] | None = None) -> None:
     if flags.examples and not flags.examples.is_dir():
         raise ValueError(f"--examples {flags.examples}: no such folder")
     try:
-        import uvicorn
-
         from megatron_gmai.evaluate.server.app import LOOPBACK, Settings, build_app
     except ImportError as error:
         raise ValueError("serving needs: pip install 'megatron-gmai[serve]'") from error
@@ -71,7 +74,27 @@ def main(argv: list[str] | None = None) -> None:
         most_tokens=flags.max_tokens,
         examples=flags.examples,
     )
-    app = build_app(load_generator(flags), settings)
+    generator = load_generator(flags)
+    import torch.distributed as dist
+
+    from megatron_gmai.evaluate.server.sharded import Calls, Leader, follow
+
+    if dist.get_world_size() == 1:
+        serve(build_app(generator, settings), flags, settings)
+        return
+    calls = Calls()
+    if dist.get_rank():
+        follow(generator, calls)
+        return
+    leader = Leader(generator, calls)
+    serve(build_app(leader, settings), flags, settings)
+    leader.end()
+
+
+def serve(app: "Starlette", flags: argparse.Namespace, settings: "Settings") -> None:
+    """Until a signal ends it."""
+    import uvicorn
+
     uvicorn.run(
         app,
         host=flags.host,
@@ -83,18 +106,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
-    """The model of a checkpoint or a Hugging Face folder, in this process."""
+    """The model of a checkpoint or a Hugging Face folder, or this rank's part of it."""
     quiet_libraries()
     from megatron_gmai.evaluate.server.model import ModelGenerator
     from megatron_gmai.runtime.world import open_world
     from megatron_gmai.training.inference import load_for_inference, open_trained
 
     trained = open_trained(flags.load)
-    config = for_evaluation(trained.config, flags.device, flags.dtype)
-    validate_layout(config, 1)
+    tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != tp * pp:
+        raise ValueError(
+            f"--tp {tp} --pp {pp} is a model for {tp * pp} ranks, but {ranks} were started; "
+            f"use torchrun --nproc-per-node {tp * pp}"
+        )
+    config = for_evaluation(trained.config, flags.device, flags.dtype, tp, pp)
+    validate_layout(config, ranks)
     tokenizer = tokenizer_for(config, flags.tokenizer)
-    model = load_for_inference(trained, config, open_world(config))
-    print(f"{trained.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
+    world = open_world(config)
+    model = load_for_inference(trained, config, world)
+    if world.is_first_rank:
+        print(f"{trained.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
     return ModelGenerator(flags.name, model, config, tokenizer)
 
 

@@ -60,7 +60,7 @@ def run_megatron(model: GMAIVL, prompts: list[Prompt]) -> Ran:
         embeddings = model.merge(embeddings, model.encode(prompt.pixels), prompt.image_starts)
         hidden = model.language_model(embeddings, torch.arange(length), segments)
         logits.append(model.language_model.output_layer(hidden)[:, 0].float())
-    return Ran(logits, [generate(model, [one], _NEVER, 0, NEW_TOKENS)[0] for one in prompts])
+    return Ran(logits, [generate(model, [one], _NEVER, NEW_TOKENS)[0] for one in prompts])
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def evaluate(
         skipped += [one for one in batch if isinstance(one, Skipped)]
         if asked:
             prompts = [one.prompt for one in asked]
-            ids = generate(model, prompts, stop_id, tokenizer.pad_id, max_new_tokens)
+            ids = generate(model, prompts, stop_id, max_new_tokens)
             texts = [tokenizer.decode(one).strip() for one in ids]
             answers += [Answer(a.question, t) for a, t in zip(asked, texts, strict=True)]
         progress(len(answers) + len(skipped), len(share))

@@ -1,17 +1,23 @@
-"""Greedy generation for a batch of prompts, with Megatron's key-value cache.
+"""Generation for a changing batch of prompts, in any tensor- and pipeline-parallel layout.
 
-Shapes: B prompts, S tokens of the longest, N images of all prompts, M new tokens at most, H hidden.
-Prompts are padded on the left, so that all answers begin at the same place of the cache. Padding
-shifts a prompt's positions, which rotary embeddings do not notice: only differences count.
+Shapes: B answers under way, T tokens of a step (of all new prompts, or one an answer), N images of
+all prompts, H hidden, V vocabulary.
+
+Steps are packs, as in training: prompts and new tokens of all answers lie one behind the other, so
+nothing is padded, and prompts may join and answers leave between two steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gmai.evaluate.sampling import GREEDY, Drawing, Sampling, choose
+from megatron_gmai.model.attention import Segments
+from megatron_gmai.model.cache import KeyValueCache
 from megatron_gmai.model.gmai_vl import GMAIVL
 
 
@@ -24,90 +30,134 @@ class Prompt:
     pixels: Tensor  # uint8 [n, 3, I, I]
 
 
-Choose = Callable[[Tensor], Tensor]  # logits [B, vocabulary] -> token ids [B]
-
-
-def most_probable(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1)
-
-
 def generate(
-    model: GMAIVL, prompts: Sequence[Prompt], stop_id: int, pad_id: int, max_new_tokens: int
-) -> list[list[int]]:
-    """The most probable next token, again and again: ids of each answer, without `stop_id`.
-
-    All tensor-parallel ranks call it with the same prompts and get the same answers. The model must
-    hold every layer (one pipeline stage) and be in eval mode; the longest prompt and the answer
-    together must not exceed the positions that it knows.
-    """
-    device = next(model.parameters()).device
-    answers = torch.full((len(prompts), max_new_tokens), stop_id, device=device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step, chosen in enumerate(generate_steps(model, prompts, pad_id, max_new_tokens)):
-        answers[:, step] = chosen.masked_fill(finished, stop_id)
-        finished |= chosen == stop_id
-        if finished.all():
-            break
-    return [_until(stop_id, ids) for ids in answers.tolist()]
-
-
-@torch.no_grad()
-def generate_steps(
     model: GMAIVL,
     prompts: Sequence[Prompt],
-    pad_id: int,
+    stop_id: int,
     max_new_tokens: int,
-    choose: Choose = most_probable,
-) -> Iterator[Tensor]:
-    """The next token of every answer, int64 [B], step by step; whoever asks knows when to end.
+    sampling: Sequence[Sampling] | None = None,
+) -> list[list[int]]:
+    """Ids of each answer, without `stop_id`; greedy unless `sampling` says otherwise.
 
-    All tensor-parallel ranks must choose alike.
+    All ranks that share the model (tensor- and pipeline-parallel) call it with the same prompts and
+    get the same answers. The longest prompt and its answer must not exceed the positions that the
+    model knows.
     """
-    language = model.language_model
-    device = next(model.parameters()).device
-    tokens, real_keys, image_starts = _left_padded(prompts, pad_id, max_new_tokens)
-    batch, prompt_length = tokens.shape
-    context = StaticInferenceContext(batch, real_keys.size(1))
-    rotary = language.rotary_for(torch.arange(real_keys.size(1), device=device))
-    real_keys = real_keys.to(device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    under_way = Decoding(model)
+    rows = list(range(len(prompts)))
+    most = [max_new_tokens] * len(prompts)
+    chosen = under_way.admit(prompts, most, sampling or [GREEDY] * len(prompts))
+    while True:
+        going_on = []
+        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            if token != stop_id:
+                answers[row].append(token)
+            if token != stop_id and len(answers[row]) < max_new_tokens:
+                going_on.append(place)
+        if not going_on:
+            return answers
+        under_way.keep(going_on)
+        rows = [rows[place] for place in going_on]
+        chosen = under_way.advance()
 
-    pixels = torch.cat([prompt.pixels for prompt in prompts]).to(device)
-    embeddings = _embed(model, tokens.to(device), pixels, image_starts.to(device))  # [S, B, H]
-    for _ in range(max_new_tokens):
-        hidden = language.decoder(
-            hidden_states=embeddings,
-            attention_mask=real_keys,
-            rotary_pos_emb=rotary,
-            inference_context=context,
+
+class Decoding:
+    """Answers under way, in rows; every rank that shares the model calls the same methods."""
+
+    def __init__(self, model: GMAIVL) -> None:
+        """In eval mode, one chunk a rank, without context or sequence parallelism."""
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache = KeyValueCache((), ())
+        self.tokens: list[int] = []  # the last of each answer
+        self.drawings: list[Drawing] = []
+
+    @torch.no_grad()
+    def admit(
+        self, prompts: Sequence[Prompt], most: Sequence[int], sampling: Sequence[Sampling]
+    ) -> list[int]:
+        """The first tokens of new answers, whose rows come behind those under way. `most` is how
+        many tokens each may get."""
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        rooms = [length + tokens for length, tokens in zip(lengths, most, strict=True)]
+        cache = KeyValueCache(lengths, rooms)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        starts = [p.image_starts + at for p, at in zip(prompts, bounds.tolist(), strict=False)]
+        hidden = self._run(
+            torch.cat([prompt.tokens for prompt in prompts]),
+            torch.cat([torch.arange(length) for length in lengths]),
+            self._segments(lengths, cache),
+            torch.cat([prompt.pixels for prompt in prompts]),
+            torch.cat(starts),
         )
-        context.sequence_len_offset += embeddings.size(0)
-        chosen = choose(language.output_layer(hidden[-1:])[0])  # [B]
-        yield chosen
-        embeddings = language.embed(chosen[:, None])  # [1, B, H]
+        drawings = [Drawing(one) for one in sampling]
+        chosen = self._choose(hidden[bounds[1:] - 1], drawings)
+        # Not before all of it has worked: a prompt that fails does no harm to the others.
+        if self.tokens:
+            self.cache.join(cache)
+        else:
+            self.cache = cache
+        self.tokens += chosen
+        self.drawings += drawings
+        return chosen
 
+    @torch.no_grad()
+    def advance(self) -> list[int]:
+        """The next token of every answer."""
+        positions = torch.tensor(self.cache.lengths)
+        self.cache.begin_step(self.device)
+        segments = self._segments([1] * len(self.tokens), self.cache)
+        hidden = self._run(torch.tensor(self.tokens), positions, segments)
+        self.tokens = self._choose(hidden, self.drawings)
+        return self.tokens
 
-def _left_padded(
-    prompts: Sequence[Prompt], pad_id: int, max_new_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, S], real keys bool [B, S + M], image places [N] in the flat batch (B · S)."""
-    length = max(len(prompt.tokens) for prompt in prompts)
-    tokens = torch.full((len(prompts), length), pad_id)
-    real_keys = torch.ones(len(prompts), length + max_new_tokens, dtype=torch.bool)
-    starts = []
-    for row, prompt in enumerate(prompts):
-        padding = length - len(prompt.tokens)
-        tokens[row, padding:] = prompt.tokens
-        real_keys[row, :padding] = False
-        starts.append(prompt.image_starts + row * length + padding)
-    return tokens, real_keys, torch.cat(starts)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only the answers in these rows go on, in this order."""
+        if list(rows) != list(range(len(self.tokens))):
+            self.cache.keep(rows)
+            self.tokens = [self.tokens[row] for row in rows]
+            self.drawings = [self.drawings[row] for row in rows]
 
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        segments: Segments,
+        pixels: Tensor | None = None,
+        image_starts: Tensor | None = None,
+    ) -> Tensor:
+        """[T] tokens through this rank's layers, from and to its neighbours in the pipeline ->
+        [T, 1, H]."""
+        model, pp = self.model, self.model.groups.pp
+        embeddings = None
+        if model.pre_process:
+            embeddings = model.language_model.embed(tokens.to(self.device)[None])
+            if pixels is not None and image_starts is not None:
+                features = model.encode(pixels.to(self.device))
+                embeddings = model.merge(embeddings, features, image_starts.to(self.device))
+        else:
+            shape = (len(tokens), 1, model.config.hidden_size)
+            received = torch.empty(shape, dtype=model.config.pipeline_dtype, device=self.device)
+            dist.recv(received, dist.get_global_rank(pp, pp.rank() - 1), group=pp)
+            model.set_input_tensor(received)
+        hidden = model.language_model(embeddings, positions.to(self.device), segments)
+        if not model.post_process:
+            dist.send(hidden, dist.get_global_rank(pp, pp.rank() + 1), group=pp)
+        return hidden
 
-def _embed(model: GMAIVL, tokens: Tensor, pixels: Tensor, image_starts: Tensor) -> Tensor:
-    """[B, S] tokens with the images in their places -> [S, B, H]."""
-    flat = model.language_model.embed(tokens.reshape(1, -1))  # [B · S, 1, H]
-    merged = model.merge(flat, model.encode(pixels), image_starts)
-    return merged.view(*tokens.shape, -1).transpose(0, 1).contiguous()
+    def _segments(self, lengths: Sequence[int], cache: KeyValueCache) -> Segments:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        segments = Segments.from_cu_seqlens(bounds, max(lengths), self.device)
+        return dataclasses.replace(segments, cache=cache)
 
-
-def _until(stop_id: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(stop_id)] if stop_id in ids else ids
+    def _choose(self, hidden: Tensor, drawings: Sequence[Drawing]) -> list[int]:
+        """[B, 1, H] of the last stage -> a token each, on all ranks."""
+        pp = self.model.groups.pp
+        chosen = torch.empty(len(drawings), dtype=torch.int64, device=self.device)
+        if self.model.post_process:
+            # Logits are the same on all tensor-parallel ranks, bit by bit: they are gathered.
+            chosen = choose(self.model.language_model.output_layer(hidden)[:, 0], drawings)
+        if pp.size() > 1:
+            dist.broadcast(chosen, dist.get_global_rank(pp, pp.size() - 1), group=pp)
+        return chosen.tolist()

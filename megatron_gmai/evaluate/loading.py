@@ -1,14 +1,19 @@
 """What a checkpoint's own configuration says about using its model."""
 
+import argparse
 import dataclasses
 
 from megatron_gmai.config import Config, ParallelConfig, TrainConfig
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 
 
-def for_evaluation(config: Config, device: str, dtype: str, tensor_parallel: int = 1) -> Config:
+def for_evaluation(
+    config: Config, device: str, dtype: str, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> Config:
     """The trained model and its treatment of data, in another layout and without training."""
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=pipeline_parallel
+    )
     run = dataclasses.replace(
         config.run,
         device=device,
@@ -18,6 +23,24 @@ def for_evaluation(config: Config, device: str, dtype: str, tensor_parallel: int
         attention_backend="auto",
     )
     return dataclasses.replace(config, parallel=parallel, train=TrainConfig(), run=run)
+
+
+def add_layout_flags(flags: argparse.ArgumentParser) -> None:
+    """How many ranks share a copy of the model, by Megatron's names."""
+    flags.add_argument(
+        "--tensor-model-parallel-size",
+        "--tp",
+        type=int,
+        default=1,
+        help="ranks that share each layer (1)",
+    )
+    flags.add_argument(
+        "--pipeline-model-parallel-size",
+        "--pp",
+        type=int,
+        default=1,
+        help="ranks that share out the layers (1)",
+    )
 
 
 def tokenizer_for(config: Config, given: str | None) -> Tokenizer:

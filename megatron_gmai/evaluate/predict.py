@@ -26,6 +26,7 @@ from megatron_gmai.evaluate.benchmarks.table import Benchmark, Item
 from megatron_gmai.evaluate.generate import Prompt, generate
 from megatron_gmai.evaluate.prompts import ask
 from megatron_gmai.evaluate.questions import Asked, Question, Skipped, batches
+from megatron_gmai.evaluate.sampling import GREEDY, Sampling
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.groups import Groups
 
@@ -92,6 +93,7 @@ def predict(
     max_new_tokens: int,
     answers: Path,
     progress: Callable[[int, int], None],
+    sampling: Sampling = GREEDY,
 ) -> Predicted:
     """Answers all questions; every rank gets them. A question that cannot be asked has the answer
     "" and a reason.
@@ -99,6 +101,7 @@ def predict(
     Args:
         answers: folder that holds the ranks' answers until all are there.
         progress: called after each batch with the questions done by this rank and its share.
+        sampling: of all questions; each has a seed of its own, made from its index.
     """
     done = read_answers(answers)
     dist.barrier()  # nobody appends before everybody has read
@@ -106,15 +109,12 @@ def predict(
     left = [number for number, item in enumerate(items) if item.index not in done]
     share = left[groups.dp.rank() :: groups.dp.size()]
     stop_id = questions.tokenizer.special_id(questions.template.end_of_answer)
-    pad_id = questions.tokenizer.pad_id
     mine: Predicted = {}
     for batch in batches(questions, share, batch_size):
         asked = [one for one in batch if isinstance(one, Asked)]
-        ids = (
-            generate(model, [one.prompt for one in asked], stop_id, pad_id, max_new_tokens)
-            if asked
-            else []
-        )
+        prompts = [one.prompt for one in asked]
+        seeded = [sampling.of_question(one.question.key) for one in asked]
+        ids = generate(model, prompts, stop_id, max_new_tokens, seeded) if asked else []
         new: Predicted = {
             one.key: {"prediction": "", "skipped": one.reason}
             for one in batch
@@ -122,7 +122,7 @@ def predict(
         }
         for one, tokens in zip(asked, ids, strict=True):
             new[one.question.key] = {"prediction": questions.tokenizer.decode(tokens).strip()}
-        if groups.tp.rank() == 0:
+        if groups.tp.rank() == groups.pp.rank() == 0:
             append_answers(answers / f"{groups.dp.rank()}.jsonl", new)
         mine |= new
         progress(len(mine), len(share))

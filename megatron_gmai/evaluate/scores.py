@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_gmai.evaluate.benchmarks.pandas_numbers import as_pandas_reads
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, Item
 from megatron_gmai.evaluate.judge import Judge, match_prompt, read_letter, read_yes, same_prompt
 from megatron_gmai.evaluate.protocols.verdict import Protocol, Verdict
@@ -80,8 +81,9 @@ def judge_all(
 ) -> list[Scored]:
     """Verdicts on all questions for which the protocol has a rule and the benchmark an answer."""
     scored = []
-    for item, answer in answered:
-        verdict = protocol.rule(item, answer, benchmark.name) if item.answer else None
+    read = as_pandas_reads(answered) if protocol.reads_by_pandas else answered
+    for (item, answer), (seen, said) in zip(answered, read, strict=True):
+        verdict = protocol.rule(seen, said, benchmark.name) if item.answer else None
         if verdict is not None:
             scored.append(Scored(item, answer, verdict))
     if judge is not None:

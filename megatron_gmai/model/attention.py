@@ -1,6 +1,6 @@
 """Core attention for Megatron's slot: packed segments, whole images, or a key-value cache.
 
-Shapes: T tokens of a pack (batch 1), S queries and K keys of a dense batch of B, A query heads,
+Shapes: T tokens of a pack (batch 1), S tokens of each of B images, K cached places, A query heads,
 G key-value groups, D head size, all of this tensor-parallel rank. With context parallelism a rank
 has T / cp tokens; while it attends it has all T of them, for 1 / cp of its heads.
 """
@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_gmai.model.cache import KeyValueCache
 from megatron_gmai.runtime.implementation import Implementation
 
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Where the samples of a pack begin and end.
+    """Where the samples of a pack begin and end; with a cache, the answers' prompts or new tokens.
 
     `qkv_format` stays "sbhd": the rotary frequencies are already looked up per token, so Megatron
     need not split the sequence again in every layer (its "thd" path asks the device for each
@@ -32,6 +33,7 @@ class Segments(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     lengths: tuple[int, ...] = ()
+    cache: KeyValueCache | None = None
 
     @classmethod
     def from_cu_seqlens(
@@ -62,6 +64,7 @@ class SegmentAttention(torch.nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
+        self.layer_number = layer_number
         self.causal = attn_mask_type == AttnMaskType.causal
         self.cp = pg_collection.cp
 
@@ -75,21 +78,35 @@ class SegmentAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        """query [S, B, A, D], key and value [K, B, G, D] -> [S, B, A·D].
-
-        `attention_mask` bool [B, K]: keys that are real (generation pads prompts on the left).
-        """
+        """query [S, B, A, D], key and value [S, B, G, D] -> [S, B, A·D]."""
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Segments)
             q, k, v = heads_for_tokens(query[:, 0], key[:, 0], value[:, 0], self.cp)
-            out = tokens_for_heads(self.packed(q, k, v, packed_seq_params), self.cp)
+            out = tokens_for_heads(self._attend(q, k, v, packed_seq_params), self.cp)
             return out.flatten(1).unsqueeze(1)  # [T, 1, A·D]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, A|G, S|K, D]
-        mask = None if attention_mask is None else _cache_mask(attention_mask, q.size(2), k.size(2))
+        assert attention_mask is None
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, A|G, S, D]
         out = scaled_dot_product_attention(
-            q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.size(1) != k.size(1)
+            q, k, v, is_causal=self.causal, enable_gqa=q.size(1) != k.size(1)
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        cache = segments.cache
+        if cache is not None and cache.holds(self.layer_number):
+            return self.cached(query, key, value, cache)
+        if cache is not None:
+            cache.store(self.layer_number, key, value)
+        return self.packed(query, key, value, segments)
+
+    def cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValueCache) -> Tensor:
+        """A new token of each of B answers: [B, A, D], [B, G, D], [B, G, D] -> [B, A, D]."""
+        keys, values, visible = cache.append(self.layer_number, key, value)
+        grouped = query.size(1) != key.size(1)
+        out = scaled_dot_product_attention(
+            query[:, :, None], keys, values, visible, enable_gqa=grouped
+        )
+        return out[:, :, 0]
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
         """[T, A, D], [T, G, D], [T, G, D] -> [T, A, D]; no attention across segments."""
@@ -226,14 +243,3 @@ def tokens_for_heads(out: Tensor, cp: ProcessGroup) -> Tensor:
         return out
     exchanged = all_to_all(cp, out.unflatten(0, (cp.size(), -1)).contiguous())
     return exchanged.transpose(0, 1).flatten(1, 2)  # [cp, T / cp, a, D] -> [T / cp, A, D]
-
-
-def _cache_mask(real_keys: Tensor, queries: int, keys: int) -> Tensor:
-    """Bool [B, 1, S, K]: causal from the cache's end, real keys only, and always oneself.
-
-    (A padded query must see something: a row without keys would give NaN.)
-    """
-    position = torch.arange(keys, device=real_keys.device)
-    query_position = position[keys - queries :, None]  # [S, 1]
-    visible = (position <= query_position) & real_keys[:, None, :keys]  # [B, S, K]
-    return (visible | (position == query_position))[:, None]

@@ -46,7 +46,7 @@ def open_trained(path: Path) -> Trained:
 
 
 def load_for_inference(trained: Trained, config: Config, world: World) -> GMAIVL:
-    """The model in eval mode, whole on each pipeline rank (there must be one)."""
+    """This rank's chunk of the model (there must be one), in eval mode."""
     (model,) = build_chunks(config, world)
     checkpoint = trained.start.load
     if checkpoint is None or checkpoint.config.lora.llm_use_lora:

@@ -29,3 +29,24 @@ def held_out_file(tmp_path: Path) -> Path:
     ]
     (tmp_path / "held_out.json").write_text(json.dumps(records))
     return tmp_path / "held_out.json"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """A checkpoint that two tensor-parallel ranks have written."""
+    from tests.evaluate.models import save_from_two_ranks  # other tests need not wait for Megatron
+    from tests.parallel.world import run_world
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_world(2, save_from_two_ranks, folder, tokenizer_file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a Hugging Face folder."""
+    from tools.convert_checkpoint import main as convert
+
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    assert convert(["to-hf", "--load", str(checkpoints), "--output", str(folder)]) == 0
+    return folder

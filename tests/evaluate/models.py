@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
-from megatron_gmai.config import Config, ModelConfig, ParallelConfig
+from megatron_gmai.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
-from megatron_gmai.data.text.tokenizer import Tokenizer
+from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_gmai.model.gmai_vl import GMAIVL
+from megatron_gmai.training.checkpoint import Position, save_checkpoint
 from tests.parallel.batches import CONFIG, MODEL
 from tests.parallel.cases import Processes
 
@@ -32,3 +34,11 @@ def config_for(tokenizer: Tokenizer, tensor_parallel: int = 1) -> Config:
     model = dataclasses.replace(MODEL, language=language, image_token_id=tokenizer.image_token_id)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     return dataclasses.replace(CONFIG, model=model, parallel=parallel)
+
+
+def save_from_two_ranks(folder: Path, tokenizer_file: Path) -> None:
+    """A checkpoint of the model for a tokenizer, run in a world of two."""
+    config = config_for(load_tokenizer(tokenizer_file), tensor_parallel=2)
+    config = dataclasses.replace(config, data=DataConfig(tokenizer=str(tokenizer_file)))
+    model = build(Processes(), config)
+    save_checkpoint(folder, Position(iteration=3), [model], None, config)

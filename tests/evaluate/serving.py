@@ -21,8 +21,8 @@ class Reader:
 
     def __init__(self, seconds_a_step: float = 0.0) -> None:
         self.seconds_a_step = seconds_a_step
-        self.batches: list[int] = []
-        self.steps = 0
+        self.batches: list[int] = []  # answers under way at each step
+        self.left: list[tuple[list[str], int]] = []  # words to say, and the most that are
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         return pixels.mean(axis=(0, 1)).astype(np.uint8)
@@ -35,31 +35,37 @@ class Reader:
 
     def words(self, request: Request) -> list[str]:
         turns = request.conversation.turns
-        if "fail" in turns[-1].text:
+        if turns[-1].text == "fail":
             raise RuntimeError("a planted failure")
         images = ",".join(str(int(image[0])) for image in request.images)
         if "forever" in turns[-1].text:
             return ["again"] * 100_000
         return [*turns[-1].text.split(), f"turns={len(turns)}", f"images={images}"]
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[list[Piece]]:
-        self.batches.append(len(requests))
-        left = {place: self.words(request) for place, request in enumerate(requests)}
-        said = dict.fromkeys(left, 0)
-        while left:
-            time.sleep(self.seconds_a_step)
-            self.steps += 1
-            pieces = []
-            for place in list(left):
-                words, count = left[place], said[place]
-                last, cut = count + 1 == len(words), count + 1 == requests[place].max_tokens
-                finish = "stop" if last else "length" if cut else None
-                text = words[count] + ("" if finish else " ")
-                pieces.append(Piece(place, text, finish=finish))
-                said[place] += 1
-                if finish:
-                    del left[place]
-            yield pieces
+    def admit(self, requests: Sequence[Request]) -> list[Piece]:
+        new = [(self.words(request), request.max_tokens) for request in requests]
+        self.left += new
+        return self.say(len(self.left) - len(new))
+
+    def advance(self) -> list[Piece]:
+        return self.say(0)
+
+    def say(self, first: int) -> list[Piece]:
+        """A word of each answer from row `first` on."""
+        time.sleep(self.seconds_a_step)
+        self.batches.append(len(self.left) - first)
+        pieces = []
+        for row in range(first, len(self.left)):
+            (word, *rest), most = self.left[row]
+            if word == "fail-later":
+                raise RuntimeError("a planted failure")
+            finish = "length" if rest and most == 1 else None if rest else "stop"
+            pieces.append(Piece(word + ("" if finish else " "), finish=finish))
+            self.left[row] = rest, most - 1
+        return pieces
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.left = [self.left[row] for row in rows]
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.evaluate.generate import Prompt, generate
+from megatron_gmai.evaluate.sampling import Sampling
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from tests.evaluate.models import build
@@ -18,7 +19,6 @@ from tests.parallel.world import run_world
 
 NEVER = -1  # as a stop token: all answers have full length
 NEW = 9
-PAD = 0
 
 
 def prompt(seed: int, length: int, *image_starts: int) -> Prompt:
@@ -59,50 +59,60 @@ def model(alone: Processes) -> GMAIVL:
 def test_a_batch_with_a_cache_answers_as_whole_passes_do_one_by_one(model: GMAIVL) -> None:
     expected = [by_whole_passes(model, one, NEW) for one in PROMPTS]
     assert len({token for answer in expected for token in answer}) > 10
-    assert generate(model, PROMPTS, NEVER, PAD, NEW) == expected
+    assert generate(model, PROMPTS, NEVER, NEW) == expected
 
 
 def test_a_batch_of_text_alone_needs_no_image(model: GMAIVL) -> None:
     texts = [PROMPTS[0], PROMPTS[3]]
     expected = [by_whole_passes(model, one, NEW) for one in texts]
-    assert generate(model, texts, NEVER, PAD, NEW) == expected
+    assert generate(model, texts, NEVER, NEW) == expected
 
 
 def test_answers_depend_on_the_image(model: GMAIVL) -> None:
     seen = PROMPTS[1]
     other = dataclasses.replace(seen, pixels=255 - seen.pixels)
-    assert generate(model, [seen], NEVER, PAD, NEW) != generate(model, [other], NEVER, PAD, NEW)
-
-
-def test_the_padding_token_does_not_matter(model: GMAIVL) -> None:
-    assert generate(model, PROMPTS, NEVER, 0, NEW) == generate(model, PROMPTS, NEVER, 77, NEW)
+    assert generate(model, [seen], NEVER, NEW) != generate(model, [other], NEVER, NEW)
 
 
 def test_an_answer_ends_before_the_stop_token_and_the_others_go_on(model: GMAIVL) -> None:
-    whole = generate(model, PROMPTS, NEVER, PAD, NEW)
+    whole = generate(model, PROMPTS, NEVER, NEW)
     stop = next(token for token in whole[0][1:] if token not in whole[1])
-    answers = generate(model, PROMPTS, stop, PAD, NEW)
+    answers = generate(model, PROMPTS, stop, NEW)
     assert answers[0] == whole[0][: whole[0].index(stop)]
     assert answers[1] == whole[1]
 
 
 def test_nothing_is_said_where_the_stop_token_comes_first(model: GMAIVL) -> None:
-    first = generate(model, PROMPTS[:1], NEVER, PAD, 1)[0][0]
-    assert generate(model, PROMPTS[:1], first, PAD, NEW) == [[]]
+    first = generate(model, PROMPTS[:1], NEVER, 1)[0][0]
+    assert generate(model, PROMPTS[:1], first, NEW) == [[]]
 
 
-def write_answers(folder: Path, tensor_parallel: int) -> None:
-    """What each rank of a tensor-parallel group says, one file a rank."""
+def test_what_is_drawn_does_not_depend_on_the_batch(model: GMAIVL) -> None:
+    together = generate(model, PROMPTS, NEVER, NEW, HOT)
+    assert together != generate(model, PROMPTS, NEVER, NEW)
+    for one, sampling, answer in zip(PROMPTS, HOT, together, strict=True):
+        assert generate(model, [one], NEVER, NEW, [sampling]) == [answer]
+
+
+HOT = [Sampling(1.0, 0.9, seed).of_question("q") for seed in range(len(PROMPTS))]
+LAYOUTS = {"tp2-pp2": (2, 2), "pp2": (1, 2), "tp2": (2, 1)}  # of four ranks; others are copies
+
+
+def both_ways(model: GMAIVL) -> list[list[list[int]]]:
+    """Greedy answers, and drawn ones."""
+    return [generate(model, PROMPTS, NEVER, NEW, sampling) for sampling in (None, HOT)]
+
+
+def write_answers(folder: Path) -> None:
+    """What each rank of each layout says, one file a rank."""
     world = Processes()
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
-    model = build(world, dataclasses.replace(CONFIG, parallel=parallel))
-    answers = generate(model, PROMPTS, NEVER, PAD, NEW)
-    torch.save(answers, folder / f"{model.groups.tp.rank()}.pt")
+    for name, (tp, pp) in LAYOUTS.items():
+        parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        model = build(world, dataclasses.replace(CONFIG, parallel=parallel))
+        torch.save(both_ways(model), folder / f"{name}-{dist.get_rank()}.pt")
 
 
-def test_two_tensor_parallel_ranks_answer_as_one_process_does(
-    model: GMAIVL, tmp_path: Path
-) -> None:
-    run_world(2, write_answers, tmp_path, 2)
-    answers: list[list[list[int]] | Tensor] = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
-    assert answers == [generate(model, PROMPTS, NEVER, PAD, NEW)] * 2
+def test_all_layouts_answer_as_one_process_does(model: GMAIVL, tmp_path: Path) -> None:
+    run_world(4, write_answers, tmp_path)
+    said = [torch.load(tmp_path / f"{name}-{rank}.pt") for name in LAYOUTS for rank in range(4)]
+    assert said == [both_ways(model)] * 12

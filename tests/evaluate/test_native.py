@@ -1,7 +1,9 @@
 """Benchmarks from the files that they are published in, one small set in each layout."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +11,7 @@ import pytest
 
 from megatron_gmai.data.sources import parquet
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, read_benchmark
-from megatron_gmai.evaluate.native.files import read_parquet
+from megatron_gmai.evaluate.native.files import read_json_list, read_parquet
 from megatron_gmai.evaluate.native.mmmu import SUBJECTS
 from megatron_gmai.evaluate.native.registry import SOURCES
 from tests.evaluate import published
@@ -159,6 +161,16 @@ def test_damaged_annotations_are_told(
     (tmp_path / "test.json").write_text(content)
     assert main(["slake", "--source", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "test.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [([{}, 7], "element 1 .* is a number"), ({}, "not an object"), ([None], "element 0 .* null")],
+)
+def test_a_bad_element_is_told_by_its_place(tmp_path: Path, records: Any, said: str) -> None:
+    (tmp_path / "held_out.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=said):
+        read_json_list(tmp_path / "held_out.json")
 
 
 def test_a_small_parquet_file_may_not_unpack_without_end(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from megatron_gmai.config import DataConfig
 from megatron_gmai.data.images.decode import load_image
@@ -21,13 +22,14 @@ from megatron_gmai.evaluate.predict import (
 )
 from megatron_gmai.evaluate.questions import Asked, HeldOut, Skipped
 from megatron_gmai.evaluate.report import read_settings
+from megatron_gmai.evaluate.sampling import GREEDY, Sampling
+from megatron_gmai.model.vit import CLIP_MEAN, CLIP_STD
 from tests.evaluate.models import build, config_for
 from tests.evaluate.tables import cell, png, write_tsv
-from tests.evaluate.test_program import checkpoints, evaluate, exported
+from tests.evaluate.test_program import evaluate
 from tests.parallel.cases import Processes
 from tools.make_benchmark import main as make_benchmark
 
-__all__ = ["checkpoints", "exported"]
 NEW = 5
 
 
@@ -47,9 +49,9 @@ def table(tmp_path: Path) -> Path:
     return write_tsv(tmp_path / "Set.tsv", rows)
 
 
-def questions(table: Path, tokenizer: Tokenizer) -> BenchmarkQuestions:
+def questions(table: Path, tokenizer: Tokenizer, style: str = "plain") -> BenchmarkQuestions:
     model = config_for(tokenizer).model
-    return BenchmarkQuestions(read_benchmark(table), "plain", DataConfig(), model, tokenizer, NEW)
+    return BenchmarkQuestions(read_benchmark(table), style, DataConfig(), model, tokenizer, NEW)
 
 
 def test_a_question_is_the_prompt_that_training_would_have_shown(
@@ -79,8 +81,9 @@ def test_what_cannot_be_asked_has_a_reason(table: Path, tokenizer: Tokenizer) ->
     assert torch.equal(asked[2].prompt.pixels[1], expected)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(2.0, 0.9, seed=3)], ids=["greedy", "drawn"])
 def test_only_what_is_not_answered_yet_is_asked(
-    table: Path, tokenizer: Tokenizer, alone: Processes, tmp_path: Path
+    sampling: Sampling, table: Path, tokenizer: Tokenizer, alone: Processes, tmp_path: Path
 ) -> None:
     model = build(alone, config_for(tokenizer))
     ours, folder = questions(table, tokenizer), tmp_path / "answers"
@@ -88,7 +91,7 @@ def test_only_what_is_not_answered_yet_is_asked(
     def answer() -> tuple[dict[str, dict[str, str]], list[tuple[int, int]]]:
         counts: list[tuple[int, int]] = []
         told = predict(
-            model, ours, model.groups, 2, NEW, folder, lambda d, t: counts.append((d, t))
+            model, ours, model.groups, 2, NEW, folder, lambda d, t: counts.append((d, t)), sampling
         )
         return told, counts
 
@@ -134,8 +137,8 @@ def predicted(ranks: int, load: Path, table: Path, output: Path, *flags: str) ->
     return output
 
 
-def test_any_layout_and_an_export_predict_the_same(
-    checkpoints: Path, exported: Path, table: Path, tmp_path: Path
+def test_any_layout_an_export_and_transformers_predict_the_same(
+    checkpoints: Path, exported: Path, table: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     one = predicted(1, checkpoints, table, tmp_path / "one_Set.tsv")
     predictions, settings = read_predictions(one), read_settings(one)
@@ -145,15 +148,42 @@ def test_any_layout_and_an_export_predict_the_same(
 
     data_parallel = predicted(2, checkpoints, table, tmp_path / "two_Set.tsv")
     assert data_parallel.read_bytes() == one.read_bytes()
-    tensor_parallel = predicted(2, checkpoints, table, tmp_path / "three_Set.json", "--tp", "2")
-    assert read_predictions(tensor_parallel) == predictions
-    assert json.loads(tensor_parallel.read_text())[0]["question"] == "is a lung shown"
-    for file in (data_parallel, tensor_parallel):
+    layout = ("--tp", "2", "--pp", "2")
+    shared = predicted(4, checkpoints, table, tmp_path / "three_Set.json", *layout)
+    assert read_predictions(shared) == predictions
+    assert json.loads(shared.read_text())[0]["question"] == "is a lung shown"
+    for file in (data_parallel, shared):
         assert read_settings(file) == settings
 
     export = predicted(1, exported, table, tmp_path / "four_Set.tsv")
     assert export.read_bytes() == one.read_bytes()
     assert not list(tmp_path.glob("*.answers"))
+
+    asked = questions(table, tokenizer, "vlmevalkit")
+    assert in_transformers(exported, asked) == {i: predictions[i] for i in "01234"}
+
+
+def in_transformers(folder: Path, asked: BenchmarkQuestions) -> dict[str, str]:
+    """Greedy answers of the exported model to what can be asked."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    stop_id = asked.tokenizer.special_id(asked.template.end_of_answer)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    said = {}
+    for one in map(asked.ask, range(len(asked))):
+        if isinstance(one, Asked):
+            tokens = one.prompt.tokens[None]
+            made = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                pixel_values=(one.prompt.pixels / 255 - mean) / std,
+                max_new_tokens=NEW,
+                do_sample=False,
+                eos_token_id=stop_id,
+                pad_token_id=0,
+            )[0, tokens.size(1) :].tolist()
+            ids = [token for token in made if token != stop_id]
+            said[one.question.key] = asked.tokenizer.decode(ids).strip()
+    return said
 
 
 def test_answers_of_other_weights_in_the_same_place_are_not_gone_on_with(

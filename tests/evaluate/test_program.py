@@ -7,39 +7,12 @@ from typing import Any
 
 import pytest
 
-from megatron_gmai.config import Config, DataConfig
+from megatron_gmai.config import Config
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.evaluate.loading import tokenizer_for
-from megatron_gmai.training.checkpoint import Position, save_checkpoint
-from tests.evaluate.models import build, config_for
-from tests.parallel.cases import Processes
-from tests.parallel.world import run_world
+from tests.evaluate.models import config_for
 from tests.training.command import ROOT, finish, launcher, run
-from tools.convert_checkpoint import main as convert
 from tools.evaluate import main
-
-
-def save_from_two_ranks(folder: Path, tokenizer_file: Path) -> None:
-    config = config_for(load_tokenizer(tokenizer_file), tensor_parallel=2)
-    config = dataclasses.replace(config, data=DataConfig(tokenizer=str(tokenizer_file)))
-    model = build(Processes(), config)
-    save_checkpoint(folder, Position(iteration=3), [model], None, config)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
-    """A checkpoint that two tensor-parallel ranks have written."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    run_world(2, save_from_two_ranks, folder, tokenizer_file)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    assert convert(["to-hf", "--load", str(checkpoints), "--output", str(folder)]) == 0
-    return folder
 
 
 def evaluate(ranks: int, *flags: Any) -> tuple[int, str]:

@@ -95,6 +95,17 @@ def test_questions_without_a_published_answer_are_not_scored(tmp_path: Path) -> 
     assert result_to_json([]) is None
 
 
+def test_a_gap_makes_numbers_floats_for_who_reads_with_pandas(tmp_path: Path) -> None:
+    rows = choices(2)
+    rows[0] |= dict(A="1", B="2", C="3", D="4")
+    rows[1] |= dict(A="1", B="2", C="3", D="")
+    table = read_benchmark(write_tsv(tmp_path / "Set.tsv", rows))
+    answered = join(table, {"0": "4", "1": "2"})
+    ours, theirs = (judge_all(PROTOCOLS[n], table, answered) for n in ("medevalkit", "vlmevalkit"))
+    assert [one.verdict.parsed for one in theirs] == ["", "B"]  # D reads "4.0", B still "2"
+    assert theirs[0].item.options["D"] == "4" and len(ours) == 2
+
+
 class TestCircles:
     ROWS = (
         (5, "A", {"A": "CT", "B": "MRI"}),

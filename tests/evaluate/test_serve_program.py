@@ -5,29 +5,26 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.evaluate.test_program import checkpoints, exported
-from tests.training.command import ROOT
+from tests.training.command import ROOT, launcher
 from tools.serve import KEY, main
 
-__all__ = ["checkpoints", "exported"]
 
-
-@pytest.mark.parametrize("kind", ["checkpoints", "exported"])
+@pytest.mark.parametrize(("kind", "ranks"), [("checkpoints", 2), ("exported", 1)])
 def test_a_model_is_served_to_the_openai_client(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, ranks: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     load, log = str(request.getfixturevalue(kind)), tmp_path / "log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    program = [sys.executable, str(ROOT / "tools" / "serve.py"), "--load", load]
+    program = [*launcher(ranks), str(ROOT / "tools" / "serve.py"), "--load", load]
+    program += ["--tp", str(ranks)]
     words = [*program, "--port", port, "--name", "tiny", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:

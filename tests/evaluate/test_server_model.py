@@ -4,10 +4,8 @@ import base64
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
-import torch
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.images.decode import decode
@@ -15,8 +13,9 @@ from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import parse_conversation
 from megatron_gmai.data.text.tokenizer import Tokenizer
 from megatron_gmai.evaluate.generate import generate
-from megatron_gmai.evaluate.server.generator import Request
-from megatron_gmai.evaluate.server.model import ModelGenerator, Sampler
+from megatron_gmai.evaluate.sampling import Sampling
+from megatron_gmai.evaluate.server.generator import Piece, Request
+from megatron_gmai.evaluate.server.model import ModelGenerator
 from tests.evaluate.models import build, config_for
 from tests.evaluate.serving import serving
 from tests.evaluate.tables import png
@@ -38,17 +37,21 @@ def request(
     record = {"conversations": [{"from": "human", "value": value}]}
     conversation = parse_conversation(record, len(seeds), require_answer=False)
     images = tuple(generator.prepare(decode(png(seed))) for seed in seeds)
-    return Request(conversation, images, most, temperature, seed=5)
+    return Request(conversation, images, most, Sampling(temperature, seed=5))
 
 
 def answers(generator: ModelGenerator, requests: Sequence[Request]) -> list[tuple[str, str, int]]:
     """Text, finish and tokens of each, put together from the pieces."""
     told = [("", "", 0) for _ in requests]
-    for pieces in generator.generate(requests):
-        for piece in pieces:
-            text, finish, tokens = told[piece.place]
-            assert not finish, "nothing comes behind the last piece"
-            told[piece.place] = (text + piece.text, piece.finish or "", tokens + piece.tokens)
+    rows = list(range(len(requests)))
+    pieces = generator.admit(requests)
+    while rows:
+        for row, piece in zip(rows, pieces, strict=True):
+            text, _, tokens = told[row]
+            told[row] = (text + piece.text, piece.finish or "", tokens + piece.tokens)
+        generator.keep([place for place, piece in enumerate(pieces) if not piece.finish])
+        rows = [row for row, piece in zip(rows, pieces, strict=True) if not piece.finish]
+        pieces = generator.advance() if rows else []
     return told
 
 
@@ -71,9 +74,9 @@ def test_a_batch_says_what_each_request_alone_does(generator: ModelGenerator) ->
 
 def test_the_pieces_join_to_the_text_that_prediction_gives(generator: ModelGenerator) -> None:
     one = mixed(generator)[0]
-    stop = generator.tokenizer.special_id(generator.template.end_of_answer)
+    stop = generator.stop_id
     prompt = generator._prompt(one)
-    (ids,) = generate(generator.model, [prompt], stop, generator.tokenizer.pad_id, NEW)
+    (ids,) = generate(generator.model, [prompt], stop, NEW)
     (told,) = answers(generator, [one])
     assert told[0].strip() == generator.tokenizer.decode(ids).strip()
     assert told[1:] == ("stop" if len(ids) < NEW else "length", len(ids))
@@ -86,40 +89,27 @@ def test_a_prompt_that_leaves_no_room_is_refused(generator: ModelGenerator) -> N
         generator.prompt_tokens(request(generator, "what is shown here " * 3, most=510))
 
 
-class TestSampler:
-    LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+def test_requests_may_join_and_leave_under_way(generator: ModelGenerator) -> None:
+    """Each answer is what it is alone, whoever comes or goes beside it."""
+    first, second, third = (request(generator, text, 1) for text in ("is a lung", "scan", "left"))
+    alone = [answers(generator, [one])[0][0] for one in (first, second, third)]
+    texts = ["", "", ""]
 
-    def drawn(self, generator: ModelGenerator, temperature: float, top_p: float) -> np.ndarray:
-        one = request(generator, "scan", temperature=temperature)
-        sampler = Sampler([Request(one.conversation, (), 1, temperature, top_p, seed=1)])
-        return np.bincount([int(sampler(self.LOGITS)) for _ in range(2000)], minlength=4) / 2000
+    def heard(*rows: int, pieces: Sequence[Piece]) -> None:
+        assert not any(piece.finish for piece in pieces)
+        for row, piece in zip(rows, pieces, strict=True):
+            texts[row] += piece.text
 
-    def test_it_draws_by_probability(self, generator: ModelGenerator) -> None:
-        expected = (self.LOGITS[0] / 0.7).softmax(-1).numpy()
-        assert self.drawn(generator, 0.7, 1.0) == pytest.approx(expected, abs=0.04)
-
-    def test_a_nucleus_keeps_the_fewest_that_reach_it(self, generator: ModelGenerator) -> None:
-        kept = (self.drawn(generator, 1.0, 0.8) > 0).tolist()
-        assert kept == [True, True, False, False]
-        assert self.drawn(generator, 1.0, 0.0).tolist() == [1, 0, 0, 0]
-
-    def test_no_temperature_means_the_most_probable(self, generator: ModelGenerator) -> None:
-        assert self.drawn(generator, 0.0, 1.0).tolist() == [1, 0, 0, 0]
-
-    @pytest.mark.parametrize("temperature", [1e-4, 1e-38, 1e-40, 5e-324])
-    def test_next_to_none_does_not_fail_the_batch(
-        self, generator: ModelGenerator, temperature: float
-    ) -> None:
-        one = request(generator, "scan", temperature=1.0)
-        tiny = Request(one.conversation, (), 1, temperature, 1.0, seed=1)
-        sampler = Sampler([tiny, Request(one.conversation, (), 1, 1.0, 1.0, seed=1)])
-        logits = torch.cat([self.LOGITS * 1e37, self.LOGITS])
-        assert int(sampler(logits)[0]) == 0
-
-    def test_a_seed_repeats_an_answer(self, generator: ModelGenerator) -> None:
-        hot = request(generator, "is a lung shown", 1, temperature=2.0)
-        assert answers(generator, [hot]) == answers(generator, [hot])
-        assert answers(generator, [hot]) != answers(generator, [mixed(generator)[0]])
+    heard(0, pieces=generator.admit([first]))
+    heard(0, pieces=generator.advance())
+    heard(1, pieces=generator.admit([second]))
+    heard(0, 1, pieces=generator.advance())
+    generator.keep([1])
+    heard(1, pieces=generator.advance())
+    heard(2, pieces=generator.admit([third]))
+    heard(1, 2, pieces=generator.advance())
+    generator.keep([])
+    assert all(texts) and [whole.startswith(text) for whole, text in zip(alone, texts, strict=True)]
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pandas
 import pytest
 
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.evaluate.benchmarks.pandas_numbers import read_column
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
 from megatron_gmai.evaluate.benchmarks.write import Row, TableWriter
 from tests.evaluate.tables import OPTIONS, cell, choices, encoded, png, write_tsv
@@ -184,3 +186,26 @@ def test_a_table_that_fails_leaves_nothing(tmp_path: Path) -> None:
     ):
         table.add(Row("q", "A", [png()], ["a", "b", "c"]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["1", "2", "3"],
+        ["1", "", "3"],
+        ["1", "NA", "2.50"],
+        ["007", "-2", "+4"],
+        ["1e3", ".5", "2."],
+        ["1", "two", ""],
+        ["", "", ""],
+        ["12345678901234567890123", "1", "2"],
+    ],
+)
+def test_columns_of_numbers_read_as_pandas_reads_them(tmp_path: Path, cells: list[str]) -> None:
+    file = write_tsv(tmp_path / "x.tsv", [{"row": n, "A": cell} for n, cell in enumerate(cells)])
+    read = pandas.read_csv(file, sep="\t")["A"]
+    expected = [
+        cell if missing else str(value)
+        for cell, value, missing in zip(cells, read, read.isna(), strict=True)
+    ]
+    assert read_column(cells) == expected

@@ -28,9 +28,20 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
-        raise ValueError(f"{path}: must be a list of objects")
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: must be a list of objects, not {_kind(records)}")
+    for place, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}: element {place} (counted from 0) is {_kind(record)}, not an object"
+            )
     return records
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    return names[type(value)]
 
 
 def read_csv(path: Path) -> Iterator[dict[str, str]]:

@@ -38,6 +38,7 @@ class Protocol:
     name: str
     source: str  # whose rules these are, and as of when
     rule: Rule
+    reads_by_pandas: bool = False  # columns of numbers may become floats
     circular: bool = False  # rotations of a question count together
     judges_choices: bool = False  # a judge model may match an answer that the rule does not
     judges_open: bool = False  # a judge model decides about open questions

@@ -1,4 +1,4 @@
-"""Collects requests into batches for one thread that runs the model."""
+"""One thread runs the model: requests join the answers under way, and leave when they are done."""
 
 import queue
 import sys
@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_gmai.evaluate.server.generator import Generator, Piece, Request
-
-GATHER_S = 0.02  # waited for company once a first request is there
 
 
 class Busy(Exception):
@@ -26,12 +24,18 @@ class Job:
 
 
 class Batcher:
-    """Runs batches one after the other, in the order in which requests came."""
+    """Answers up to `batch_size` requests at a time; others wait in the order in which they came.
+
+    A request joins between two tokens of the others, and its place is free as soon as its answer
+    has ended (continuous batching: Yu et al. 2022, Orca).
+    """
 
     def __init__(self, generator: Generator, batch_size: int, most_waiting: int) -> None:
         self.generator, self.batch_size = generator, batch_size
         self._jobs: queue.Queue[Job | None] = queue.Queue(most_waiting)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._under_way: list[Job] = []  # the generator's rows
+        self._ended = False
 
     def start(self) -> None:
         self._thread.start()
@@ -49,44 +53,61 @@ class Batcher:
             raise Busy from error
 
     def _run(self) -> None:
-        while True:
-            jobs, ended = self._gather()
-            jobs = [job for job in jobs if not job.left.is_set()]
-            if jobs:
-                self._answer(jobs)
-            if ended:
-                return
+        while self._under_way or not self._ended:
+            self._admit(self._waiting())
+            if self._under_way:
+                self._advance()
 
-    def _gather(self) -> tuple[list[Job], bool]:
-        """Up to `batch_size` jobs, and whether the end has come."""
+    def _waiting(self) -> list[Job]:
+        """Jobs for the free places; waits for one if nothing is under way."""
         jobs: list[Job] = []
-        job = self._jobs.get()
-        while job is not None:
-            jobs.append(job)
-            if len(jobs) == self.batch_size:
-                return jobs, False
+        while not self._ended and len(self._under_way) + len(jobs) < self.batch_size:
             try:
-                job = self._jobs.get(timeout=GATHER_S)
+                job = self._jobs.get(block=not (self._under_way or jobs))
             except queue.Empty:
-                return jobs, False
-        return jobs, True
+                break
+            if job is None:
+                self._ended = True
+            elif not job.left.is_set():
+                jobs.append(job)
+        return jobs
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
-        open_places = set(range(len(jobs)))
-        steps = self.generator.generate([job.request for job in jobs])
+    def _admit(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
         try:
-            for pieces in steps:
-                for piece in pieces:
-                    jobs[piece.place].deliver(piece)
-                    if piece.finish:
-                        open_places.discard(piece.place)
-                if all(jobs[place].left.is_set() for place in open_places):
-                    break
-        except Exception:  # one batch is lost, the server goes on
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            close = getattr(steps, "close", None)
-            if close is not None:
-                close()
-            for place in open_places:
-                jobs[place].deliver(Piece(place, "", 0, finish="error"))
+            pieces = self.generator.admit([job.request for job in jobs])
+        except Exception:
+            _fail(jobs)  # those under way are not touched
+            return
+        before = len(self._under_way)
+        self._under_way += jobs
+        self._deliver(pieces, before)
+
+    def _advance(self) -> None:
+        try:
+            pieces = self.generator.advance()
+        except Exception:  # these answers are lost, the server goes on
+            _fail(self._under_way)
+            self._under_way = []
+            self.generator.keep([])
+            return
+        self._deliver(pieces, 0)
+
+    def _deliver(self, pieces: Sequence[Piece], first: int) -> None:
+        """Pieces of the rows from `first` on; rows that end give their place free."""
+        going_on = list(range(first))
+        for row, piece in enumerate(pieces, first):
+            job = self._under_way[row]
+            job.deliver(piece)
+            if not piece.finish and not job.left.is_set():
+                going_on.append(row)
+        if len(going_on) < len(self._under_way):
+            self.generator.keep(going_on)
+            self._under_way = [self._under_way[row] for row in going_on]
+
+
+def _fail(jobs: Sequence[Job]) -> None:
+    traceback.print_exc(file=sys.stderr)
+    for job in jobs:
+        job.deliver(Piece("", 0, finish="error"))

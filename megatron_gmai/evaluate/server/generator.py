@@ -1,12 +1,13 @@
 """What the server asks of a model, whatever it is and wherever it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from megatron_gmai.data.text.conversation import Conversation
+from megatron_gmai.evaluate.sampling import GREEDY, Sampling
 
 
 @dataclass(frozen=True)
@@ -16,23 +17,20 @@ class Request:
     conversation: Conversation
     images: tuple[np.ndarray, ...]  # as the model's `prepare` has made them
     max_tokens: int
-    temperature: float = 0.0  # 0: the most probable token
-    top_p: float = 1.0
-    seed: int | None = None
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the answer to one request of a batch."""
+    """A part of one answer."""
 
-    place: int  # in the batch
     text: str
     tokens: int = 1
     finish: str | None = None  # "stop" or "length" with the last piece
 
 
 class Generator(Protocol):
-    """A model that answers batches. Called from one thread."""
+    """A model with answers under way, one a row. Called from one thread, but for the first two."""
 
     name: str
 
@@ -44,9 +42,15 @@ class Generator(Protocol):
         """Tokens of the prompt. Raises BadSample for one that leaves no room for an answer."""
         ...
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[list[Piece]]:
-        """What each step adds to the answers; ends when every request has a piece with a finish.
+    def admit(self, requests: Sequence[Request]) -> list[Piece]:
+        """The first piece of each answer; their rows come behind those under way, which a failure
+        here does not touch."""
+        ...
 
-        The caller may close it early, when nobody waits any more.
-        """
+    def advance(self) -> list[Piece]:
+        """The next piece of each answer under way; none of them may be finished."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
         ...

@@ -5,6 +5,7 @@ server's network.
 """
 
 import binascii
+import secrets
 from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import IMAGE_TAG, parse_conversation
+from megatron_gmai.evaluate.sampling import Sampling
 from megatron_gmai.evaluate.server.generator import Generator, Request
 
 MAX_BODY_BYTES = 64 * 1024**2
@@ -61,19 +63,27 @@ def parse_chat(body: Any, generator: Generator, most_tokens: int) -> Chat:
         raise BadRequest(str(error), "messages") from error
     if conversation.turns[-1].role != "user":
         raise BadRequest("the last message must be the user's", "messages")
-    seed = body.get("seed")
     options = body.get("stream_options")
     return Chat(
         Request(
             conversation=conversation,
             images=tuple(images),
             max_tokens=_most_tokens(body, most_tokens),
-            temperature=_number(body, "temperature", 0.0, 0, 2),
-            top_p=_number(body, "top_p", 1.0, 0, 1),
-            seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+            sampling=_sampling(body),
         ),
         stream=body.get("stream") is True,
         include_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
+    )
+
+
+def _sampling(body: Mapping[str, Any]) -> Sampling:
+    seed = body.get("seed")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        seed = secrets.randbits(63)
+    return Sampling(
+        temperature=_number(body, "temperature", 0.0, 0, 2),
+        top_p=_number(body, "top_p", 1.0, 0, 1),
+        seed=seed,
     )
 
 
