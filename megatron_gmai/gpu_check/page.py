@@ -26,7 +26,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem
 p, small { color: var(--soft); margin: .3rem 0 } table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top } th { color: var(--soft); font-weight: 500; font-size: .9rem }
-td:nth-child(2) { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+.found { table-layout: fixed } .found th:first-child { width: 52% }
+.found :is(td, th):nth-child(2) { text-align: right; font-variant-numeric: tabular-nums }
 .good { color: var(--good) } .bad { color: var(--bad); font-weight: 600 }
 """
 
@@ -59,7 +60,7 @@ def verdict(findings: Sequence[Finding]) -> str:
 def _section(name: str, findings: list[Finding]) -> str:
     rows = "".join(_row(finding) for finding in findings)
     head = "<tr><th>what<th>measured<th>bar<th>"
-    return f"<h2>{_text(TITLES.get(name, name))}</h2><table>{head}{rows}</table>"
+    return f"<h2>{_text(TITLES.get(name, name))}</h2><table class=found>{head}{rows}</table>"
 
 
 def _row(finding: Finding) -> str:

@@ -19,7 +19,7 @@ from megatron_gmai.training.weights import fill
 STEPS = 3
 # Relative difference that is allowed of losses and of gradient norms. In bf16 each of some hundred
 # roundings loses 2⁻⁹.
-ALLOWED = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 5e-2)}
+ALLOWED = {"fp32": (1e-4, 1e-3), "bf16": (2e-3, 2e-2)}
 _ZERO: dict[str, Any] = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
 _TENSOR: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
