@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.layout import ImageShare
@@ -48,7 +49,9 @@ class EncodedStep:
         else:
             gradient = torch.empty_like(self.own)
             dist.scatter(gradient, parts, src=dist.get_global_rank(pp, 0), group=pp)
-        torch.autograd.backward(self.own, gradient)
+        # By its edge: given a tensor, torch hands the call to the mode that stands in for a GPU,
+        # which what is recomputed inside would then not see.
+        torch.autograd.backward(get_gradient_edge(self.own), gradient)
 
     def _gradients_by_rank(self) -> list[Tensor]:
         """[length, P, H] for each pipeline rank of the column; zero for blank images."""
