@@ -328,10 +328,10 @@ class TestUnderLoad:
             assert time.monotonic() - begun < 20 and len(reader.batches) < 5_000
 
     def test_too_many_waiting_are_told_to_come_again(self) -> None:
-        settings = Settings(batch_size=1, most_waiting=1, most_tokens=300)
+        settings = Settings(batch_size=1, most_waiting=1, most_tokens=60)
         with serving(Reader(0.01), settings) as address:
             statuses: list[int] = []
-            body = json.dumps({"messages": user("forever"), "max_tokens": 300}).encode()
+            body = json.dumps({"messages": user("forever"), "max_tokens": 60}).encode()
             threads = [
                 threading.Thread(target=lambda: statuses.append(raw(address, body)[0]))
                 for _ in range(6)
