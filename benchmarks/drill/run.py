@@ -87,7 +87,10 @@ class Drill:
                 )
                 for host, command in enumerate(starts)
             ]
-            status = _wait(processes)
+            try:
+                status = _wait(processes)
+            finally:  # of a drill that is interrupted, too
+                _end(processes)
         if self.hosts is not None:
             self.hosts.join()
         (self.disk / "ballast").unlink(missing_ok=True)
@@ -182,18 +185,21 @@ def free_port() -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The worst exit status; None if one had to be killed. Nothing is left running."""
+    """The worst exit status; None if one has not ended in time."""
     deadline, first_end = time.monotonic() + LIMIT, None
     while any(process.poll() is None for process in processes):
         if first_end is None and any(process.poll() is not None for process in processes):
             first_end = time.monotonic()
             deadline = min(deadline, first_end + LINGER)
         if time.monotonic() > deadline:
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-            for process in processes:
-                process.wait()
             return None
         time.sleep(0.05)
     return max(abs(process.returncode) for process in processes)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill what still runs, whole sessions."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
