@@ -94,8 +94,17 @@ class Processes:
 
     def world(self, config: Config, dtype: str = "fp32") -> World:
         """The world of this layout."""
-        parallel_state.destroy_model_parallel()
+        self._leave_groups()
         return lay_out(dataclasses.replace(self.device, dtype=DTYPES[dtype]), config)
+
+    def _leave_groups(self) -> None:
+        """End the groups of the layout before: each keeps a thread and its sockets, which spin once
+        another process has ended."""
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+        for group in [*dist.distributed_c10d._world.pg_map]:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     def model(self, config: Config, source: Mapping[str, Tensor] | None = None) -> GMAIVL:
         """The model of a layout that holds it in one chunk a rank, with the weights of `source`."""
