@@ -12,7 +12,7 @@ CORE := tests/kernels tests/runtime tests/model \
 
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
-.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner
+.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner bench-train
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -53,7 +53,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 verify: $(VENV)/.dev  ## the quick start's export against the checkpoint that it came from
 	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/stage3/checkpoints runs/quickstart/hf $(ARGS)
 
-bench: bench-kernels bench-data bench-convert bench-evaluation  ## all benchmarks, results under runs/bench
+bench: bench-kernels bench-data bench-convert bench-evaluation bench-train  ## all of them, to runs/bench
 
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
@@ -64,6 +64,9 @@ bench-data: $(VENV)/.bench  ## making shards, loader, packing and planning
 
 bench-planner: $(VENV)/.dev  ## the planner against dry runs, and these against real tensors
 	$(RUN) benchmarks/planner.py $(ARGS)
+
+bench-train: $(VENV)/.dev  ## training against transformers, layouts against one process
+	$(RUN) benchmarks/train.py $(ARGS)
 
 bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
 	$(RUN) benchmarks/convert.py $(ARGS)

@@ -26,7 +26,6 @@ from train_contenders import (
     MODEL,
     Sample,
     make_pack,
-    micro_batch,
     ours,
     peak_flops,
     save_start,
