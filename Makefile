@@ -12,7 +12,8 @@ CORE := tests/kernels tests/runtime tests/model \
 
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
-.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner bench-save drill
+.PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner bench-save
+.PHONY: bench-train drill
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -53,7 +54,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 verify: $(VENV)/.dev  ## the quick start's export against the checkpoint that it came from
 	$(RUN) tools/convert_checkpoint.py verify runs/quickstart/phase3/checkpoints runs/quickstart/hf $(ARGS)
 
-bench: bench-kernels bench-data bench-convert bench-evaluation bench-save  ## all benchmarks, results under runs/bench
+bench: bench-kernels bench-data bench-convert bench-evaluation bench-save bench-train  ## all, to runs/bench
 
 bench-kernels: $(VENV)/.bench  ## the fused kernels against torch and others
 	$(RUN) benchmarks/kernels.py $(ARGS)
@@ -64,6 +65,9 @@ bench-data: $(VENV)/.bench  ## making shards, loader, packing and planning
 
 bench-planner: $(VENV)/.dev  ## the planner against dry runs, and these against real tensors
 	$(RUN) benchmarks/planner.py $(ARGS)
+
+bench-train: $(VENV)/.dev  ## training against transformers, layouts against one process
+	$(RUN) benchmarks/train.py $(ARGS)
 
 bench-convert: $(VENV)/.dev  ## conversion both ways against a plain copy, and its memory
 	$(RUN) benchmarks/convert.py $(ARGS)
