@@ -10,6 +10,9 @@ test test-latest test-lowest: export OMP_NUM_THREADS ?= 1
 CORE := tests/kernels tests/runtime tests/model \
 	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
+# Whole files go to a process each; `make test ARGS='-n 0 ...'` runs in one, as a debugger needs it.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
 .PHONY: bench bench-kernels bench-data bench-convert bench-evaluation bench-planner bench-save
@@ -31,7 +34,7 @@ chat: $(VENV)/.serve  ## a page to talk to the quick start's model, on http://12
 		--examples runs/quickstart/examples $(ARGS)
 
 test: $(VENV)/.dev  ## all tests (those of Slurm where it is installed)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-latest: .venv-latest/.ready  ## core tests with the newest torch, Triton, megatron-core
 	.venv-latest/bin/python -m pytest -m "not pinned" $(CORE) $(ARGS)
