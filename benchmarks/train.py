@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from kernel_figures import Figure, at_least, at_most, show, write
-from train_contenders import (
+from train_rivals import (
     BATCH,
     LENGTH,
     MODEL,

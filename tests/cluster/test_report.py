@@ -158,7 +158,7 @@ def test_the_parts_of_a_step_stand_by_stage_and_mfu_beside_the_plan(
         row["stages"] = [{"stage": stage, **parts} for stage in range(2)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "work" / "metrics.jsonl").write_text(lines)
-    start = {"processes": 8, "gpus": "8 x NVIDIA H100 80GB HBM3"}
+    start = {"processes": 2, "gpus": "2 x NVIDIA H100 80GB HBM3"}
     (tmp_path / "work" / "environment.jsonl").write_text(json.dumps(start) + "\n")
     (run,) = read_runs(tmp_path / "work")
     expected = planned_mfu(run)
