@@ -35,6 +35,7 @@ def in_processes(size: int, seconds: float, function: Callable[..., Any], *argum
                     raise TimeoutError(f"stopped after {seconds:.0f} s")
         except ProcessException as error:
             raise RuntimeError(str(error).strip()) from error
+        # Any object: the file is this function's own, in a folder that only its user can enter.
         return torch.load(result, weights_only=False)
 
 
