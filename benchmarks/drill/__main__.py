@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="(default: both)")
     parser.add_argument("--output", type=Path, default=Path("runs/drill"))
     flags, more = parser.parse_known_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # disk and hosts are tidied up
     began = time.monotonic()
     shutil.rmtree(flags.output, ignore_errors=True)
     with contextlib.ExitStack() as stack:
@@ -162,4 +161,5 @@ def costs(rows: Sequence[dict[str, Any]]) -> list[Figure]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # disk and hosts are tidied up
     sys.exit(main())

@@ -27,7 +27,7 @@ _MOST_SECONDS_BETWEEN_LOOKS = 2.0
 _HANG = "watchdog/hang"  # in the store: how many ranks have come to the end of their patience
 _STORE_SECONDS = 5.0  # the store may be gone together with its host
 # Frames that only pass a call on, and say nothing of where a rank waits.
-_WRAPPERS = ("torch", "megatron_gmai.runtime.cpu", "contextlib")
+_WRAPPERS = ("torch", "megatron_gmai.runtime.cpu", "contextlib", "typing_extensions")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
