@@ -91,7 +91,7 @@ def test_a_rank_that_waits_elsewhere_is_told_from_those_in_a_collective(
     assert process.returncode != 0
     assert output.count("made no progress for") == 1, output
     assert "rank 1: wait_for_a_disk (program.py:" in output
-    (collective, caller), = re.findall(r"rank 0: (all_\w+) of \w+ \((\w+)\.py:", output)
+    ((collective, caller),) = re.findall(r"rank 0: (all_\w+) of \w+ \((\w+)\.py:", output)
     assert caller != "typing_extensions"  # what marks a function as deprecated calls none by itself
     assert f"in {collective}" in (work_dir / "stacks.0.txt").read_text()
     assert "wait_for_a_disk" in (work_dir / "stacks.1.txt").read_text()
