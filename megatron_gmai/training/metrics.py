@@ -29,6 +29,7 @@ class Row:
     save_time_s: float = 0.0  # that checkpoints held up training, since the row before
     model_flops_per_s: float = 0.0  # of all ranks, the vision tower's included
     mfu: float | None = None  # share of the devices' peak; None where that is not known
+    predicted_step_time_s: float | None = None  # the planner's; None where it does not know them
 
 
 def make_row(
@@ -39,10 +40,12 @@ def make_row(
     memory: int,
     flops: float = 0.0,
     peak: float | None = None,
+    predicted: float | None = None,
     skipped: int = 0,
     saving: float = 0.0,
 ) -> Row:
-    """`flops` of the step's model work and `peak` a second, both of all ranks."""
+    """`flops` of the step's model work and `peak` a second, both of all ranks; `predicted` seconds
+    of the step."""
     return Row(
         iteration=iteration,
         loss=result.loss,
@@ -58,6 +61,7 @@ def make_row(
         peak_memory_bytes=memory,
         model_flops_per_s=flops / seconds,
         mfu=None if peak is None else flops / seconds / peak,
+        predicted_step_time_s=predicted,
         skipped_steps=skipped,
         save_time_s=saving,
     )
@@ -100,8 +104,9 @@ class MetricsLog:
             f" | loss {row.loss:.4f} | lr {row.lr:.2e} | grad norm {row.grad_norm:.3f}"
             f" | {row.tokens_per_s:,.0f} tokens/s"
             f" ({row.supervised_tokens / row.step_time_s:,.0f} supervised)"
-            f" | {row.images / row.step_time_s:.1f} images/s | fill {row.pack_fill:.1%}"
-            f" | {row.model_flops_per_s / 1e12:.3g} TFLOP/s{_share(row.mfu)}"
+            f" | {row.images / row.step_time_s:.1f} images/s"
+            f" | {row.samples} samples | fill {row.pack_fill:.1%}"
+            f" | {row.model_flops_per_s / 1e12:.3g} TFLOP/s{_share(row)}"
             f" | {row.peak_memory_bytes / 2**30:.2f} GiB | {_duration(left)} left"
         )
 
@@ -110,8 +115,17 @@ class MetricsLog:
         self.tensorboard.close()
 
 
-def _share(mfu: float | None) -> str:
-    return "" if mfu is None else f" (MFU {mfu:.1%})"
+def _share(row: Row) -> str:
+    """MFU, and beside it what the planner predicts for the same step."""
+    if row.mfu is None:
+        return ""
+    if row.predicted_step_time_s is None:
+        return f" (MFU {row.mfu:.1%})"
+    predicted = row.mfu * row.step_time_s / row.predicted_step_time_s
+    return (
+        f" (MFU {row.mfu:.1%}, predicted {predicted:.1%}:"
+        f" {row.step_time_s:.3g} s, predicted {row.predicted_step_time_s:.3g})"
+    )
 
 
 def keep_rows_up_to(path: Path, iteration: int) -> None:
