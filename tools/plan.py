@@ -9,16 +9,18 @@ are then confirmed by dry runs of the real code (--confirm N). No GPU is needed.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
 from megatron_gmai.cli import parse
 from megatron_gmai.config import Config
+from megatron_gmai.data.shards.mean_load import pack_means
 from megatron_gmai.layout import encodes_ahead
 from megatron_gmai.planner.cost import Load, typical_images, with_vocabulary
 from megatron_gmai.planner.hardware import GPUS, gpu_called
 from megatron_gmai.planner.search import GIB, Plan, search
-from megatron_gmai.planner.tell import as_json, explain, table, why
+from megatron_gmai.planner.tell import PHASE_SAMPLES, as_json, explain, table, why
 
 FROZEN = {1: ("--freeze-llm", "--freeze-vit"), 2: ("--freeze-llm",), 3: ()}
 
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--images-per-pack", type=float, help="mean over the data (default: packs full of images)"
     )
     flags.add_argument("--samples-per-pack", type=float, help="(default: one an image)")
-    flags.add_argument("--fill", type=float, default=0.98, help="share of a pack that is used")
+    flags.add_argument("--fill", type=float, help="share of a pack that is used (0.98)")
     flags.add_argument("--top", type=int, default=10, help="rows of the table (10)")
     flags.add_argument("--confirm", type=int, default=3, help="of which dry runs confirm so many")
     flags.add_argument("--explain", type=int, metavar="N", help="tell more about row N")
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 "--vision-phase all-ranks: the planner judges layouts whose first stage encodes "
                 "the images; leave it out, and compare with tools/dry_run.py"
             )
-        load = load_for(config, own)
+        load, fill, samples = data_for(config, own)
         gpu = gpu_called(own.gpu)
         found = search(config, own.gpus, load, gpu)
     except ValueError as error:
@@ -62,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         print(nothing_fits(found.too_large, gpu.memory_gib), file=sys.stderr)
         return 1
     best = found.plans[: own.top]
-    print(table(best, load, gpu, own.phase, own.fill))
+    print(table(best, load, gpu, samples, fill))
     print(why(found, gpu))
     chosen = best[(own.explain or 1) - 1]
     if own.explain:
         print("\n".join(explain(chosen, gpu)))
-    rows = [as_json(made, load, gpu, own.phase, own.fill) for made in best]
+    rows = [as_json(made, load, gpu, samples, fill) for made in best]
     for made, row in zip(best[: own.confirm], rows, strict=False):
         row["dry_run"] = confirm(made, load)
         print(confirmation(made, row["dry_run"]), flush=True)
@@ -80,9 +82,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_for(config: Config, own: argparse.Namespace) -> Load:
-    images = typical_images(config) if own.images_per_pack is None else own.images_per_pack
-    return Load(config.data.max_length, own.samples_per_pack or max(1.0, images), images)
+def data_for(config: Config, own: argparse.Namespace) -> tuple[Load, float, float]:
+    """What a pack holds, how full it is, and the samples of the phase: of `--shards` where they
+    are given, else typical ones; the other flags win over both."""
+    images, segments, fill = own.images_per_pack, own.samples_per_pack, own.fill
+    samples = PHASE_SAMPLES[own.phase]
+    if config.data.shards is not None:
+        means = pack_means(Path(config.data.shards), config.data)
+        samples = means.epoch_samples
+        images = means.images if images is None else images
+        segments, fill = segments or means.samples, fill or means.fill
+        print(
+            f"{config.data.shards}: {samples:,.0f} samples an epoch; a pack of "
+            f"{config.data.max_length} tokens has {images:.2f} images and {segments:.2f} samples "
+            f"and is {fill:.1%} full"
+        )
+    images = typical_images(config) if images is None else images
+    load = Load(config.data.max_length, segments or max(1.0, images), images)
+    return load, fill or 0.98, samples
 
 
 def nothing_fits(plans: list[Plan], limit: float) -> str:
@@ -105,7 +122,7 @@ def confirm(made: Plan, load: Load) -> list[dict[str, float]]:
     config = made.config
     run = dataclasses.replace(config.run, dtype="bf16")
     reports = dry_runs(
-        dataclasses.replace(config, run=run), made.layout.world_size, round(load.images)
+        dataclasses.replace(config, run=run), made.layout.world_size, math.ceil(load.images)
     )
     return [
         {

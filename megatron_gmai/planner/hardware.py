@@ -32,9 +32,14 @@ class Gpu:
     per_node: int = 8
 
     @property
+    def peak_flops(self) -> float:
+        """Peak bf16 operations a second."""
+        return self.peak_tflops * 1e12
+
+    @property
     def product_flops(self) -> float:
         """Floating-point operations a second of large matrix products."""
-        return self.peak_tflops * 1e12 * self.attainable
+        return self.peak_flops * self.attainable
 
 
 GPUS = {
@@ -48,7 +53,7 @@ GPUS = {
     )
 }
 
-# Names that drivers report, longest first, for `device_peak`.
+# Names that drivers report, longest first, for `gpu_of_driver`.
 _DRIVER_NAMES = {"B200": "b200", "H200": "h200", "H100": "h100-80gb", "A100": "a100-80gb"}
 
 
@@ -60,7 +65,7 @@ def gpu_called(name: str) -> Gpu:
 
 
 def gpu_of_driver(driver_name: str) -> Gpu | None:
-    """The GPU that a driver calls so; None for one not known."""
+    """The GPU by the name that its driver reports; None for one not known."""
     for part, name in _DRIVER_NAMES.items():
         if part in driver_name and "PCIe" not in driver_name and "NVL" not in driver_name:
             return GPUS[name]

@@ -50,7 +50,7 @@ class StepTime:
     world_size: int = 1
 
     def mfu(self, gpu: Gpu) -> float:
-        return self.model_flops / (self.seconds * self.world_size * gpu.peak_tflops * 1e12)
+        return self.model_flops / (self.seconds * self.world_size * gpu.peak_flops)
 
 
 def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:

@@ -20,13 +20,13 @@ def useful_tokens(made: Plan, load: Load, fill: float) -> float:
     return made.config.train.global_batch_size * load.length * fill / made.time.seconds
 
 
-def days(made: Plan, load: Load, phase: int) -> float:
-    """Days for one pass over the phase's samples; packs hold `load.segments` of them."""
-    steps = PHASE_SAMPLES[phase] / load.segments / made.config.train.global_batch_size
+def days(made: Plan, load: Load, samples: float) -> float:
+    """Days for one pass over so many samples; packs hold `load.segments` of them."""
+    steps = samples / load.segments / made.config.train.global_batch_size
     return steps * made.time.seconds / 86_400
 
 
-def table(plans: list[Plan], load: Load, gpu: Gpu, phase: int, fill: float) -> str:
+def table(plans: list[Plan], load: Load, gpu: Gpu, samples: float, fill: float) -> str:
     rows = [COLUMNS]
     for number, made in enumerate(plans, 1):
         layout, parallel, train = made.layout, made.config.parallel, made.config.train
@@ -36,7 +36,7 @@ def table(plans: list[Plan], load: Load, gpu: Gpu, phase: int, fill: float) -> s
             f"{parallel.num_virtual_stages_per_pipeline_rank:4}{layout.context:4}{layout.data:5}"
             f"{train.micro_batch_size:4}{train.selective_recompute:11.0%}{made.peak_gib:10.1f}"
             f"{made.time.seconds:8.2f}{made.time.bubble:8.1%}{made.time.mfu(gpu):7.1%}"
-            f"{tokens:10,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, phase):7.2f}"
+            f"{tokens:10,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, samples):7.2f}"
         )
     return "\n".join(rows)
 
@@ -82,7 +82,7 @@ def explain(made: Plan, gpu: Gpu) -> Iterator[str]:
     yield f"  step {made.time.seconds:.3f} s: {_shares(made)}; MFU {made.time.mfu(gpu):.1%}"
 
 
-def as_json(made: Plan, load: Load, gpu: Gpu, phase: int, fill: float) -> dict[str, Any]:
+def as_json(made: Plan, load: Load, gpu: Gpu, samples: float, fill: float) -> dict[str, Any]:
     """A plan as plain values."""
     tokens = useful_tokens(made, load, fill)
     return {
@@ -94,5 +94,5 @@ def as_json(made: Plan, load: Load, gpu: Gpu, phase: int, fill: float) -> dict[s
         "mfu": made.time.mfu(gpu),
         "tokens_per_s": tokens,
         "tokens_per_s_per_gpu": tokens / made.layout.world_size,
-        "days": days(made, load, phase),
+        "days": days(made, load, samples),
     }

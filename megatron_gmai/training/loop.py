@@ -9,9 +9,11 @@ import torch.distributed as dist
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.prepare import copy_tokenizer
+from megatron_gmai.layout import Layout
 from megatron_gmai.observe.sinks import open_sinks
-from megatron_gmai.planner.cost import step_flops
-from megatron_gmai.planner.hardware import device_peak
+from megatron_gmai.planner.cost import Load, step_flops
+from megatron_gmai.planner.hardware import Gpu, gpu_of_driver
+from megatron_gmai.planner.speed import step_time
 from megatron_gmai.runtime.device import Device, device_name, peak_memory_bytes
 from megatron_gmai.training.checkpoint import newest_whole_checkpoint
 from megatron_gmai.training.held_out import evaluate
@@ -103,11 +105,24 @@ def validate(run: Run, iteration: int, watchdog: Watchdog, log: MetricsLog | Non
         log.write_validation(iteration, found)
 
 
-def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None]:
-    """Model FLOPs of the step, and what all devices could do in a second, if that is known."""
+def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None, float | None]:
+    """Model FLOPs of the step; where the planner knows the devices, what all of them could do in a
+    second, and the seconds that it predicts for the step."""
     flops = step_flops(run.config, result.positions, result.tokens, result.images, result.samples)
-    peak = device_peak(device_name(run.world.device))
-    return flops, None if peak is None else peak * run.world.layout.world_size
+    gpu, layout = gpu_of_driver(device_name(run.world.device)), run.world.layout
+    if gpu is None:
+        return flops, None, None
+    return flops, gpu.peak_flops * layout.world_size, predicted(run.config, layout, result, gpu)
+
+
+def predicted(config: Config, layout: Layout, result: StepResult, gpu: Gpu) -> float | None:
+    """Seconds that the planner gives a step with so many samples and images; None with adapters,
+    which it does not know."""
+    if config.lora.llm_use_lora:
+        return None
+    packs = config.train.global_batch_size
+    load = Load(config.data.max_length, max(1.0, result.samples / packs), result.images / packs)
+    return step_time(config, layout, load, gpu).seconds
 
 
 def newest(run: Run) -> Path | None:

@@ -42,6 +42,7 @@ class Row:
     # `reduce` (gradients), `data`.
     stages: list[dict[str, float]] = field(default_factory=list)
     stragglers: list[int] = field(default_factory=list)  # ranks that took far longer than others
+    predicted_step_time_s: float | None = None  # the planner's; None where it does not know them
 
 
 def make_row(
@@ -52,11 +53,13 @@ def make_row(
     memory: int,
     flops: float = 0.0,
     peak: float | None = None,
+    predicted: float | None = None,
     skipped: int = 0,
     saving: float = 0.0,
     times: Sequence[RankTimes] = (),
 ) -> Row:
-    """`flops` of the step's model work and `peak` a second, both of all ranks; `times` of each."""
+    """`flops` of the step's model work and `peak` a second, both of all ranks; `predicted` seconds
+    of the step; `times` of each rank."""
     return Row(
         iteration=iteration,
         loss=result.loss,
@@ -72,6 +75,7 @@ def make_row(
         peak_memory_bytes=memory,
         model_flops_per_s=flops / seconds,
         mfu=None if peak is None else flops / seconds / peak,
+        predicted_step_time_s=predicted,
         skipped_steps=skipped,
         save_time_s=saving,
         data_wait_s=max((one.data for one in times), default=0.0),
@@ -133,8 +137,9 @@ class MetricsLog:
             f" | loss {row.loss:.4f} | lr {row.lr:.2e} | grad norm {row.grad_norm:.3f}"
             f" | {row.tokens_per_s:,.0f} tokens/s"
             f" ({row.supervised_tokens / row.step_time_s:,.0f} supervised)"
-            f" | {row.images / row.step_time_s:.1f} images/s | fill {row.pack_fill:.1%}"
-            f" | {row.model_flops_per_s / 1e12:.3g} TFLOP/s{_share(row.mfu)}"
+            f" | {row.images / row.step_time_s:.1f} images/s"
+            f" | {row.samples} samples | fill {row.pack_fill:.1%}"
+            f" | {row.model_flops_per_s / 1e12:.3g} TFLOP/s{_share(row)}"
             f" | {row.peak_memory_bytes / 2**30:.2f} GiB | {_duration(left)} left{_slow(row)}"
         )
 
@@ -176,8 +181,17 @@ def _slow(row: Row) -> str:
     return f" | stragglers: {spans(row.stragglers)}" if row.stragglers else ""
 
 
-def _share(mfu: float | None) -> str:
-    return "" if mfu is None else f" (MFU {mfu:.1%})"
+def _share(row: Row) -> str:
+    """MFU, and beside it what the planner predicts for the same step."""
+    if row.mfu is None:
+        return ""
+    if row.predicted_step_time_s is None:
+        return f" (MFU {row.mfu:.1%})"
+    predicted = row.mfu * row.step_time_s / row.predicted_step_time_s
+    return (
+        f" (MFU {row.mfu:.1%}, predicted {predicted:.1%}:"
+        f" {row.step_time_s:.3g} s, predicted {row.predicted_step_time_s:.3g})"
+    )
 
 
 def keep_rows_up_to(path: Path, iteration: int) -> None:

@@ -12,7 +12,7 @@ from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.layout import Layout, chunks_of_rank
 from megatron_gmai.planner.cost import Load, load_of, step_flops, typical_images, with_vocabulary
 from megatron_gmai.planner.figure import timeline_svg
-from megatron_gmai.planner.hardware import GPUS, device_peak, gpu_called
+from megatron_gmai.planner.hardware import GPUS, gpu_called, gpu_of_driver
 from megatron_gmai.planner.layout import balanced_layers, imbalance, settle_layout
 from megatron_gmai.planner.memory import Share, is_trained, stage_memory
 from megatron_gmai.planner.schedule import order, simulate
@@ -155,9 +155,9 @@ def test_a_search_puts_the_fastest_that_fits_first() -> None:
 
 
 def test_devices_are_known_by_their_drivers_names() -> None:
-    assert device_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert device_peak("NVIDIA H100 PCIe") is None
-    assert device_peak("a processor") is None
+    assert gpu_of_driver("NVIDIA H100 80GB HBM3") == GPUS["h100-80gb"]
+    assert gpu_of_driver("NVIDIA H100 PCIe") is None
+    assert gpu_of_driver("a processor") is None
 
 
 def test_the_program_prints_a_table_and_confirms_it(

@@ -1,12 +1,17 @@
 """The learning rate's curve, the steps between checkpoints, and the rows of a run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from megatron_gmai.config import TrainConfig
-from megatron_gmai.training.loop import checkpoint_steps
+from megatron_gmai.planner.cost import Load, with_vocabulary
+from megatron_gmai.planner.hardware import gpu_called
+from megatron_gmai.planner.search import plan
+from megatron_gmai.presets import preset
+from megatron_gmai.training.loop import checkpoint_steps, predicted
 from megatron_gmai.training.metrics import MetricsLog, Row, make_row
 from megatron_gmai.training.optimizer import learning_rate
 from megatron_gmai.training.step import StepResult
@@ -15,7 +20,7 @@ KEYS = [
     "iteration", "loss", "lr", "grad_norm", "supervised_tokens", "tokens", "images", "samples",
     "pack_fill", "step_time_s", "tokens_per_s", "peak_memory_bytes",
     "skipped_steps", "save_time_s", "model_flops_per_s", "mfu", "data_wait_s",
-    "stages", "stragglers",
+    "stages", "stragglers", "predicted_step_time_s",
 ]  # fmt: skip
 RESULT = StepResult(
     loss=1 / 3,
@@ -141,4 +146,17 @@ def test_the_line_tells_the_share_of_the_peak_where_it_is_known(tmp_path: Path) 
     assert "200 TFLOP/s (MFU 20.0%)" in log.line(known)
     assert "200 TFLOP/s |" in log.line(unknown)
     assert (known.mfu, unknown.mfu) == (0.2, None)
+    planned = make_row(1, RESULT, 1e-3, 2.0, 2**30, flops=4e14, peak=1e15, predicted=1.6)
+    assert "(MFU 20.0%, predicted 25.0%: 2 s, predicted 1.6)" in log.line(planned)
+    assert "7 samples" in log.line(planned)
     log.close()
+
+
+def test_the_prediction_of_a_logged_step_is_the_planners() -> None:
+    config, gpu = with_vocabulary(preset("gmai-vl-7b")), gpu_called("h100-80gb")
+    packs = config.train.global_batch_size
+    result = dataclasses.replace(RESULT, samples=3 * packs, images=3 * packs)
+    made = plan(config, 8, Load(config.data.max_length, 3, 3), gpu)
+    assert predicted(config, made.layout, result, gpu) == made.time.seconds
+    adapters = dataclasses.replace(config, lora=dataclasses.replace(config.lora, llm_use_lora=True))
+    assert predicted(adapters, made.layout, result, gpu) is None
