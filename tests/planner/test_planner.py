@@ -183,7 +183,7 @@ def test_adapters_take_the_place_of_the_language_models_gradients_and_state(
     for report in json.loads(file.read_text()):
         found = stage_memory(config, layout, report["stage"], load)
         static = report["static"]
-        assert found.weights == static["weights"]
+        assert found.weights == pytest.approx(static["weights"], rel=1e-3)
         assert found.gradients == pytest.approx(static["gradients"], rel=0.01)
         assert found.optimizer == pytest.approx(static["optimizer"], rel=0.01)
         assert found.peak == pytest.approx(report["peak_bytes"], rel=0.05)

@@ -28,6 +28,7 @@ VPP2 = ParallelConfig(
 )
 CP2 = ParallelConfig(context_parallel_size=2, use_distributed_optimizer=True)
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4)
+DROPOUT = LoraConfig(llm_use_lora=True, lora_rank=4, lora_dropout=0.3)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -44,6 +45,7 @@ SAVED = [
     Job("vpp2-phase3", Case("vpp2", VPP2, phase=3), save_to="from-vpp2-phase3"),
     Job("lora-phase3", Case("lora", TP2, lora=LORA), save_to="from-lora-phase3"),
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
+    Job("dropout-zero", Case("dropout", ZERO, lora=DROPOUT), save_to="from-dropout-zero"),
 ]
 SAME = [
     Job(f"same-{job.name}", job.case, load_from=str(job.save_to)) for job in SAVED
