@@ -118,7 +118,7 @@ class _Writer:
         start, offsets = self._file.tell(), torch.Size([0] * tensor.dim())
         # The zip's own sums would take as long as ours, which cover them (torch reads neither).
         with torch_files.patch("save.compute_crc32", False), _reason_of_torch():  # type: ignore[attr-defined]
-            torch.save(tensor, self._file)  # type: ignore[arg-type]
+            torch.save(tensor, self._file)  # type: ignore[arg-type]  # all that it asks of a file
         length = self._file.tell() - start
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(
             self._file.path.name, start, length

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -21,6 +22,7 @@ from torch.nn import Parameter
 from torch.nn.functional import dropout, linear
 
 from megatron_gmai.config import LoraConfig
+from megatron_gmai.runtime.groups import OF_RANK, OF_TOKENS
 from megatron_gmai.weights import LORA_TARGETS
 
 ROW_PARALLEL = ("proj", "fc2")  # of LORA_TARGETS
@@ -59,7 +61,7 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear's own input -> what is added to its output, both as this rank holds them."""
-        low = linear(dropout(x, self.dropout, self.training), self.a)  # [T, 1, r]
+        low = linear(self._dropped(x), self.a)  # [T, 1, r]
         if self.is_row_parallel:
             # A partial sum, over this rank's columns: of r numbers a token instead of H.
             reduce = (
@@ -73,6 +75,16 @@ class Adapter(torch.nn.Module):
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp)  # sums the gradient
         return self.scale * linear(low, self.b)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Dropout by Megatron's tracker, which recomputation puts back: the same mask again."""
+        if self.dropout == 0 or not self.training:
+            return x
+        # The tensor-parallel ranks hold the same input only where it is not divided. There, another
+        # mask on each of them would give each another gradient of A.
+        is_divided = self.is_row_parallel or self.sequence_parallel
+        with get_cuda_rng_tracker().fork(OF_RANK if is_divided else OF_TOKENS):
+            return dropout(x, self.dropout)
 
 
 def add_adapters(

@@ -6,6 +6,7 @@ active on a machine whose GPU is in use.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,8 @@ def install() -> None:
     except RuntimeError:
         _installation.restore()
         raise
+    # Its tracker warns each time that the host's random state changes, which is the device's here.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
     _installation.mode = CudaMeans(CPU)
     _installation.mode.__enter__()
 

@@ -8,12 +8,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_gmai.config import ParallelConfig
 from megatron_gmai.layout import encodes_ahead, virtual_stages
 from megatron_gmai.runtime.device import Device
+
+# Random states in Megatron's tracker, see `seed_everything`.
+OF_TOKENS, OF_RANK = "of-tokens", "of-rank"
+_OFFSET = 1_000_000  # from the seeds that Megatron itself makes of ours
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,20 @@ def build_groups(parallel: ParallelConfig, num_layers: int, timeout_minutes: flo
     return Groups(mcore, solo)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch and Megatron's random-state tracker (model-parallel ranks differ on purpose)."""
+def seed_everything(seed: int, groups: Groups) -> None:
+    """Seed torch, Megatron's random-state tracker and two states of our own in it.
+
+    Megatron's states are those of a model-parallel rank, the same on all data-parallel ones: good
+    for start weights, wrong for dropout. Ours differ between ranks that hold different tokens;
+    `OF_TOKENS` is the same on the tensor-parallel ranks of a group, `OF_RANK` is not.
+    """
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+    replica = groups.dp_cp.rank() * groups.pp.size() + groups.pp.rank()
+    first = seed + _OFFSET + replica * (groups.tp.size() + 1)
+    tracker = get_cuda_rng_tracker()
+    tracker.add(OF_TOKENS, first)
+    tracker.add(OF_RANK, first + 1 + groups.tp.rank())
 
 
 def destroy_groups() -> None:

@@ -72,7 +72,7 @@ def lay_out(device: Device, config: Config, implementation: Implementation = PLA
     parallel, num_layers = config.parallel, config.model.language.num_layers
     layout = Layout.of(parallel, dist.get_world_size())
     groups = build_groups(parallel, num_layers, config.run.distributed_timeout_minutes)
-    seed_everything(config.train.seed)
+    seed_everything(config.train.seed, groups)
     chunks = chunks_of_rank(parallel, num_layers, groups.pp.rank())
     return World(device, groups, layout, chunks, encodes_ahead(parallel), implementation)
 

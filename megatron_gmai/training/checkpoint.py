@@ -246,7 +246,7 @@ def _pieces(
     yield from weight_pieces(chunks, adapters_only)
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
-        yield rng_piece(chunks[0].groups)
+        yield True, rng_piece(chunks[0].groups)
 
 
 def _remove(folder: Path) -> None:

@@ -12,15 +12,15 @@ from megatron_gmai.runtime.groups import Groups
 from megatron_gmai.training.pieces import Piece
 
 
-def rng_piece(groups: Groups) -> tuple[bool, Piece]:
-    """This rank's states as one row of a [pipeline, tensor, bytes] table, named by its shape, and
-    whether this rank writes it."""
+def rng_piece(groups: Groups) -> Piece:
+    """This rank's states as one row of a [pipeline, tensor, replica, bytes] table, named by its
+    shape."""
     states = torch.cat(_states())
-    pp, tp = groups.pp, groups.tp
-    shape = (pp.size(), tp.size(), states.numel())
+    pp, tp, replicas = groups.pp, groups.tp, groups.dp_cp
+    shape = (pp.size(), tp.size(), replicas.size(), states.numel())
     name = f"rng.{'x'.join(map(str, shape))}"
-    piece = Piece(name, shape, (pp.rank(), tp.rank(), 0), states.view(1, 1, -1))
-    return groups.dp_cp.rank() == 0, piece
+    place = (pp.rank(), tp.rank(), replicas.rank(), 0)
+    return Piece(name, shape, place, states.view(1, 1, 1, -1))
 
 
 def restore_rng(saved: Tensor) -> None:

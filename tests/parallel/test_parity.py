@@ -143,6 +143,7 @@ CASES = {
         *(Case(f"tp2-cp2-sp-zero-phase{phase}", TP2_CP2, phase) for phase in PHASES),
         Case("cp2-dp2-small-buckets", CP2_ALL),
         Case("lora-tp2-pp2-sp-zero", ALL, lora=LORA),
+        Case("lora-vpp2-tp2-sp-zero", VPP2_ALL, lora=LORA),
         Case("pp2-cp2", PP2_CP2),
         *(Case(f"vpp2-tp2-all-phase{phase}", VPP2_ALL, phase) for phase in PHASES),
         *(Case(f"vpp2-tp2-all-ranks-phase{phase}", VPP2_ALL_AHEAD, phase) for phase in PHASES),
@@ -187,6 +188,13 @@ BF16 = [
     Case("bf16-cp2", CP2, dtype="bf16"),
     Case("bf16-pp2", PP2, dtype="bf16"),
 ]
+# Dropout's masks follow the layout, so no other layout says the same.
+DROPPED = dataclasses.replace(LORA, lora_dropout=0.4)
+DROPOUT = [
+    Case("dropout-tp2", TP2, lora=DROPPED),
+    Case("dropout-tp2-sp", TP2_SP, lora=DROPPED),
+    Case("dropout-tp2-sp-recompute", TP2_SP, train=HALF_RECOMPUTED, lora=DROPPED),
+]
 # Wrong from the second step on, or in the loss itself.
 LOSS_FAULTS = [
     Case("fault-boundaries", DP2, fault="segment boundaries off by one"),
@@ -219,7 +227,12 @@ def reference_of(case: Case) -> int:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """The outcomes of all cases of a world size; the first question starts that world."""
     folder = tmp_path_factory.mktemp("outcomes")
-    cases = {1: CASES[1], 2: CASES[2] + FAULTS + LOSS_FAULTS + BF16, 4: CASES[4], 8: CASES[8]}
+    cases = {
+        1: CASES[1],
+        2: CASES[2] + FAULTS + LOSS_FAULTS + BF16 + DROPOUT,
+        4: CASES[4],
+        8: CASES[8],
+    }
 
     @cache
     def started(size: int) -> Exception | None:
@@ -267,6 +280,21 @@ def test_a_layout_in_bf16_gives_what_one_process_gives_in_bf16(
     assert found.drifted == []
     assert found.losses == pytest.approx(expected.losses, rel=1e-3)
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-2)
+
+
+@pytest.mark.parametrize("case", DROPOUT, ids=lambda case: case.name)
+def test_dropout_acts_and_leaves_copies_of_adapters_the_same(
+    case: Case, outcomes: Outcomes, references: dict[int, Outcome]
+) -> None:
+    found = outcomes(2)[case.name]
+    assert found.drifted == []
+    assert found.losses != pytest.approx(references[WITH_LORA].losses, rel=1e-3)
+
+
+def test_recomputation_draws_the_same_masks_again(outcomes: Outcomes) -> None:
+    found = outcomes(2)
+    again, kept = found["dropout-tp2-sp-recompute"], found["dropout-tp2-sp"]
+    assert again.grad_norms == pytest.approx(kept.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.fault)

@@ -34,6 +34,7 @@ AHEAD_OVERLAP = dataclasses.replace(
     OVERLAP, pipeline_model_parallel_size=2, vision_phase="all-ranks"
 )
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4)
+DROPOUT = LoraConfig(llm_use_lora=True, lora_rank=4, lora_dropout=0.3)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
     pipeline_model_parallel_size=2,
@@ -52,6 +53,7 @@ SAVED = [
     Job("zero-bf16", Case("zero", ZERO, dtype="bf16"), save_to="from-zero-bf16"),
     Job("ahead-phase2", Case("ahead", AHEAD, phase=2), save_to="from-ahead-phase2"),
     Job("ahead-overlap", Case("ahead", AHEAD_OVERLAP), save_to="from-ahead-overlap"),
+    Job("dropout-zero", Case("dropout", ZERO, lora=DROPOUT), save_to="from-dropout-zero"),
 ]
 SAME = [
     Job(f"same-{job.name}", job.case, load_from=str(job.save_to)) for job in SAVED
