@@ -101,6 +101,8 @@ def build_optimizer(
     # Megatron's scheduler, which is not used here, would multiply these.
     for group in optimizer.param_groups:
         group["weight_decay"] = train.wd * group["wd_mult"]
+        if not device.is_cuda:
+            group["fused"] = True  # torch's AdamW is a loop over tensors on a CPU otherwise
     return optimizer
 
 

@@ -24,6 +24,7 @@ from megatron_gmai.training.optimizer import apply_gradients
 from megatron_gmai.training.out_of_memory import out_of_memory
 from megatron_gmai.training.timing import StepTimers
 
+_MULTIPLE = 16  # tokens of a rank: what matrix products in FP8 ask for
 Item = TypeVar("Item")
 Input = tuple[MicroBatch, Tensor | None]  # with the features of its images, if encoded ahead
 
@@ -230,6 +231,9 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """Megatron's forward step: a chunk's output and the function that sums its losses."""
     batch, features = next(inputs)
+    if world.groups.pp.size() == world.groups.cp.size() == 1:
+        # Stages agree on the size of what they send before they see a batch, and so do CP ranks.
+        batch = batch.without_tail(_MULTIPLE * world.groups.tp.size())
     device, own = world.device.torch_device, world.groups.own_tokens(batch.tokens.numel())
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
     labels = batch.labels[own]

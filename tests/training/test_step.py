@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.training.weights import named_weights
-from tests.parallel.batches import LENGTH, PACKS, global_batch, losses_of
+from tests.parallel.batches import CONFIG, LENGTH, PACKS, global_batch, losses_of, make_pack
 from tests.parallel.cases import PHASES, Case, Processes, Trainer
 
 
@@ -71,3 +71,20 @@ def test_a_step_clips_the_gradient_but_tells_its_norm(alone: Processes) -> None:
     ]
     assert moments[1] == pytest.approx(0.1 * 1e-3, rel=1e-3)  # 1 - beta1 of the clipped norm
     assert moments[0] == pytest.approx(0.1 * norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_padding_tail_changes_neither_losses_nor_gradients(
+    alone: Processes, multiple: int
+) -> None:
+    model, whole = alone.model(CONFIG), make_pack(seed=1, images=2)
+    cut = whole.without_tail(multiple)
+    assert len(cut.tokens) == -(-whole.num_tokens // multiple) * multiple < len(whole.tokens)
+    gradients, losses = [], []
+    for batch in (whole, cut):
+        model.zero_grad()
+        losses.append(losses_of(model, batch))
+        losses[-1].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(losses[1], losses[0][: len(cut.tokens)], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)

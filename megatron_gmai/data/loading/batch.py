@@ -4,7 +4,7 @@ Legend: M packs of S = max_length tokens, T = M * S, N images of I x I pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,26 @@ class MicroBatch:
         """Pickles its tensors as bytes, since torch would open a shared file for each of them, and
         its integers in half their size, which fits token ids and places in a batch."""
         return _from_arrays, ({name: _to_array(value) for name, value in vars(self).items()},)
+
+    def without_tail(self, multiple: int) -> "MicroBatch":
+        """The same batch without its last segment, if that has neither labels nor images; what is
+        left is a multiple of so many tokens. Loss and gradients are the same."""
+        begin, end = self.cu_seqlens[-2:].tolist()
+        keep = -(-begin // multiple) * multiple
+        has_images = bool((self.image_starts >= begin).any())
+        if not 0 < keep < end or has_images or bool((self.labels[begin:] != IGNORE_INDEX).any()):
+            return self
+        bounds = self.cu_seqlens[:-1]
+        if keep > begin:
+            bounds = torch.cat([bounds, self.cu_seqlens.new_tensor([keep])])
+        return replace(
+            self,
+            tokens=self.tokens[:keep],
+            labels=self.labels[:keep],
+            position_ids=self.position_ids[:keep],
+            cu_seqlens=bounds,
+            max_seqlen=int((bounds[1:] - bounds[:-1]).max()),
+        )
 
     def pin_memory(self) -> "MicroBatch":
         """The same batch in page-locked memory, for copies that overlap with computation."""
