@@ -103,8 +103,8 @@ def memory(output: Path) -> Iterator[Finding]:
 
 
 def attention(output: Path) -> Iterator[Finding]:
-    from megatron_gmai.gpu_check.processes import in_processes
     from megatron_gmai.gpu_check.speed import attention_times
+    from megatron_gmai.runtime.processes import in_processes
 
     for segments in (3, 32):
         yield from in_processes(1, 60, attention_times, two_layers(8192), "cuda", segments)

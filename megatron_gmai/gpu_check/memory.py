@@ -10,8 +10,8 @@ from megatron_gmai.dry_run.counter import DeviceCounter
 from megatron_gmai.dry_run.packs import made_up
 from megatron_gmai.dry_run.run import alive_at_peak, dry_run
 from megatron_gmai.gpu_check.finding import Finding
-from megatron_gmai.gpu_check.processes import in_processes
 from megatron_gmai.gpu_check.steps import fill_on_device, join, trainer, world_for
+from megatron_gmai.runtime.processes import in_processes
 
 # The allocator rounds up, and cuBLAS has its workspace.
 ALLOWED = 0.05

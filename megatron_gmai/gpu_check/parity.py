@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.gpu_check.finding import Finding, at_most, failed
-from megatron_gmai.gpu_check.processes import in_processes
 from megatron_gmai.gpu_check.steps import join, own_packs, replaced, trainer, world_for
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.presets import preset
 from megatron_gmai.runtime.implementation import choose_implementation
+from megatron_gmai.runtime.processes import in_processes
 from megatron_gmai.training.weights import fill
 
 STEPS = 3

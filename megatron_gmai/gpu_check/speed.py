@@ -10,7 +10,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_gmai.config import Config, RunConfig
 from megatron_gmai.dry_run.packs import made_up
 from megatron_gmai.gpu_check.finding import Finding, failed
-from megatron_gmai.gpu_check.processes import in_processes
 from megatron_gmai.gpu_check.steps import fill_on_device, join, replaced, trainer, world_for
 from megatron_gmai.model.attention import ATTENTIONS, Segments
 from megatron_gmai.model.transformer import language_transformer_config
@@ -19,6 +18,7 @@ from megatron_gmai.planner.hardware import GPUS, device_peak
 from megatron_gmai.planner.search import search
 from megatron_gmai.runtime.device import Device, device_name
 from megatron_gmai.runtime.implementation import Implementation, choose_implementation, find_absent
+from megatron_gmai.runtime.processes import in_processes
 
 WARM_UP, TIMED = 2, 4  # steps
 LAYERS = (32, 28, 24, 20, 16, 12, 8, 4, 2)  # of models as wide as gmai-vl-7b

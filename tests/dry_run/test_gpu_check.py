@@ -16,9 +16,9 @@ from megatron_gmai.gpu_check.finding import Finding, at_most
 from megatron_gmai.gpu_check.memory import dry_peak, real_peak
 from megatron_gmai.gpu_check.page import render_page, shown, verdict
 from megatron_gmai.gpu_check.parity import CASES, Steps, compare, run_cases, small
-from megatron_gmai.gpu_check.processes import in_processes
 from megatron_gmai.gpu_check.speed import attention_times, largest, training_speed
 from megatron_gmai.runtime.groups import destroy_groups
+from megatron_gmai.runtime.processes import in_processes
 from tools.gpu_check import guarded, report
 
 pytestmark = pytest.mark.worlds

@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch.multiprocessing import ProcessRaisedException
 
 from megatron_gmai.config import LoraConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
@@ -238,7 +237,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     def started(size: int) -> Exception | None:
         try:
             run_world(size, run_cases, cases[size], folder)
-        except ProcessRaisedException as error:
+        except RuntimeError as error:
             return error
         return None
 

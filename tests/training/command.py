@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.parallel.world import free_port
+from megatron_gmai.runtime.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10

@@ -21,7 +21,7 @@ def in_processes(size: int, seconds: float, function: Callable[..., Any], *argum
         result = Path(folder) / "result.pt"
         context = torch.multiprocessing.start_processes(
             _member,
-            (size, _free_port(), result, function, arguments),
+            (size, free_port(), result, function, arguments),
             nprocs=size,
             join=False,
             start_method="spawn",
@@ -39,7 +39,8 @@ def in_processes(size: int, seconds: float, function: Callable[..., Any], *argum
         return torch.load(result, weights_only=False)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
