@@ -10,8 +10,9 @@ test test-latest test-lowest: export OMP_NUM_THREADS ?= 1
 CORE := tests/kernels tests/runtime tests/model \
 	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
 
-# Whole files go to a process each; `make test ARGS='-n 0 ...'` runs in one, as a debugger needs it.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Whole files go to a process each, one more than cores: many tests wait for programs and time-outs.
+# `make test ARGS='-n 0 ...'` runs all in one process, as a debugger needs it.
+SIDE_BY_SIDE = -n $$(( $$(nproc) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean

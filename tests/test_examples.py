@@ -63,7 +63,7 @@ def test_each_phase_starts_from_the_checkpoints_of_the_one_before_and_nothing_el
     start: list[str] = ["--tokenizer", str(tokenizer)]
     for name, *_ in PHASES:
         work_dir = tmp_path / name
-        command = [sys.executable, "tools/launch.py", "--here", "--gpus-per-node", "2"]
+        command = [sys.executable, "tools/launch.py", "--here", "--gpus-per-node", "1"]
         command += ["--recipe", name, "--work-dir", str(work_dir), *start]
         command += ["--preset", "gmai-vl-tiny", "--device", "cpu", "--max-length", "256"]
         command += ["--global-batch-size", "2", "--micro-batch-size", "1", "--train-iters", "2"]
