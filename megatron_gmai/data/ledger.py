@@ -66,7 +66,25 @@ class Ledger:
 
 def dump_line(rejection: Rejection) -> str:
     """The rejection as one line of JSON, in ASCII: a damaged text cannot spoil the ledger."""
-    return json.dumps({name: v for name, v in rejection._asdict().items() if v}) + "\n"
+    return json.dumps(as_fields(rejection)) + "\n"
+
+
+def as_fields(rejection: Rejection) -> dict[str, str | int]:
+    """What the rejection says, for JSON. Half a surrogate pair, which JSON can spell and a file
+    name can hold, is written as its escape: no encoding takes it."""
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode()
+        if isinstance(value, str)
+        else value
+        for name, value in rejection._asdict().items()
+        if value
+    }
+
+
+def visible(text: str) -> str:
+    """A stranger's text as one line for a terminal: what would steer it, or turn the direction of
+    writing, is shown as its escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def read_ledger(path: str | os.PathLike[str]) -> list[Rejection]:

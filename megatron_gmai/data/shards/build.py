@@ -201,6 +201,8 @@ class _Build:
             count = sum(len(unit.numbers) for unit in units if unit.source is source)
             if source.length is not None and source.length != count:
                 self.log(f"{source.name}: 'length' is {source.length}, found {count} records")
+            if not count:
+                self.log(f"{source.name}: its annotations hold no records")
             if count and count * source.sample_ratio < 0.5:
                 ratio = source.sample_ratio
                 self.log(f"{source.name}: a ratio of {ratio:g} takes none of {count} samples")
