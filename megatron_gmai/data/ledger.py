@@ -72,12 +72,10 @@ def dump_line(rejection: Rejection) -> str:
 def as_fields(rejection: Rejection) -> dict[str, str | int]:
     """What the rejection says, for JSON. Half a surrogate pair, which JSON can spell and a file
     name can hold, is written as its escape: no encoding takes it."""
+    said = {name: value for name, value in rejection._asdict().items() if value}
     return {
-        name: value.encode("utf-8", "backslashreplace").decode()
-        if isinstance(value, str)
-        else value
-        for name, value in rejection._asdict().items()
-        if value
+        name: value.encode("utf-8", "backslashreplace").decode() if name != "record" else value
+        for name, value in said.items()
     }
 
 
