@@ -36,7 +36,11 @@ class Records:
     def __init__(self, files: Sequence[Path]) -> None:
         """Raises ValueError if a file cannot be read or is neither a JSON list nor JSON Lines."""
         self.files = tuple(files)
-        spans = [(n, *span) for n, file in enumerate(self.files) for span in _scan(file)]
+        spans = [
+            (n, start, min(size, MAX_RECORD + 1), number)  # a line may be longer than SPAN can tell
+            for n, file in enumerate(self.files)
+            for start, size, number in _scan(file)
+        ]
         self.spans = np.array(spans, dtype=SPAN)
 
     def __len__(self) -> int:
