@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_gmai.data.files import Lines
 from megatron_gmai.data.schema import from_json
+
+# Controls but the tab, ends of lines, overrides of the direction, halves of surrogate pairs.
+_STEERING = re.compile(
+    "[\0-\x08\n-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class BadSample(ValueError):
@@ -80,9 +86,9 @@ def as_fields(rejection: Rejection) -> dict[str, str | int]:
 
 
 def visible(text: str) -> str:
-    """A stranger's text as one line for a terminal: what would steer it, or turn the direction of
-    writing, is shown as its escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """A stranger's text as one line to look at: what would steer a terminal, turn the direction of
+    writing or end the line is shown as its escape."""
+    return _STEERING.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def read_ledger(path: str | os.PathLike[str]) -> list[Rejection]:

@@ -113,7 +113,7 @@ def parse_sample(span: bytes) -> StoredSample:
         if suffix == "json":
             record = parse_record(data)
         elif suffix == "txt":
-            caption = data.decode("utf-8", "replace")
+            caption = _caption(data)
         elif kind in IMAGE_SUFFIXES:
             images.append((int(first) if first.isdecimal() else 0, suffix, data))
     if len(keys) != 1:
@@ -126,6 +126,13 @@ def parse_sample(span: bytes) -> StoredSample:
     if not record:
         raise BadSample("neither an annotation nor a caption")
     return StoredSample(keys.pop(), record, tuple(data for _, _, data in images))
+
+
+def _caption(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:  # replacing what is wrong would teach it to the model
+        raise BadSample(f"the caption is not UTF-8: {error.reason}") from error
 
 
 def _image_kind(suffix: str) -> tuple[str, str]:
