@@ -5,6 +5,7 @@ unit is made again only if those have changed, after a crash as well as in a lat
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -83,7 +84,14 @@ def build_shards(
             parse_rule(source.nifti_slices)
     with building(Path(output), log) as holder:
         progress = Progress(log, holder.tell)
-        return _Build(sources, Path(output), workers, encoder, log, progress).run()
+        try:
+            return _Build(sources, Path(output), workers, encoder, log, progress).run()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(
+                f"{error.strerror} in {output}; with more space the same command goes on from here"
+            ) from error
 
 
 class _Build:

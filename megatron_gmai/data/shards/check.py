@@ -110,14 +110,19 @@ def locate(name: str, source: Source) -> Located:
     """
     if "\0" in name:
         raise BadSample("the image name holds a null character")
-    other = None  # what is there instead of a file
+    problem = "no such file"
     for base in source.real_roots:
-        found = _find(name if name.startswith("/") else f"{base}/{name}")
+        try:
+            found = _find(name if name.startswith("/") else f"{base}/{name}")
+        except PermissionError:
+            problem = "no permission to look for it"
+            continue
         if found is None:
             continue
         path, status = found
         if not stat.S_ISREG(status.st_mode):
-            other = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe or device"
+            problem = f"a {kind}, not a file,"
             continue
         if not path.startswith(base + "/") and not _is_allowed(path, base, source):
             raise BadSample(
@@ -125,16 +130,16 @@ def locate(name: str, source: Source) -> Located:
                 "--image-root FOLDER allows a folder for absolute names and links",
                 name,
             )
-        return Located(path, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
+        # Who may read it counts, so that an image which nobody could read gets another chance.
+        state = f"{status.st_size} {status.st_mtime_ns} {status.st_mode:o} {status.st_uid}"
+        return Located(path, status.st_size, state)
     roots = " or ".join(str(root) for root in source.image_roots)
-    if other is not None:
-        raise BadSample(f"image {name}: {other}, not a file, in {roots}", name)
-    raise BadSample(f"image {name}: no such file in {roots}", name)
+    raise BadSample(f"image {name}: {problem} in {roots}", name)
 
 
 def _find(path: str) -> tuple[str, os.stat_result] | None:
     """Path without links and status of what is there; `os.path.realpath`, but with one system call
-    where many files lie in one folder."""
+    where many files lie in one folder. None if there is nothing. Raises PermissionError."""
     folder, _, base = path.rpartition("/")
     try:
         if base in ("", ".", ".."):
@@ -145,6 +150,8 @@ def _find(path: str) -> tuple[str, os.stat_result] | None:
         if stat.S_ISLNK(status.st_mode):
             path = os.path.realpath(path)
             status = os.stat(path)
+    except PermissionError:
+        raise
     except (OSError, ValueError):
         return None
     return path, status

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from megatron_gmai.data.ledger import visible
 from megatron_gmai.data.lock import LOCK_FILE
@@ -240,7 +240,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Files below a folder, through links, each folder once; without hidden ones, which editors
     leave behind (`.ipynb_checkpoints` holds copies), and without folders of shards."""
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if real in seen or LOCK_FILE in files:
@@ -248,6 +248,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield from (Path(place) / name for name in files if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """`os.walk` would pass over a folder that it cannot read."""
+    raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _image_roots(image_dir: Any, annotations: Path | None, file: Path) -> tuple[Path, ...]:

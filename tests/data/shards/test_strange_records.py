@@ -1,5 +1,6 @@
 """Records that nobody would write by hand: each is stored or told, and none ends the build."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,3 +74,44 @@ def test_each_name_of_a_data_set_has_keys_of_its_own(tmp_path: Path, write_list:
     keys = [sample.key for sample in map(Shards(tmp_path / "shards").read, range(4))]
     assert len(set(keys)) == len({shard.name for shard in manifest.shards}) == 4
     assert np.all([source.samples == 1 for source in manifest.sources])
+
+
+def test_an_image_that_may_be_read_again_gets_another_chance(
+    tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        picture().save(tmp_path / name)
+    list_file = write_list(A=[record("<image>", "yes", name) for name in ("a.png", "b.png")])
+    (tmp_path / "a.png").chmod(0o000)  # tests may run as root, whom that does not stop
+    open_file, look = os.open, os.lstat
+
+    def refuse(call: Callable, closed: str) -> Callable:
+        def refused(path: str, *rest: int, **more: int) -> object:
+            if str(path).endswith(closed):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return call(path, *rest, **more)
+
+        return refused
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", refuse(open_file, "/a.png"))
+        context.setattr(os, "lstat", refuse(look, "/b.png"))
+        assert build_shards(list_file, tmp_path / "shards").rejected == 2
+    lines = read_ledger(tmp_path / "shards" / "rejected.jsonl")
+    assert {line.image: line.reason.split(": ")[1].split(" in ")[0] for line in lines} == {
+        "a.png": "Permission denied",
+        "b.png": "no permission to look for it",
+    }
+    (tmp_path / "a.png").chmod(0o644)
+    assert build_shards(list_file, tmp_path / "shards").rejected == 0
+
+
+def test_a_full_disk_is_told_with_its_folder(
+    tmp_path: Path, write_list: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_format.ShardWriter, "add", full)
+    with pytest.raises(ValueError, match="No space left on device in .*shards; .* goes on"):
+        build_shards(write_list(A=[record("what", "yes")]), tmp_path / "shards")

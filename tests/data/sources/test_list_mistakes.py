@@ -1,5 +1,6 @@
 """Mistakes in a list and in what it names: an error that helps, or done right."""
 
+import errno
 import gzip
 import json
 import os
@@ -231,3 +232,20 @@ def test_annotations_without_a_record_are_mentioned(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("[]")
     _, lines = build(write(tmp_path, annotations=str(tmp_path / "b.json")))
     assert "A: its annotations hold no records" in lines
+
+
+def test_a_folder_of_annotations_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes" / "more").mkdir(parents=True)
+    (tmp_path / "notes" / "a.json").write_text("[]")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="cannot read .*notes/more: Permission denied"):
+        read_list(write(tmp_path, annotations=str(tmp_path / "notes")))
