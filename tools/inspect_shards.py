@@ -19,7 +19,7 @@ import numpy as np
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.inspection.page import render_page
 from megatron_gmai.data.inspection.rejected import group
-from megatron_gmai.data.ledger import Rejection, read_ledger
+from megatron_gmai.data.ledger import Rejection, read_ledger, visible
 from megatron_gmai.data.plan.order import permutation
 from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards.index import REJECTED_FILE
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as cache:
             page = _inspect(data, VisionConfig(image_size=flags.image_size), cache, flags)
     except (ValueError, OSError) as error:
-        print(f"inspect_shards: {error}", file=sys.stderr)
+        print(f"inspect_shards: {visible(str(error))}", file=sys.stderr)
         return 2
     print(f"page: {page}")
     return 0
@@ -88,9 +88,9 @@ def _page_place(folder: str) -> Path:
 
 def report(table: Sequence[Sequence[str]], rejections: Sequence[Rejection]) -> str:
     """Counts, lengths and images by data set, and the most frequent reasons of rejection."""
-    lines = [" | ".join(row) for row in table]
+    lines = [" | ".join(map(visible, row)) for row in table]
     reasons = group(rejections)
-    lines += [f"{count} rejected: {reason}" for reason, count in reasons[:MOST_REASONS]]
+    lines += [f"{count} rejected: {visible(reason)}" for reason, count in reasons[:MOST_REASONS]]
     if len(reasons) > MOST_REASONS:
         left = sum(count for _, count in reasons[MOST_REASONS:])
         lines.append(f"and {len(reasons) - MOST_REASONS} more reasons, of {left} samples")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from megatron_gmai.data.ledger import visible
 from megatron_gmai.data.pool import available_cores
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.data.shards.build import build_shards
@@ -87,11 +88,12 @@ def _make(flags: argparse.Namespace, folder: Path) -> Manifest:
 
 def report(manifest: Manifest, folder: Path) -> str:
     """Counts by data set, and where the rejected ones are told."""
-    width = max(len("all"), *(len(source.name) for source in manifest.sources))
+    names = [visible(source.name) for source in manifest.sources]
+    width = max(len("all"), *map(len, names))
     lines = [f"{'data set':{max(width, 8)}}  samples  rejected  ratio"]
-    for source in manifest.sources:
+    for name, source in zip(names, manifest.sources, strict=True):
         lines.append(
-            f"{source.name:{max(width, 8)}}  {source.samples:7}  {source.rejected:8}  "
+            f"{name:{max(width, 8)}}  {source.samples:7}  {source.rejected:8}  "
             f"{source.sample_ratio:5g}"
         )
     lines.append(f"{'all':{max(width, 8)}}  {manifest.samples:7}  {manifest.rejected:8}")

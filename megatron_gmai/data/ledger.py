@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_gmai.data.files import Lines
 from megatron_gmai.data.schema import from_json
+
+# Controls but the tab, ends of lines, overrides of the direction, halves of surrogate pairs.
+_STEERING = re.compile(
+    "[\0-\x08\n-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class BadSample(ValueError):
@@ -66,7 +72,23 @@ class Ledger:
 
 def dump_line(rejection: Rejection) -> str:
     """The rejection as one line of JSON, in ASCII: a damaged text cannot spoil the ledger."""
-    return json.dumps({name: v for name, v in rejection._asdict().items() if v}) + "\n"
+    return json.dumps(as_fields(rejection)) + "\n"
+
+
+def as_fields(rejection: Rejection) -> dict[str, str | int]:
+    """What the rejection says, for JSON. Half a surrogate pair, which JSON can spell and a file
+    name can hold, is written as its escape: no encoding takes it."""
+    said = {name: value for name, value in rejection._asdict().items() if value}
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode() if name != "record" else value
+        for name, value in said.items()
+    }
+
+
+def visible(text: str) -> str:
+    """A stranger's text as one line to look at: what would steer a terminal, turn the direction of
+    writing or end the line is shown as its escape."""
+    return _STEERING.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def read_ledger(path: str | os.PathLike[str]) -> list[Rejection]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_gmai.data.inspection.rejected import group
-from megatron_gmai.data.ledger import Rejection
+from megatron_gmai.data.ledger import Rejection, read_ledger
+from megatron_gmai.data.loading.dataset import _reasons
 from tests.data.world import encoded, mixed_records, picture, record
 from tools import inspect_shards, make_shards
 
@@ -159,3 +160,21 @@ def test_a_folder_without_shards_is_one_clear_line(
 ) -> None:
     assert inspect_shards.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_texts_that_steer_a_terminal_or_a_page_are_shown_as_escapes(
+    tmp_path: Path,
+    write_list: Callable,
+    tokenizer_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evil = "\x1b[31m\u202e\ud800\n9 rejected: none"
+    turn = {"from": "human", "value": evil}
+    records = [record("what", "\x1b[2J \u202e yes"), record("", "no", evil, id=evil, more=[turn])]
+    list_file = write_list(A=records)
+    flags = ["--output", str(tmp_path / "shards"), "--tokenizer", str(tokenizer_file)]
+    make_shards.main(["--datasets", str(list_file), *flags, "--workers", "0"])
+    page = inspect(tmp_path / "shards")
+    printed = capsys.readouterr().out + _reasons(read_ledger(tmp_path / "shards/rejected.jsonl"))
+    assert not re.search("[\x1b\u202e\ud800]", page + printed) and "\n9 rejected" not in printed
+    assert r"\x1b[2J \u202e yes" in page and r"\x1b[31m\u202e\ud800" in page

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_gmai.config import IGNORE_INDEX
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.inspection.rejected import Finder, group
-from megatron_gmai.data.ledger import BadSample, Rejection
+from megatron_gmai.data.ledger import BadSample, Rejection, visible
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.encoder import Encoder
 from megatron_gmai.data.text.template import Rendered
@@ -192,4 +192,4 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
 def text(value: object) -> str:
     """Escaped: samples come from strangers."""
-    return html.escape(str(value))
+    return html.escape("\n".join(map(visible, str(value).split("\n"))))

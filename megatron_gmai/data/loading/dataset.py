@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.images.decode import load_image
-from megatron_gmai.data.ledger import BadSample, Ledger, Rejection, read_ledger
+from megatron_gmai.data.ledger import BadSample, Ledger, Rejection, read_ledger, visible
 from megatron_gmai.data.loading.augment import Tone, choose_tone
 from megatron_gmai.data.loading.batch import BatchBuilder, MicroBatch, SampleImage, Segment
 from megatron_gmai.data.plan.packing import Piece
@@ -248,7 +248,7 @@ def open_dataset(
 
 def _reasons(rejections: Sequence[Rejection]) -> str:
     """The first reasons, and how long samples are where that is the matter."""
-    lines = [f"  {line.id or line.key}: {line.reason}" for line in rejections[:TOLD]]
+    lines = ["  " + visible(f"{line.id or line.key}: {line.reason}") for line in rejections[:TOLD]]
     if len(rejections) > TOLD:
         lines.append(f"  and {len(rejections) - TOLD} more")
     lengths = [int(m[1]) for line in rejections if (m := TOO_LONG.match(line.reason))]

@@ -5,6 +5,7 @@ unit is made again only if those have changed, after a crash as well as in a lat
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -83,7 +84,14 @@ def build_shards(
             parse_rule(source.nifti_slices)
     with building(Path(output), log) as holder:
         progress = Progress(log, holder.tell)
-        return _Build(sources, Path(output), workers, encoder, log, progress).run()
+        try:
+            return _Build(sources, Path(output), workers, encoder, log, progress).run()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(
+                f"{error.strerror} in {output}; with more space the same command goes on from here"
+            ) from error
 
 
 class _Build:
@@ -201,6 +209,8 @@ class _Build:
             count = sum(len(unit.numbers) for unit in units if unit.source is source)
             if source.length is not None and source.length != count:
                 self.log(f"{source.name}: 'length' is {source.length}, found {count} records")
+            if not count:
+                self.log(f"{source.name}: its annotations hold no records")
             if count and count * source.sample_ratio < 0.5:
                 ratio = source.sample_ratio
                 self.log(f"{source.name}: a ratio of {ratio:g} takes none of {count} samples")

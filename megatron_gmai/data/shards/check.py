@@ -13,8 +13,9 @@ import simplejpeg
 
 from megatron_gmai.data.images.pages import take_pages
 from megatron_gmai.data.images.privacy import JPEG_TEXTS, stored_image, strip_metadata
-from megatron_gmai.data.images.sizes import check_size
+from megatron_gmai.data.images.sizes import check_size as check_sides
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.shards.format import check_size
 from megatron_gmai.data.sources import parquet, remote
 from megatron_gmai.data.sources.mixture import Source
 from megatron_gmai.data.text.conversation import image_names, parse_conversation
@@ -40,7 +41,12 @@ def check_record(
     """The record and its image files (suffix, bytes), all found usable. `located` are those of its
     images that were looked for already. Raises BadSample."""
     names = image_names(record) if isinstance(record, dict) else []
-    files = [read_image(name, source, located.get(name)) for name in names]
+    files: list[bytes] = []
+    size = 0
+    for name in names:
+        check_size(len(names), size)
+        files.append(read_image(name, source, located.get(name)))
+        size += len(files[-1])
     pages = [1] * len(files)
     if not all(data.startswith(JPEG_MAGIC) for data in files):  # a JPEG has no pages
         record, files, pages = take_pages(record, files, source.tiff_pages, source.nifti_slices)
@@ -104,25 +110,36 @@ def locate(name: str, source: Source) -> Located:
     """
     if "\0" in name:
         raise BadSample("the image name holds a null character")
+    problem = "no such file"
     for base in source.real_roots:
-        found = _regular_file(name if name.startswith("/") else f"{base}/{name}")
+        try:
+            found = _find(name if name.startswith("/") else f"{base}/{name}")
+        except PermissionError:
+            problem = "no permission to look for it"
+            continue
         if found is None:
             continue
         path, status = found
+        if not stat.S_ISREG(status.st_mode):
+            kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe or device"
+            problem = f"a {kind}, not a file,"
+            continue
         if not path.startswith(base + "/") and not _is_allowed(path, base, source):
             raise BadSample(
                 f"image {name}: outside of its folder {base}, in {os.path.dirname(path)}; "
                 "--image-root FOLDER allows a folder for absolute names and links",
                 name,
             )
-        return Located(path, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
+        # Who may read it counts, so that an image which nobody could read gets another chance.
+        state = f"{status.st_size} {status.st_mtime_ns} {status.st_mode:o} {status.st_uid}"
+        return Located(path, status.st_size, state)
     roots = " or ".join(str(root) for root in source.image_roots)
-    raise BadSample(f"image {name}: no such file in {roots}", name)
+    raise BadSample(f"image {name}: {problem} in {roots}", name)
 
 
-def _regular_file(path: str) -> tuple[str, os.stat_result] | None:
-    """The file's path without links and its status; `os.path.realpath`, but with one system call
-    where many files lie in one folder."""
+def _find(path: str) -> tuple[str, os.stat_result] | None:
+    """Path without links and status of what is there; `os.path.realpath`, but with one system call
+    where many files lie in one folder. None if there is nothing. Raises PermissionError."""
     folder, _, base = path.rpartition("/")
     try:
         if base in ("", ".", ".."):
@@ -133,9 +150,11 @@ def _regular_file(path: str) -> tuple[str, os.stat_result] | None:
         if stat.S_ISLNK(status.st_mode):
             path = os.path.realpath(path)
             status = os.stat(path)
+    except PermissionError:
+        raise
     except (OSError, ValueError):
         return None
-    return (path, status) if stat.S_ISREG(status.st_mode) else None
+    return path, status
 
 
 @lru_cache(maxsize=4096)
@@ -179,7 +198,7 @@ def _small_jpeg(data: bytes) -> np.ndarray | None:
         return None
     if colours not in ("YCbCr", "Gray"):
         return None
-    check_size(width, height)
+    check_sides(width, height)
     try:
         return simplejpeg.decode_jpeg(data, "GRAY", True, True, 1, 1, strict=True)
     except ValueError as error:

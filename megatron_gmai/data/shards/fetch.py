@@ -12,8 +12,6 @@ from megatron_gmai.data.sources import parquet, remote
 from megatron_gmai.data.sources.encodings import GZIP_MAGIC
 from megatron_gmai.data.sources.mixture import Source
 
-MAX_UNPACKED = 2**38  # bytes, of one file
-
 
 def at_hand(source: Source, folder: Path) -> Source:
     """The data set with copies of its annotations where they are needed, in `folder`. What an
@@ -66,13 +64,13 @@ def _is_gzip(file: Path) -> bool:
 
 
 def _unpack_gzip(file: Path, target: Path, name: str) -> None:
-    size = 0
+    size, most = 0, parquet.most_unpacked(file)
     try:
         with gzip.open(file) as packed, target.open("wb") as out:
             while chunk := packed.read(2**20):
                 size += len(chunk)
-                if size > MAX_UNPACKED:
-                    raise ValueError(f"annotations {name} unpack to more than {MAX_UNPACKED} bytes")
+                if size > most:
+                    raise ValueError(f"annotations {name} unpack to more than {most} bytes")
                 out.write(chunk)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot read annotations {name}: {error}") from error

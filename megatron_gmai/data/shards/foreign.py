@@ -23,7 +23,7 @@ from megatron_gmai.data.ledger import BadSample, Rejection, dump_line
 from megatron_gmai.data.lock import building
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
 from megatron_gmai.data.progress import Progress
-from megatron_gmai.data.shards.format import BLOCK, MAX_SAMPLE, parse_sample, split_name
+from megatron_gmai.data.shards.format import BLOCK, check_size, parse_sample, split_name
 from megatron_gmai.data.shards.index import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -191,13 +191,13 @@ def _row(members: list[tarfile.TarInfo], stream: BinaryIO) -> tuple[int, ...]:
     last = members[-1]
     start = members[0].offset
     size = last.offset_data + _in_blocks(last.size) - start
-    if size > MAX_SAMPLE:
-        raise BadSample(f"a sample of {size} bytes, more than {MAX_SAMPLE}")
+    check_size(0, size)
     stream.seek(start)
     span = stream.read(size)
     if len(span) != size:
         raise BadSample("the tar file ends inside of the sample")
     sample = parse_sample(span)
+    check_size(len(sample.images), size)
     parse_conversation(sample.record, len(sample.images))
     for number, data in enumerate(sample.images):
         try:

@@ -22,6 +22,7 @@ from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.index import ROW
 
 MAX_SAMPLE = 2**30  # bytes
+MAX_IMAGES = 2**16 - 1  # of a sample, as many as a row of the index counts
 CAPTION_QUESTION = "Describe this image."
 OCTAL = re.compile(rb"[0-7]+")
 BLOCK = tarfile.BLOCKSIZE
@@ -46,10 +47,15 @@ class ShardWriter:
         self._rows: list[tuple[int, int, int, int, int, int]] = []
 
     def add(self, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> int:
-        """Appends a sample and returns its first byte; `images` are (suffix without dot, bytes)."""
-        members = [(f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8"))]
+        """Appends a sample and returns its first byte; `images` are (suffix without dot, bytes).
+        Raises BadSample for one that an index row cannot stand for."""
+        try:
+            members = [(f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8"))]
+        except UnicodeEncodeError as error:
+            raise BadSample(f"the record is not valid Unicode: {error.reason}") from error
         members += [(f"{key}.{i}.{suffix}", data) for i, (suffix, data) in enumerate(images)]
         span = b"".join(part for name, data in members for part in _member(name, data))
+        check_size(len(images), len(span))
         offset = self._file.tell()
         self._file.write(span)
         self._rows.append((0, 0, len(images), offset, len(span), zlib.crc32(span)))
@@ -63,6 +69,14 @@ class ShardWriter:
         self._file.close()
         self._partial.rename(self.path)
         return np.array(self._rows, dtype=ROW)
+
+
+def check_size(images: int, size: int) -> None:
+    """Raises BadSample for a sample whose row the index cannot hold, or that no reader takes."""
+    if images > MAX_IMAGES:
+        raise BadSample(f"{images} images, more than {MAX_IMAGES}")
+    if size > MAX_SAMPLE:
+        raise BadSample(f"a sample of {size} bytes, more than {MAX_SAMPLE}")
 
 
 # A header (POSIX ustar) of a file without name and size, and the sum of its bytes.
@@ -99,7 +113,7 @@ def parse_sample(span: bytes) -> StoredSample:
         if suffix == "json":
             record = parse_record(data)
         elif suffix == "txt":
-            caption = data.decode("utf-8", "replace")
+            caption = _caption(data)
         elif kind in IMAGE_SUFFIXES:
             images.append((int(first) if first.isdecimal() else 0, suffix, data))
     if len(keys) != 1:
@@ -112,6 +126,13 @@ def parse_sample(span: bytes) -> StoredSample:
     if not record:
         raise BadSample("neither an annotation nor a caption")
     return StoredSample(keys.pop(), record, tuple(data for _, _, data in images))
+
+
+def _caption(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:  # replacing what is wrong would teach it to the model
+        raise BadSample(f"the caption is not UTF-8: {error.reason}") from error
 
 
 def _image_kind(suffix: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.ledger import Rejection
+from megatron_gmai.data.ledger import Rejection, as_fields
 from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.shards.index import ROW
 from megatron_gmai.data.shards.units import Unit
@@ -29,7 +29,7 @@ def save_part(
     content = {
         "fingerprint": fingerprint,
         "rows": rows.tobytes().hex(),
-        "rejections": [line._asdict() for line in rejections],
+        "rejections": [as_fields(line) for line in rejections],
     }
     write_atomically(folder / f"{unit.shard}.json", json.dumps(content).encode())
 

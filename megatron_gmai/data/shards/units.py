@@ -17,6 +17,8 @@ from megatron_gmai.data.sources.records import RecordReader, Records, parse_reco
 
 RECORDS_PER_SHARD = 1000
 BYTES_PER_SHARD = 256 * 2**20
+MAX_NAME = 60  # characters, with room in a tar header for what follows
+HASHED = re.compile(r"-[0-9a-f]{12}$")  # as the end of a name that was replaced
 PROBED = 8  # records of a block whose images tell how large they all are
 
 
@@ -44,7 +46,7 @@ class Unit:
 def slug(name: str) -> str:
     """A data set's name as it may stand in file names and keys: another one for each name."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
-    if plain == name and name:
+    if plain == name and 0 < len(name) <= MAX_NAME and not HASHED.search(name):
         return plain
     return f"{plain[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 

@@ -2,7 +2,9 @@
 
 import re
 
-_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
+# A string without an end goes to the end of the text: each of its quotes tried as a beginning would
+# take time that grows with the square of its length.
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\]++|\\.)*+"?)|,(?=\s*[}\]])', re.DOTALL)
 
 
 def without_trailing_commas(text: str, instead: str = "") -> tuple[str, int]:

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from megatron_gmai.data.ledger import visible
+from megatron_gmai.data.lock import LOCK_FILE
 from megatron_gmai.data.sources.encodings import check_encoding
 from megatron_gmai.data.sources.json_text import without_trailing_commas
 from megatron_gmai.data.sources.remote import is_url, list_files
@@ -84,7 +86,7 @@ def read_list(path: str | os.PathLike[str]) -> list[Source]:
         try:
             sources.append(_source(name, entry, file))
         except ValueError as error:
-            problems.append(f"  {name}: {error}")
+            problems.append(f"  {visible(name)}: {error}")
     if problems:
         raise ValueError("\n".join([f"list file {file}:", *problems]))
     return sources
@@ -144,6 +146,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _source(name: str, entry: Any, file: Path) -> Source:
+    if not name or not name.isprintable():
+        raise ValueError("a data set's name must be of printable characters")
     ratio = _ratio(entry)
     for key in entry.keys() - set(KEYS):
         near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
@@ -224,6 +228,9 @@ def _annotation_files(place: Path) -> tuple[Path, ...]:
     if place.is_file():
         return (place,)
     files = sorted(f for f in _walk(place) if f.name.lower().endswith(ANNOTATION_SUFFIXES))
+    for file in files:
+        if not file.is_file():  # reading a pipe or a device would never end
+            raise ValueError(f"{file} is no file, or a link to none")
     if not files:
         raise ValueError(f"folder {place} holds no {' or '.join(ANNOTATION_SUFFIXES)} file")
     return tuple(files)
@@ -231,16 +238,21 @@ def _annotation_files(place: Path) -> tuple[Path, ...]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Files below a folder, through links, each folder once; without hidden ones, which editors
-    leave behind (`.ipynb_checkpoints` holds copies)."""
+    leave behind (`.ipynb_checkpoints` holds copies), and without folders of shards."""
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real in seen:
+        if real in seen or LOCK_FILE in files:
             folders.clear()
             continue
         seen.add(real)
         yield from (Path(place) / name for name in files if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """`os.walk` would pass over a folder that it cannot read."""
+    raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _image_roots(image_dir: Any, annotations: Path | None, file: Path) -> tuple[Path, ...]:
@@ -250,6 +262,7 @@ def _image_roots(image_dir: Any, annotations: Path | None, file: Path) -> tuple[
         beside = annotations if annotations.is_dir() else annotations.parent
         return (Path(), beside)
     place = _resolve(image_dir, file)
-    if place is None:
-        raise ValueError(f"'image_dir' {image_dir!r} not found; give a folder, or \"\"")
+    if place is None or not place.is_dir():
+        problem = "not found" if place is None else "is no folder"
+        raise ValueError(f"'image_dir' {image_dir!r} {problem}; give a folder, or \"\"")
     return (place,)

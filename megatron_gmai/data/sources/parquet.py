@@ -49,7 +49,7 @@ def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{file} needs pyarrow: pip install 'megatron-gmai[parquet]'") from error
     unpacked = 0
     try:
-        most = max(LEAST_BOUND, MAX_GROWTH * file.stat().st_size)
+        most = most_unpacked(file)
         with pyarrow.parquet.ParquetFile(file) as table:
             for row in table.iter_batches(batch_size=1):
                 unpacked += row.nbytes
@@ -58,6 +58,11 @@ def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield from row.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"cannot read annotations {file}: {error}") from error
+
+
+def most_unpacked(file: Path) -> int:
+    """Bytes that a packed file of annotations may grow to."""
+    return max(LEAST_BOUND, MAX_GROWTH * file.stat().st_size)
 
 
 def _names(value: Any, blob: BinaryIO, most: int) -> Any:

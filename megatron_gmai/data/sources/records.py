@@ -8,6 +8,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ MAX_RECORD = 16 * 2**20  # bytes
 CHUNK = 2**22
 BOM = b"\xef\xbb\xbf"
 WHITESPACE = " \t\r\n"
+OBJECT = re.compile(rb"^\s*\{", re.MULTILINE)
+WRAPPED = re.compile(rb'\s*\{\s*"(\w{1,80})"\s*:\s*\[\s*\{')  # {"data": [{...
 # Where a record lies: number of the file, first byte, length; and its line in JSON Lines or its
 # place in a list, from 1.
 SPAN = np.dtype([("file", "<u4"), ("start", "<u8"), ("size", "<u4"), ("number", "<u4")])
@@ -33,7 +36,11 @@ class Records:
     def __init__(self, files: Sequence[Path]) -> None:
         """Raises ValueError if a file cannot be read or is neither a JSON list nor JSON Lines."""
         self.files = tuple(files)
-        spans = [(n, *span) for n, file in enumerate(self.files) for span in _scan(file)]
+        spans = [
+            (n, start, min(size, MAX_RECORD + 1), number)  # a line may be longer than SPAN can tell
+            for n, file in enumerate(self.files)
+            for start, size, number in _scan(file)
+        ]
         self.spans = np.array(spans, dtype=SPAN)
 
     def __len__(self) -> int:
@@ -119,10 +126,22 @@ def _scan_lines(content: mmap.mmap, start: int) -> Iterator[tuple[int, int, int]
 
 
 def _check_lines(text: "_Text") -> None:
-    """Raises ValueError for objects that are spread over several lines: each line would be taken
-    for a broken record."""
+    """Raises ValueError for objects that are spread over several lines, and for what is no JSON:
+    each line would be taken for a broken record."""
     start = text.position
+    beginning = text.content[start : start + MAX_RECORD]
+    is_probed = len(beginning) < MAX_RECORD or b"\n" in beginning  # else one line, too long
+    if beginning and is_probed and not OBJECT.search(beginning):
+        raise ValueError(
+            f"annotations {text.file} hold no JSON objects, they begin with {beginning[:40]!r}"
+        )
     first_line = text.content.find(b"\n", start)
+    wrapped = WRAPPED.match(beginning)
+    if wrapped and wrapped[1] != b"conversations" and not beginning.count(b"\n", 0, -1):
+        raise ValueError(
+            f"annotations {text.file} are one object with a list under {wrapped[1].decode()!r}; "
+            "the list alone is what is needed, or a record a line"
+        )
     if text.peek() != "{" or first_line < 0 or first_line - start > CHUNK:
         return
     with contextlib.suppress(ValueError, RecursionError):

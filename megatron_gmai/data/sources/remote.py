@@ -11,6 +11,8 @@ from typing import Any
 
 from megatron_gmai.data.ledger import BadSample
 
+MOST_REASON = 200  # characters of what a server says
+
 
 def is_url(place: object) -> bool:
     """Whether a name is a URL and not a path."""
@@ -38,7 +40,7 @@ def list_files(url: str, suffixes: Sequence[str]) -> list[str]:
         if files.isfile(path):
             return [url]
         found = sorted(name for name in files.find(path) if name.lower().endswith(tuple(suffixes)))
-    except OSError as error:
+    except Exception as error:
         raise ValueError(f"cannot read {url}: {error}") from error
     if not found:
         raise ValueError(f"{url} is no file, and holds no {' or '.join(suffixes)} file")
@@ -50,7 +52,7 @@ def version(url: str) -> str:
     files, path = filesystem(url)
     try:
         info = files.info(path)
-    except OSError as error:
+    except Exception as error:
         raise ValueError(f"cannot read {url}: {error}") from error
     marks = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified") if key in info]
     return " ".join([posixpath.basename(path), str(info.get("size")), *marks])
@@ -61,7 +63,7 @@ def copy(url: str, target: str) -> None:
     files, path = filesystem(url)
     try:
         files.get_file(path, target)
-    except OSError as error:
+    except Exception as error:
         raise ValueError(f"cannot copy {url}: {error}") from error
 
 
@@ -69,12 +71,30 @@ def read_below(url: str, name: str, most: int) -> bytes:
     """A file below a folder. Raises BadSample if there is none, if it is larger than `most` bytes,
     or if its name leads out of the folder."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or is_url(name):
-        raise BadSample(f"image {name}: outside of its folder {url}")
+        raise BadSample(f"image {name}: outside of its folder {url}", name)
     files, path = filesystem(url)
     file = posixpath.join(path, name)
     try:
-        if files.size(file) > most:
+        size = files.size(file)
+        data = _read_some(files, file, most + 1) if size is None else None
+        if max(size or 0, len(data or b"")) > most:
             raise BadSample(f"image {name}: larger than {most} bytes")
-        return files.cat_file(file)
-    except OSError as error:
-        raise BadSample(f"image {name}: no such file in {url}") from error
+        return files.cat_file(file) if data is None else data
+    except BadSample:
+        raise
+    except Exception as error:  # each scheme has its own kinds
+        cause = error.__cause__ or error  # HTTP calls all of its errors "not found"
+        if isinstance(cause, FileNotFoundError):
+            raise BadSample(f"image {name}: no such file in {url}", name) from error
+        reason = " ".join(str(cause).split())[:MOST_REASON] or type(cause).__name__
+        raise BadSample(f"image {name}: cannot be read from {url}: {reason}", name) from error
+
+
+def _read_some(files: Any, file: str, most: int) -> bytes:
+    """At most so many bytes of a file whose size the server does not tell."""
+    parts, size = [], 0
+    with files.open(file, "rb") as stream:
+        while size < most and (part := stream.read(min(2**20, most - size))):
+            parts.append(part)
+            size += len(part)
+    return b"".join(parts)

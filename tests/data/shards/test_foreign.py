@@ -89,3 +89,14 @@ def test_links_devices_and_leaving_names_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_tar_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no .tar files"):
         index_shards(tmp_path)
+
+
+def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    captions = {"good": "左肺 lung".encode("utf-8-sig"), "bad": "左肺".encode("gb18030")}
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for key, caption in captions.items():
+            writer.write({"__key__": key, "png": encoded(picture()), "txt": caption})
+    assert index_shards(tmp_path).samples == 1
+    (line,) = read_ledger(tmp_path / "rejected.jsonl")
+    assert line.id == "bad" and "the caption is not UTF-8" in line.reason
+    assert Shards(tmp_path).read(0).record["conversations"][1]["value"] == "左肺 lung"

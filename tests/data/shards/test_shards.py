@@ -151,7 +151,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "leaves the folder": (record("<image>", "a", "../secret.png"), "secret.png: outside"),
     "absolute path": (record("<image>", "a", "/etc/hostname"), "hostname: outside"),
     "link out of the folder": (record("<image>", "a", "link.png"), "link.png: outside"),
-    "folder as image": (record("<image>", "a", "."), "no such file"),
+    "folder as image": (record("<image>", "a", "."), "a folder, not a file"),
     "image is a number": (record("<image>", "a", 3), "'image' must be"),
 }
 

@@ -1,6 +1,8 @@
 """Annotation files that are not what they should be: where exactly, and in one line."""
 
+import bz2
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,38 @@ def test_objects_over_several_lines_are_one_error(tmp_path: Path, indent: int) -
 def test_chinese_in_utf_8_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(CHINESE, ensure_ascii=False), encoding="utf-8")
     assert read_all(tmp_path / "a.json") == CHINESE
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"image,text\nok.jpg,lung\n", "no JSON objects, they begin with b'image,text"),
+        (b"<!DOCTYPE html>\n<html></html>\n", "no JSON objects"),
+        (b"PK\x03\x04 and so on", "a ZIP archive; unpack it"),
+        (bz2.compress(b"{}"), "compressed with bzip2; unpack it"),
+        (b"PAR1 and so on", "name it .parquet"),
+        (json.dumps({"data": [GOOD]}).encode(), "one object with a list under 'data'"),
+        ("\n".join(['{"a": "Übersicht, "}'] * 9).encode("latin-1"), "ISO-8859-1 .*not UTF-8"),
+    ],
+)
+def test_another_format_is_one_error(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        Records([tmp_path / "a.json"])
+
+
+def test_an_encoding_that_is_not_certain_is_not_told_as_one(tmp_path: Path) -> None:
+    text = json.dumps([record("これは何ですか", "胸部レントゲン写真です")], ensure_ascii=False)
+    (tmp_path / "a.json").write_bytes(text.encode("shift_jis"))
+    with pytest.raises(ValueError, match=r"GB18030 \(GBK\) or Shift JIS or ISO.*look at"):
+        Records([tmp_path / "a.json"])
+
+
+def test_a_text_that_is_cut_off_takes_no_time(tmp_path: Path) -> None:
+    """Looking for commas took minutes: each quote was tried as the beginning of a string."""
+    text = json.dumps([record("what", '"' * 200_000)])
+    (tmp_path / "a.json").write_text(text[:-200])
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="not valid JSON"):
+        Records([tmp_path / "a.json"])
+    assert time.monotonic() - begin < 5

@@ -1,15 +1,19 @@
 """Mistakes in a list and in what it names: an error that helps, or done right."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_gmai.data.ledger import read_ledger
+from megatron_gmai.data.lock import LOCK_FILE
 from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.reader import Shards
+from megatron_gmai.data.sources import parquet
 from megatron_gmai.data.sources.mixture import read_list
 from tests.data.world import encoded, picture, record
 
@@ -182,3 +186,66 @@ class TestImagesElsewhere:
         list_file = self.sample(tmp_path, "images/b.png", image_dir=str(snapshot))
         shards, _ = build(list_file)
         assert len(shards) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "\ud800", "\u202eabc"])
+def test_a_data_set_has_a_name_that_can_be_printed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "LIST.json").write_text(json.dumps({name: {"annotations": "a.json"}}))
+    with pytest.raises(ValueError, match="printable") as error:
+        read_list(tmp_path / "LIST.json")
+    assert name.isprintable() or name not in str(error.value)
+
+
+def test_an_image_folder_that_is_a_file_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match=r"'image_dir' '.*a\.png' is no folder"):
+        read_list(write(tmp_path, image_dir=str(tmp_path / "a.png")))
+
+
+def test_a_pipe_among_annotations_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    os.mkfifo(tmp_path / "notes" / "b.json")
+    with pytest.raises(ValueError, match=r"b\.json is no file"):
+        read_list(write(tmp_path, annotations=str(tmp_path / "notes")))
+
+
+def test_shards_below_the_annotations_are_none(tmp_path: Path) -> None:
+    for folder in ("notes", "notes/shards"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "index.json").write_text("[]")
+    (tmp_path / "notes/shards" / LOCK_FILE).touch()
+    (source,) = read_list(write(tmp_path, annotations=str(tmp_path / "notes")))
+    assert source.annotation_files == (tmp_path / "notes/index.json",)
+
+
+def test_a_gzip_bomb_ends_where_annotations_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "LEAST_BOUND", 10_000)
+    (tmp_path / "b.json").write_bytes(gzip.compress(bytes(1_000_000)))
+    with pytest.raises(ValueError, match=r"b\.json unpack to more than \d+ bytes"):
+        build(write(tmp_path, annotations=str(tmp_path / "b.json")))
+    assert sum(file.stat().st_size for file in (tmp_path / "shards").rglob("*")) < 500_000
+
+
+def test_annotations_without_a_record_are_mentioned(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text("[]")
+    _, lines = build(write(tmp_path, annotations=str(tmp_path / "b.json")))
+    assert "A: its annotations hold no records" in lines
+
+
+def test_a_folder_of_annotations_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes" / "more").mkdir(parents=True)
+    (tmp_path / "notes" / "a.json").write_text("[]")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="cannot read .*notes/more: Permission denied"):
+        read_list(write(tmp_path, annotations=str(tmp_path / "notes")))

@@ -75,3 +75,11 @@ def test_gigantic_and_bottomless_records_are_refused(
         all_records(deep)
     with pytest.raises(BadSample, match="more than 1000"):
         all_records(huge)
+
+
+def test_a_line_of_gigabytes_is_one_record_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_scan", lambda file: [(0, 2**33, 1)])
+    (span,) = Records([tmp_path / "huge.jsonl"]).spans
+    assert span["size"] > records.MAX_RECORD

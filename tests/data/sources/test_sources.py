@@ -11,6 +11,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_gmai.config import DataConfig
 from megatron_gmai.data.ledger import BadSample, read_ledger
@@ -20,7 +21,7 @@ from megatron_gmai.data.prepare import prepare_data
 from megatron_gmai.data.shards import check, fetch
 from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.reader import Shards
-from megatron_gmai.data.sources import parquet
+from megatron_gmai.data.sources import parquet, remote
 from megatron_gmai.data.sources.remote import read_below
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.data.world import VISION, encoded, mixed_records, picture, record
@@ -155,6 +156,28 @@ class TestUrls:
         put(f"{memory}/a.png", PICTURES[1])
         with pytest.raises(BadSample, match="outside"):
             read_below(f"{memory}/images", name, 10**9)
+
+    def test_a_server_that_fails_is_quoted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Refused(Exception):
+            """As aiohttp's, which are no OSErrors."""
+
+        class Server(MemoryFileSystem):
+            def size(self, path: str) -> None:
+                raise FileNotFoundError(path) from Refused("503,\n try later")
+
+        monkeypatch.setattr(remote, "filesystem", lambda url: (Server(), "/images"))
+        with pytest.raises(BadSample, match="cannot be read from x://images: 503, try later") as e:
+            read_below("x://images", "a.png", 10)
+        assert e.value.image == "a.png"
+
+    def test_a_size_that_is_not_told_is_measured(
+        self, memory: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(f"{memory}/images/a.png", b"0123456789")
+        monkeypatch.setattr(MemoryFileSystem, "size", lambda self, path: None)
+        assert read_below(f"{memory}/images", "a.png", 10) == b"0123456789"
+        with pytest.raises(BadSample, match="larger than 9 bytes"):
+            read_below(f"{memory}/images", "a.png", 9)
 
     def test_changed_annotations_are_noticed(self, tmp_path: Path, memory: str) -> None:
         put(f"{memory}/one.json", json.dumps([record("what", "yes")]).encode())
