@@ -26,7 +26,7 @@ def split_cell(cell: str) -> list[str]:
     """
     if not (len(cell) > 1 and cell[0] == "[" and cell[-1] == "]"):
         return [cell] if cell else []
-    entries = []
+    entries: list[str] = []
     for entry in _literals(cell[1:-1]):
         if len(entries) == MAX_IMAGES:
             raise BadSample(f"more than {MAX_IMAGES} images")
