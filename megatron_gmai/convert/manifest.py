@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
         has_optimizer = bool(manifest["has_optimizer"])
         stored = dict(manifest.get("crc32", {}))
         checksums = {name: int(stored[name]) for name in files if name in stored}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / MANIFEST} cannot be read: {error}") from error
     for name, size in files.items():
         file = path / name

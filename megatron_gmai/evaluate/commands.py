@@ -150,7 +150,7 @@ def _read_leaks(path: Path, benchmark: Benchmark) -> set[str]:
         told = json.loads(path.read_text(encoding="utf-8"))
         name, matches = told["benchmark"], told["matches"]
         indices = {str(index) for match in matches for index in match["indices"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a result of `leakage`: {error}") from error
     if name != benchmark.name:
         raise ValueError(f"{path} is about {name}, not {benchmark.name}")

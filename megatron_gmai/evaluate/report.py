@@ -125,6 +125,6 @@ def read_settings(predictions: Path) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     return settings if isinstance(settings, dict) else None

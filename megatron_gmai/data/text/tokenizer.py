@@ -171,5 +171,5 @@ def _added_tokens(file: Path) -> dict[str, int]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
         return {entry["content"]: int(number) for number, entry in entries.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a tokenizer configuration: {error}") from error
