@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ import pytest
 from megatron_gmai.evaluate.commands import compare_parser
 from tests.evaluate.tables import png
 from tests.evaluate.test_leakage import make_shards
-from tests.evaluate.test_program import evaluate
-from tests.training.command import ROOT
+from tests.training.command import ROOT, finish, run
 from tools import evaluate as evaluate_tool
 from tools import make_benchmark, serve
 
@@ -27,30 +27,31 @@ def commands(program: str) -> list[list[str]]:
 def test_the_worked_example_runs(
     checkpoints: Path, held_out_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    (run / "phase3").mkdir(parents=True)
-    (run / "data").mkdir()
+    work = tmp_path / "run"
+    (work / "phase3").mkdir(parents=True)
+    (work / "data").mkdir()
     for file in (held_out_file, *tmp_path.glob("*.png")):
-        file.rename(run / "data" / file.name)
-    (run / "phase3" / "checkpoints").symlink_to(checkpoints)
-    make_shards(run / "shards", [[png(1)], [(run / "data" / "a.png").read_bytes()]])
+        file.rename(work / "data" / file.name)
+    (work / "phase3" / "checkpoints").symlink_to(checkpoints)
+    make_shards(work / "shards", [[png(1)], [(work / "data" / "a.png").read_bytes()]])
 
     def of_this_run(words: list[str]) -> list[str]:
-        return [word.replace("$run", str(run)) for word in words]
+        return [word.replace("$run", str(work)) for word in words]
 
     (make,) = commands("make_benchmark")
     assert make_benchmark.main(of_this_run(make)) == 0
     predict, leakage, score, _ = commands("evaluate")
-    status, said = evaluate(1, *of_this_run(predict))
-    assert status == 0, said
+    program = run([sys.executable, "tools/evaluate.py", *of_this_run(predict), "--device", "cpu"])
+    said = finish(program)
+    assert program.returncode == 0, said
     evaluate_tool.main(of_this_run(leakage))
     evaluate_tool.main(of_this_run(score))
     said = capsys.readouterr().out
     assert "1 of 2 images of QuickStart are among 2 training images" in said
     assert "without leaked images" in said
-    scores = json.loads((run / "eval" / "scores.json").read_text())
+    scores = json.loads((work / "eval" / "scores.json").read_text())
     assert scores["predictions"]["settings"]["prompt"] == "plain"
-    assert "<article" in (run / "eval" / "cases.html").read_text()
+    assert "<article" in (work / "eval" / "cases.html").read_text()
 
 
 def test_the_other_commands_are_known_to_their_programs() -> None:
