@@ -95,8 +95,11 @@ def serve(app: "Starlette", flags: argparse.Namespace, settings: "Settings") -> 
     """Until a signal ends it."""
     import uvicorn
 
+    from megatron_gmai.evaluate.server.connections import Connection
+
     uvicorn.run(
         app,
+        http=Connection,
         host=flags.host,
         port=flags.port,
         log_level="warning",

@@ -56,6 +56,9 @@ LLAVA_SETTINGS = {
     "vision_feature_select_strategy": "default",
 }
 _IMAGE_TOKEN_DEFAULT = 32000
+# A table of all weights is made before any file is opened, and a short config.json could ask for
+# one that no memory holds.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _refuse(path: Path, problems: list[str]) -> None:
 def _text(path: Path, raw: dict[str, Any]) -> tuple[Flavour, dict[str, Any]]:
     """Flavour and settings of a text config, defaults filled in."""
     kind = raw.get("model_type")
-    if kind not in FLAVOURS:
+    if not isinstance(kind, str) or kind not in FLAVOURS:
         reason = _REFUSED.get(str(kind), f"expected {' or '.join(FLAVOURS)}")
         raise ValueError(f"{path}: a language model of type {kind!r} is not supported: {reason}")
     flavour = FLAVOURS[kind]
@@ -128,7 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; name the folder that holds config.json")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
@@ -230,8 +233,12 @@ def _size_problems(
         for key in sizes
         if type(section[key]) is not int or section[key] < 1
     ]
-    if type(section[eps]) not in (int, float) or not section[eps] > 0:
-        problems.append(f"{prefix}{eps} is {section[eps]!r}, expected a number above 0")
+    if not problems and section["num_hidden_layers"] > _MOST_LAYERS:
+        problems.append(
+            f"{prefix}num_hidden_layers is {section['num_hidden_layers']}, more than {_MOST_LAYERS}"
+        )
+    if type(section[eps]) not in (int, float) or not 0 < section[eps] < 1:
+        problems.append(f"{prefix}{eps} is {section[eps]!r}, expected a number above 0 and below 1")
     return problems
 
 

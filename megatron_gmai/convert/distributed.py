@@ -41,11 +41,14 @@ class _Reader(CheckedReader):
         info = self.table.storage_data[MetadataIndex(name, chunk.offsets)]
         path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
         with path.open("rb") as file:
-            tensor = torch.load(
-                self._slice_file(file, info),
-                map_location="cpu",
-                weights_only=True,
-            )
+            try:
+                tensor = torch.load(
+                    self._slice_file(file, info),
+                    map_location="cpu",
+                    weights_only=True,
+                )
+            except Exception as error:  # torch raises many types for a damaged or hostile file
+                raise ValueError(f"{path} is damaged: {name} cannot be read from it") from error
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             raise ValueError(f"{path} is damaged: it holds something else in the place of {name}")
         return tensor

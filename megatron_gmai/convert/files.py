@@ -89,6 +89,10 @@ class TorchFile:
             ) from error
         if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
             raise ValueError(f"{self.path} does not hold a dictionary of tensors")
+        for name, tensor in value.items():
+            # A small file could otherwise spell a tensor that fills all memory: strides of 0.
+            if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{self.path} does not hold every number of {name}")
         return value
 
     @cached_property
@@ -193,7 +197,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of weights: {error!r}") from error
     for name in names:
         # Compared by name, not resolved: download caches link to blobs outside the folder.

@@ -4,11 +4,11 @@ size and checksum."""
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gmai.config import Config
+from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.safe_metadata import check_metadata
 
 MANIFEST = "manifest.json"
@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
         has_optimizer = bool(manifest["has_optimizer"])
         stored = dict(manifest.get("crc32", {}))
         checksums = {name: int(stored[name]) for name in files if name in stored}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / MANIFEST} cannot be read: {error}") from error
     for name, size in files.items():
         file = path / name
@@ -85,7 +85,18 @@ def read_manifest(path: Path) -> Manifest:
                 "Use an earlier checkpoint."
             )
     names = check_metadata(path / ".metadata")
+    _check_sizes(path / MANIFEST, config.model, len(names))
     return Manifest(path, position, config, has_optimizer, names, checksums)
+
+
+def _check_sizes(path: Path, model: ModelConfig, tensors: int) -> None:
+    """A table of all weights is made of these sizes before one of them is looked for."""
+    for part in (model.vision, model.language):
+        for name, value in asdict(part).items():
+            if not isinstance(value, bool) and not 0 < value < float("inf"):
+                raise ValueError(f"{path} cannot be read: {name} is {value}, not above 0")
+        if part.num_layers > tensors + 1:  # CLIP's last one is not among them
+            raise ValueError(f"{path} speaks of {part.num_layers} layers, with {tensors} tensors")
 
 
 def crc32_of(path: Path) -> int:

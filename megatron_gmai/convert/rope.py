@@ -5,6 +5,7 @@ Three spellings are about: `rope_theta` with `rope_scaling` (transformers 4, Int
 `max_position_embeddings`, where training stops; its factor is carried to exports, which may go on.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ def _factor(section: Mapping[str, Any]) -> tuple[float, str]:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 MOST_BYTES = 2**30
+_MOST_BOXES = 2**14  # of one tensor: more than there are ranks
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _DTYPES = (*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -203,6 +204,8 @@ def _check_cover(
     memory."""
     if any(len(o) != len(size) or len(s) != len(size) for o, s in boxes):
         raise ValueError(f"{name} has a box of other dimensions")
+    if len(boxes) > _MOST_BOXES:  # they are compared each with each
+        raise ValueError(f"{name} lies in {len(boxes)} boxes, more than {_MOST_BOXES}")
     if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(size):
         raise ValueError(f"{name} is not covered by its {len(boxes)} boxes")
     if not size or len(boxes) == 1 and boxes[0] == ((0,) * len(size), size):

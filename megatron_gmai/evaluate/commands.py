@@ -15,7 +15,7 @@ from megatron_gmai.evaluate.judge import Judge, openai_ask
 from megatron_gmai.evaluate.page import render_page
 from megatron_gmai.evaluate.protocols.registry import PROTOCOLS
 from megatron_gmai.evaluate.protocols.verdict import Protocol
-from megatron_gmai.evaluate.report import Scores, to_table, to_text
+from megatron_gmai.evaluate.report import Scores, printable, to_table, to_text
 from megatron_gmai.evaluate.scores import GROUPS, join, judge_all
 from megatron_gmai.evaluate.statistics import paired_test
 
@@ -108,7 +108,8 @@ def leakage(flags: argparse.Namespace) -> None:
     print(leaks.to_text())
     for match in leaks.matches[:20]:
         sign = "=" if match["exact"] else f"{match['distance']:>2} bits"
-        print(f"  {', '.join(match['indices'][:5])}  {sign}  {match['training_key']}")
+        questions = printable(", ".join(match["indices"][:5]))
+        print(f"  {questions}  {sign}  {printable(match['training_key'])}")
     if flags.output:
         _write(flags.output, json.dumps(asdict(leaks), indent=1) + "\n")
 
@@ -150,7 +151,7 @@ def _read_leaks(path: Path, benchmark: Benchmark) -> set[str]:
         told = json.loads(path.read_text(encoding="utf-8"))
         name, matches = told["benchmark"], told["matches"]
         indices = {str(index) for match in matches for index in match["indices"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a result of `leakage`: {error}") from error
     if name != benchmark.name:
         raise ValueError(f"{path} is about {name}, not {benchmark.name}")

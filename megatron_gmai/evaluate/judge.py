@@ -5,9 +5,9 @@ judge are this project's own, so its verdicts are not those of the toolkits' jud
 """
 
 import hashlib
+import http.client
 import json
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +116,7 @@ def openai_ask(address: str, model: str, key: str | None) -> Ask:
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as response:
                 return _content(json.loads(response.read(MAX_REPLY_BYTES)))
-        except (OSError, ValueError, urllib.error.URLError) as error:
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             raise ValueError(f"the judge at {address} gave no answer: {error}") from error
 
     return ask

@@ -88,7 +88,13 @@ def to_text(result: Mapping[str, Any], by: Sequence[str] = ()) -> str:
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["interval_95"]
     counts = (str(row[key]) for key in ("n", "unanswered", "fallbacks", "judged"))
-    return (name, f"{row['accuracy']:.4f}", f"{low:.4f} - {high:.4f}", *counts)
+    return (printable(name), f"{row['accuracy']:.4f}", f"{low:.4f} - {high:.4f}", *counts)
+
+
+def printable(text: str) -> str:
+    """A stranger's text on one line of a terminal: a line end in it could forge a row, a control
+    character steer the terminal, and a mark of direction turn the line round."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -125,6 +131,6 @@ def read_settings(predictions: Path) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     return settings if isinstance(settings, dict) else None

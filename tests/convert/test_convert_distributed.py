@@ -64,3 +64,15 @@ def test_another_model_is_refused(
     larger = replace(model_config.language, vocab_size=500)
     with pytest.raises(ValueError, match=r"word_embeddings.weight has shape \(128, 48\), not"):
         CheckpointWeights(checkpoint[0], replace(model_config, language=larger))
+
+
+def test_a_damaged_file_is_told_with_the_tensor(
+    checkpoint: tuple[Path, dict[str, Tensor]], model_config: ModelConfig
+) -> None:
+    folder, weights = checkpoint
+    for file in folder.glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))
+    found = CheckpointWeights(folder, model_config)
+    name = next(iter(weights))
+    with pytest.raises(ValueError, match=rf"distcp is damaged: {name} cannot be read"):
+        found[name]

@@ -228,12 +228,16 @@ def test_every_unsupported_setting_is_reported_at_once(saved: Path) -> None:
         ("text_config", "rms_norm_eps", None),
         ("text_config", "rope_theta", None),
         ("text_config", "rope_theta", -1.0),
+        ("text_config", "rope_theta", 10**400),
+        ("text_config", "rms_norm_eps", float("inf")),
+        ("text_config", "num_hidden_layers", 10**6),
         ("text_config", "rope_scaling", "dynamic"),
         ("text_config", "rope_scaling", {"type": "dynamic"}),
         ("text_config", "rope_scaling", {"type": "dynamic", "factor": 0.5}),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("vision_config", "layer_norm_eps", "small"),
         ("vision_config", "patch_size", 5),
+        ("vision_config", "num_hidden_layers", 10**6),
         ("vision_config", "num_attention_heads", 5),
     ],
 )
@@ -262,7 +266,14 @@ def test_a_foreign_model_type_is_refused(saved: Path) -> None:
         open_pretrained(saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "llava"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"model_type": "llava"}', "\udcff", "[" * 100_000, "9" * 5000,
+        '{"model_type": "llava", "text_config": {"model_type": []}, "vision_config": {}}',
+    ],
+    ids=range(8),
+)  # fmt: skip
 def test_a_broken_config_is_refused(saved: Path, text: str) -> None:
     (saved / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.json"):
@@ -338,6 +349,14 @@ def test_a_bin_file_runs_no_code(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_small_bin_file_spells_no_giant_tensor(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    giant = torch.zeros(1).expand(10**9, 48)
+    torch.save({"language_model.lm_head.weight": giant}, saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"does not hold every number of language_model\.lm_head"):
+        open_pretrained(saved)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -348,11 +367,13 @@ def test_a_bin_file_runs_no_code(saved: Path, tmp_path: Path) -> None:
         ({"weight_map": {"a": "config.json"}}, "neither .safetensors nor .bin"),
         ({"weight_map": {"a": 3}}, "only files in the same folder"),
         ({"weights": {}}, "is not an index"),
+        ("[" * 100_000, "is not an index"),
         ([], "is not an index"),
     ],
 )
 def test_an_index_cannot_lead_astray(saved: Path, index: object, message: str) -> None:
-    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    text = index if isinstance(index, str) else json.dumps(index)
+    (saved / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_pretrained(saved)
 

@@ -90,6 +90,15 @@ def test_a_hole_in_a_tensor_is_refused(folder: Path) -> None:
         read_metadata(rewrite(folder, no_chunks))
 
 
+def test_boxes_without_end_are_refused(folder: Path) -> None:
+    def shreds(metadata: Any) -> None:
+        box = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((1, 3)))
+        metadata.state_dict_metadata["a"].chunks[:] = [box] * 20_000
+
+    with pytest.raises(ValueError, match="a lies in 20000 boxes"):
+        read_metadata(rewrite(folder, shreds))
+
+
 def test_boxes_that_overlap_or_reach_out_are_refused(folder: Path) -> None:
     def halves(*offsets: tuple[int, int]) -> Any:
         def change(metadata: Any) -> None:

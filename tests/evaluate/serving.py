@@ -11,6 +11,7 @@ import uvicorn
 
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.evaluate.server.app import Settings, build_app
+from megatron_gmai.evaluate.server.connections import Connection
 from megatron_gmai.evaluate.server.generator import Generator, Piece, Request
 
 
@@ -75,7 +76,9 @@ def serving(generator: Generator, settings: Settings | None = None) -> Iterator[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     app = build_app(generator, settings or Settings())
-    config = uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, http=Connection, port=port, log_level="error", timeout_graceful_shutdown=2
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -60,6 +60,19 @@ def test_rows_by_group_stand_below_their_protocol(
     ]
 
 
+def test_a_value_of_a_column_forges_no_row_and_steers_no_terminal(
+    benchmark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = "CT\nvlmevalkit  1.0000\x1b[2J\u202e"
+    write_tsv(benchmark, choices(4, modality=value) + [{**choices(5)[4], "modality": "MR"}])
+    predictions = predicted(benchmark, "model", {})
+    words = ["score", "--benchmark", str(benchmark), "--predictions", str(predictions)]
+    main([*words, "--protocol", "vlmevalkit", "--by", "modality"])
+    lines = capsys.readouterr().out.splitlines()
+    row = lines[3]
+    assert len(lines) == 5 and row.startswith("  CT\ufffdvlmevalkit  1.0000\ufffd[2J\ufffd")
+
+
 def test_the_older_form_and_predict_take_the_same_flags() -> None:
     for words in ([], ["predict"]):
         with pytest.raises(ValueError, match="--load"):

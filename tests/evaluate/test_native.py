@@ -9,9 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.sources import parquet
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, read_benchmark
-from megatron_gmai.evaluate.native.files import read_json_list, read_parquet
+from megatron_gmai.evaluate.native.files import read_json_list, read_parquet, texts_of
 from megatron_gmai.evaluate.native.mmmu import SUBJECTS
 from megatron_gmai.evaluate.native.registry import SOURCES
 from tests.evaluate import published
@@ -171,6 +172,21 @@ def test_a_bad_element_is_told_by_its_place(tmp_path: Path, records: Any, said: 
     (tmp_path / "held_out.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match=said):
         read_json_list(tmp_path / "held_out.json")
+
+
+def test_a_record_that_is_no_unicode_costs_no_other(tmp_path: Path, make: Make) -> None:
+    published.slake(tmp_path / "native")
+    file = tmp_path / "native" / "test.json"
+    first, second = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps([first | {"answer": "\ud800"}, second]))
+    benchmark, said = make("slake")
+    assert len(benchmark.items) == 1 and "SLAKE/1: not valid Unicode" in said
+
+
+@pytest.mark.parametrize("literal", ["[{{}}]", "[" * 1000, "7"])
+def test_options_that_are_no_list_are_a_reason(literal: str) -> None:
+    with pytest.raises(BadSample, match="not a list"):
+        texts_of(literal)
 
 
 def test_a_small_parquet_file_may_not_unpack_without_end(

@@ -1,8 +1,12 @@
 """Predicting a benchmark: the same answers from any ranks, and after a kill."""
 
 import json
+import signal
+import sys
+import time
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 import transformers
@@ -28,6 +32,7 @@ from tests.evaluate.models import build, config_for
 from tests.evaluate.tables import cell, png, write_tsv
 from tests.evaluate.test_program import evaluate
 from tests.parallel.cases import Processes
+from tests.training.command import finish, run
 from tools.make_benchmark import main as make_benchmark
 
 NEW = 5
@@ -199,3 +204,36 @@ def test_answers_of_other_weights_in_the_same_place_are_not_gone_on_with(
     flags = ["--load", checkpoints, "--benchmark", table, "--output", tmp_path / "other_Set.tsv"]
     status, said = evaluate(1, *flags, "--batch-size", 2, "--max-new-tokens", NEW)
     assert status == 2 and "other settings; delete it" in said
+
+
+def test_a_run_that_was_killed_goes_on_without_a_lost_or_doubled_answer(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """The program itself, killed in the middle, then started again."""
+    asked = ("is a lung shown", "what is shown", "left right", "scan")
+    rows = [
+        {"index": i, "image": "0" if i else cell(png(1)), "question": asked[i % 4]}
+        for i in range(120)
+    ]
+    words = ["--load", str(checkpoints), "--output", str(tmp_path / "model_Set.tsv"),
+             "--benchmark", str(write_tsv(tmp_path / "Set.tsv", rows)),
+             "--batch-size", "2", "--max-new-tokens", str(NEW)]  # fmt: skip
+    answers = tmp_path / "model_Set.answers"
+    program = run([sys.executable, "tools/evaluate.py", "predict", "--device", "cpu", *words])
+    while len(read_answers(answers)) < 6:
+        assert program.poll() is None, finish(program)
+        time.sleep(0.01)
+    program.kill()
+    finish(program)
+    assert program.returncode == -signal.SIGKILL
+    done = read_answers(answers)
+    assert 6 <= len(done) < 120 and not (tmp_path / "model_Set.tsv").exists()
+
+    status, said = evaluate(1, *words)
+    assert status == 0, said
+    left = 120 - len(done)
+    assert f"{left} of {left} questions" in said and "120 predictions" in said
+    table = pandas.read_csv(tmp_path / "model_Set.tsv", sep="\t", keep_default_na=False)
+    assert table["index"].tolist() == list(range(120)) and not answers.exists()
+    assert table.groupby("question").prediction.nunique().tolist() == [1] * 4
+    assert table.prediction.nunique() > 1

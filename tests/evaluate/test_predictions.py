@@ -1,11 +1,14 @@
 """Predictions go to VLMEvalKit's three file formats and come back as they were."""
 
 import json
+import zipfile
 from pathlib import Path
 
+import openpyxl
 import pandas
 import pytest
 
+from megatron_gmai.evaluate.benchmarks import predictions
 from megatron_gmai.evaluate.benchmarks.predictions import read_predictions, write_predictions
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, read_benchmark
 from tests.evaluate.tables import choices, write_tsv
@@ -74,6 +77,7 @@ def test_only_answered_rows_are_written_in_the_benchmarks_order(
         ("p.json", "{}", "list of objects"),
         ("p.json", "[1]", "list of objects"),
         ("p.json", "[", "not JSON"),
+        ("p.json", '[{"index": "1", "prediction": "\\ud800"}]', "not valid Unicode"),
         ("p.xlsx", "no workbook", "not a workbook"),
     ],
 )
@@ -83,6 +87,30 @@ def test_files_that_hold_no_predictions_are_refused(
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_predictions(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('<row r="2000000000"><c r="A2000000000"><v>1</v></c></row>', "without index"),
+        ("<row/>" * 20_000, "when unpacked"),
+    ],
+)
+def test_a_small_workbook_may_not_unpack_without_end(
+    rows: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "MAX_UNPACKED_BYTES", 100_000)
+    openpyxl.Workbook().save(tmp_path / "empty.xlsx")
+    head = '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main">'
+    sheet = f"{head}<sheetData>{rows}</sheetData></worksheet>"
+    with (
+        zipfile.ZipFile(tmp_path / "empty.xlsx") as empty,
+        zipfile.ZipFile(tmp_path / "p.xlsx", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in empty.namelist():
+            archive.writestr(name, sheet if "sheet1" in name else empty.read(name))
+    with pytest.raises(ValueError, match=message):
+        read_predictions(tmp_path / "p.xlsx")
 
 
 def test_a_missing_file_and_an_unknown_format_are_told(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from megatron_gmai.evaluate.judge import openai_ask
-from megatron_gmai.evaluate.server import bodies
+from megatron_gmai.evaluate.server import bodies, connections
 from megatron_gmai.evaluate.server.app import Settings
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
 from tests.evaluate.serving import Reader, serving
@@ -224,6 +224,19 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
                 pass
 
 
+def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_IDLE_SECONDS", 0.3)
+    with serving(Reader(seconds_a_step=0.3)) as address:
+        place = urlsplit(address)
+        silent, half = (socket.create_connection((place.hostname, place.port)) for _ in range(2))
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
+        said = raw(address, json.dumps({"messages": user("one two three")}).encode())
+        assert said[0] == 200  # which took longer
+        for connection in (silent, half):
+            connection.settimeout(5)
+            assert connection.recv(100) == b""
+
+
 def test_too_many_images_are_refused(address: str) -> None:
     body = {"messages": user(*[grey(1)] * 17, "x")}
     status, answer = raw(address, json.dumps(body).encode())
@@ -343,6 +356,9 @@ class TestUnderLoad:
         assert sorted(set(statuses)) == [200, 503]
 
 
+DEEP = b"HTTP/1.0 200\r\n\r\n" + b"[" * 100_000
+
+
 class TestAJudgeBehindTheServer:
     def test_it_is_asked_over_the_same_interface(self, address: str) -> None:
         ask = openai_ask(f"{address}/v1/", "reader", key=None)
@@ -353,6 +369,21 @@ class TestAJudgeBehindTheServer:
             openai_ask(f"{address}/v1", "another", key="k")("x")
         with pytest.raises(ValueError, match="gave no answer"):
             openai_ask("http://127.0.0.1:9/v1", "reader", key=None)("x")
+
+    @pytest.mark.parametrize("reply", [b"no HTTP\r\n\r\n", DEEP])
+    def test_one_that_answers_nonsense_is_told(self, reply: bytes) -> None:
+        def answer(server: socket.socket) -> None:
+            with server.accept()[0] as connection:
+                connection.recv(100_000)
+                connection.sendall(reply)
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            thread = threading.Thread(target=answer, args=[server])
+            thread.start()
+            address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+            with pytest.raises(ValueError, match="gave no answer"):
+                openai_ask(address, "reader", key=None)("x")
+            thread.join()
 
 
 class TestVLMEvalKitsRequests:

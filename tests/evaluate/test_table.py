@@ -1,5 +1,6 @@
 """Benchmarks' tables are read for what they say, and nothing in them is run or followed outside."""
 
+import tracemalloc
 from pathlib import Path
 
 import pandas
@@ -7,6 +8,7 @@ import pytest
 
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.evaluate.benchmarks.cells import split_cell
 from megatron_gmai.evaluate.benchmarks.pandas_numbers import read_column
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
 from megatron_gmai.evaluate.benchmarks.write import Row, TableWriter
@@ -46,6 +48,9 @@ def test_a_list_literal_is_several_images(tmp_path: Path) -> None:
         "[__import__('pathlib').Path('made').touch(), " + "'a' * 70]",
         "[" + "1, " * 40 + "]",
         "[" * 200 + "]" * 200,
+        "[{{}}]",
+        "['x' 'y']",
+        "['x\\ud800\\']",
         "[" + ", ".join(["'x'"] * 65) + "]",
         "not base64, and longer than any reference to another row could ever be, so it is one",
         "77",
@@ -61,6 +66,22 @@ def test_what_is_no_image_is_a_reason_and_never_run(
     assert not (tmp_path / "made").exists()
 
 
+def test_a_long_list_takes_no_memory_but_its_own() -> None:
+    cell = "[" + "'a'," * 250_000 + "]"
+    tracemalloc.start()
+    with pytest.raises(BadSample, match="more than 64 images"):
+        split_cell(cell)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(cell)
+
+
+def test_texts_of_a_list_may_hold_quotes_commas_and_escapes() -> None:
+    names = ["a, b.png", "it's", 'say "x"', "back\\slash\n", "肺"]
+    assert split_cell(repr(names)) == names
+    assert split_cell("[ 'a' ,\"b\" , ]") == ["a", "b"]
+
+
 def test_what_pandas_takes_for_missing_is_text_here(tmp_path: Path) -> None:
     image = cell(png())
     rows = [row(0, image, A="None", B="NA", C="", D="1", answer="None"), row(1, image, D="2.50")]
@@ -73,6 +94,13 @@ def test_rows_without_an_image_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [row(0, cell(png())), row(1, "")]
     benchmark = read_benchmark(write_tsv(tmp_path / "s.tsv", rows))
     assert [one.index for one in benchmark.items] == ["0"] and benchmark.without_image == 1
+
+
+def test_cells_that_a_short_row_lacks_are_empty(tmp_path: Path) -> None:
+    path = tmp_path / "s.tsv"
+    path.write_text("image\tindex\tquestion\tA\nx.png\t7\n")
+    (item,) = read_benchmark(path).items
+    assert (item.index, item.question, item.options) == ("7", "", {})
 
 
 def test_cells_may_hold_tabs_quotes_and_line_ends(tmp_path: Path) -> None:

@@ -115,6 +115,24 @@ def forget_the_optimizer(path: Path) -> None:
     edit_manifest(path, has_optimizer=None)
 
 
+def nest_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("[" * 100_000)
+
+
+def claim_a_million_layers(path: Path) -> None:
+    edit_language(path, num_layers=10**6)
+
+
+def claim_no_heads(path: Path) -> None:
+    edit_language(path, num_attention_heads=0)
+
+
+def edit_language(path: Path, **changes: int) -> None:
+    config = json.loads((path / "manifest.json").read_text())["config"]
+    config["model"]["language"] |= changes
+    edit_manifest(path, config=config)
+
+
 def put_a_program_into_the_metadata(path: Path) -> None:
     class Program:
         def __reduce__(self) -> tuple:
@@ -147,6 +165,9 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     cut_the_manifest: r"manifest.json cannot be read",
     name_a_file_outside: r"damaged: \.\./latest",
     forget_the_optimizer: r"manifest.json cannot be read: 'has_optimizer'",
+    nest_the_manifest: r"manifest.json cannot be read: maximum recursion",
+    claim_a_million_layers: r"manifest.json speaks of 1000000 layers, with \d+ tensors",
+    claim_no_heads: r"manifest.json cannot be read: num_attention_heads is 0",
     put_a_program_into_the_metadata: r"was not loaded: it asks for posix.system",
     put_a_hidden_program_into_the_metadata: r"was not loaded: it asks for builtins.eval",
     declare_a_weight_as_bytes: r"was not loaded: projector.linear_fc1.bias is not a tensor",

@@ -6,7 +6,6 @@ by the file's palette (PALETTE COLOR, C.7.9).
 """
 
 import io
-import struct
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +47,7 @@ def _read(data: bytes) -> Any:
         import pydicom
     except ImportError as error:
         raise needs("DICOM", "pydicom", "dicom") from error
-    if DEFLATED in data[:2048]:
+    if DEFLATED in data:
         _check_deflated(data)
     file = pydicom.dcmread(io.BytesIO(data), force=True)  # force: also without a preamble
     if "Rows" not in file or "Columns" not in file:
@@ -65,10 +64,19 @@ def _read(data: bytes) -> Any:
 
 def _check_deflated(data: bytes) -> None:
     """pydicom unpacks the whole data set at once: see before whether there is room (PS3.5, A.5)."""
-    if data[132:136] != b"\x02\0\0\0":
-        raise BadSample("a deflated DICOM file that does not say where its data set starts")
-    start = 144 + struct.unpack_from("<I", data, 140)[0]
-    packed, size, unpacker = data[start:], 0, zlib.decompressobj(-zlib.MAX_WBITS)
+    # Its own readers, lest a file with a false length show us another data set than pydicom.
+    from pydicom.filereader import (
+        _read_command_set_elements,
+        _read_file_meta_info,
+        read_preamble,
+    )
+
+    file = io.BytesIO(data)
+    read_preamble(file, True)
+    if _read_file_meta_info(file).get("TransferSyntaxUID") != DEFLATED.decode():
+        return
+    _read_command_set_elements(file)
+    packed, size, unpacker = data[file.tell() :], 0, zlib.decompressobj(-zlib.MAX_WBITS)
     while packed and not unpacker.eof:
         size += len(unpacker.decompress(packed, CHUNK))
         packed = unpacker.unconsumed_tail

@@ -16,6 +16,7 @@ IMAGE_TOKEN = "<image>"
 CONFIG_FILE = "tokenizer_config.json"
 # Texts between special tokens repeat: short ones are remembered, so many of them.
 SHORT, MOST_SHORT = 16, 4096
+MOST_IDS = 2**24  # an embedding gets rows for all of them
 # InternLM2's model file holds unnamed pieces where its chat models put their special tokens.
 INTERNLM2_PIECES = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
@@ -170,6 +171,10 @@ def _added_tokens(file: Path) -> dict[str, int]:
         return {}
     try:
         entries = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        return {entry["content"]: int(number) for number, entry in entries.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        added = {entry["content"]: int(number) for number, entry in entries.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a tokenizer configuration: {error}") from error
+    for name, number in added.items():
+        if not isinstance(name, str) or not name or not 0 <= number < MOST_IDS:
+            raise ValueError(f"{file}: token {name!r} of id {number}; ids go up to {MOST_IDS - 1}")
+    return added

@@ -3,6 +3,8 @@
 import ast
 import base64
 import binascii
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gmai.data.ledger import BadSample
@@ -12,24 +14,40 @@ from megatron_gmai.data.sources.mixture import Source
 MAX_REFERENCE = 64  # characters; VLMEvalKit takes longer cells for base64
 MAX_IMAGE_BYTES = 64 * 1024**2
 MAX_IMAGES = 64
+# One text of a list literal. Possessive: nothing is kept for a way back, however long the cell is.
+_ENTRY = re.compile(r"""\s*('(?:[^'\\]++|\\.)*+'|"(?:[^"\\]++|\\.)*+")\s*(?:,\s*|\Z)""", re.DOTALL)
 
 
 def split_cell(cell: str) -> list[str]:
     """The entries of a cell: those of a Python list literal, else the cell itself.
 
-    A literal is parsed, never evaluated. Raises BadSample for lists of anything but text.
+    Of Python's syntax only texts are known, one after the other: a parser of all of it would take
+    a hundred bytes of memory for each of the cell. Raises BadSample for lists of anything else.
     """
     if not (len(cell) > 1 and cell[0] == "[" and cell[-1] == "]"):
         return [cell] if cell else []
-    try:
-        entries = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise BadSample("the image cell is not a list") from error
-    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+    entries: list[str] = []
+    for entry in _literals(cell[1:-1]):
+        if len(entries) == MAX_IMAGES:
+            raise BadSample(f"more than {MAX_IMAGES} images")
+        try:
+            entries.append(ast.literal_eval(entry))
+        except (ValueError, SyntaxError, MemoryError) as error:
+            raise BadSample("the image cell is not a list of texts") from error
+    if not entries or not all(entries):
         raise BadSample("the image cell is not a list of texts")
-    if len(entries) > MAX_IMAGES:
-        raise BadSample(f"{len(entries)} images, more than {MAX_IMAGES}")
-    return list(entries)
+    return entries
+
+
+def _literals(listed: str) -> Iterator[str]:
+    """The literals between the brackets of a list."""
+    place = 0
+    while place < len(listed):
+        found = _ENTRY.match(listed, place)
+        if found is None:
+            raise BadSample("the image cell is not a list of texts")
+        yield found[1]
+        place = found.end()
 
 
 def to_bytes(cell: str) -> bytes:

@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_gmai.evaluate.benchmarks.table import Benchmark
 
 FORMATS = ("tsv", "json", "xlsx")
 MAX_FILE_BYTES = 2 * 1024**3
+MAX_UNPACKED_BYTES = 512 * 1024**2  # of a workbook, whose cells take four times that
 _NOT_IN_XLSX = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # XML 1.0 has no such characters
 _MAX_XLSX_CELL = 32_767
 
@@ -26,21 +28,30 @@ def read_predictions(path: Path) -> dict[str, str]:
     readers = {".tsv": _read_tsv, ".json": _read_json, ".xlsx": _read_xlsx}
     if path.suffix not in readers:
         raise ValueError(f"predictions {path}: known are files of {', '.join(readers)}")
+    answers: dict[str, str] = {}
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"predictions {path}: larger than {MAX_FILE_BYTES} bytes")
-        rows = readers[path.suffix](path)
+        for row in readers[path.suffix](path):
+            index, answer = _answer(path, row)
+            if index in answers:
+                raise ValueError(f"predictions {path}: index {index} stands there twice")
+            answers[index] = answer
     except OSError as error:
         raise ValueError(f"cannot read predictions {path}: {error.strerror}") from error
-    answers: dict[str, str] = {}
-    for row in rows:
-        if "index" not in row or "prediction" not in row:
-            raise ValueError(f"predictions {path}: a row without index or prediction")
-        index, answer = row["index"], row["prediction"]
-        if str(index) in answers:
-            raise ValueError(f"predictions {path}: index {index} stands there twice")
-        answers[str(index)] = "" if answer is None else str(answer)
     return answers
+
+
+def _answer(path: Path, row: Mapping[str, Any]) -> tuple[str, str]:
+    if "index" not in row or "prediction" not in row:
+        raise ValueError(f"predictions {path}: a row without index or prediction")
+    index = str(row["index"])
+    answer = "" if row["prediction"] is None else str(row["prediction"])
+    try:  # half of a surrogate pair, which JSON can spell and no result file hold
+        (index + answer).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"predictions {path}: index {index!r} is not valid Unicode") from error
+    return index, answer
 
 
 def write_predictions(path: Path, benchmark: Benchmark, answers: Mapping[str, str]) -> None:
@@ -84,11 +95,11 @@ def _table(benchmark: Benchmark, answers: Mapping[str, str]) -> list[list[Any]]:
     return [["index", "question", "hint", *letters, "answer", *extra, "prediction"], *rows]
 
 
-def _read_tsv(path: Path) -> list[dict[str, Any]]:
+def _read_tsv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_FILE_BYTES)  # the module's own limit is for a whole process
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
+            yield from csv.DictReader(file, delimiter="\t")
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"predictions {path}: not a TSV file: {error}") from error
 
@@ -103,13 +114,19 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_xlsx(path: Path) -> list[dict[str, Any]]:
+def _read_xlsx(path: Path) -> Iterator[dict[str, Any]]:
+    """One row at a time: a row's number says how many empty ones openpyxl puts before it."""
     openpyxl = _openpyxl()
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(file.file_size for file in archive.infolist())
+        if unpacked > MAX_UNPACKED_BYTES:
+            raise ValueError(f"{unpacked} bytes when unpacked, more than {MAX_UNPACKED_BYTES}")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         rows = book.active.iter_rows(values_only=True)
         head = next(rows, ())
-        return [dict(zip(head, row, strict=False)) for row in rows]
+        for row in rows:
+            yield dict(zip(head, row, strict=False))
     except Exception as error:  # it raises anything on damaged files
         raise ValueError(f"predictions {path}: not a workbook: {error}") from error
 

@@ -13,6 +13,7 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,7 +80,7 @@ class Benchmark:
             header = next(_rows(_Lines(file)))
             file.seek(item.span[0])
             cells = next(_rows(_Lines(file)))
-        return dict(zip(_column_names(header), cells, strict=False))
+        return _named(_column_names(header), cells)
 
 
 def read_benchmark(path: Path) -> Benchmark:
@@ -109,7 +110,7 @@ def _numbered_rows(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int]
             raise ValueError(f"{path}: a benchmark needs the columns index and question")
         start = lines.position
         for cells in rows:
-            row = dict(zip(columns, cells, strict=False))
+            row = _named(columns, cells)
             if len(row.get("image", "")) > MAX_REFERENCE:
                 row["image"] = f"sha256:{hashlib.sha256(row['image'].encode()).hexdigest()}"
             if cells:
@@ -145,6 +146,11 @@ def _column_names(header: Sequence[str]) -> list[str]:
     """Lower case, as VLMEvalKit makes them, except the letters of options."""
     names = [name.strip().removeprefix("\ufeff") for name in header]
     return [name if len(name) == 1 and name.isupper() else name.lower() for name in names]
+
+
+def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """Cells by column; those that a short row lacks are empty."""
+    return dict(zip_longest(columns, cells[: len(columns)], fillvalue=""))
 
 
 class _Lines:

@@ -80,5 +80,10 @@ def _check(row: Row) -> None:
         raise BadSample("no question")
     if not row.images:
         raise BadSample("no image")
+    texts = [row.question, row.answer, row.hint, *row.options, *row.columns.values()]
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSample(f"not valid Unicode: {error.reason}") from error
     for data in row.images:
         decode(data)

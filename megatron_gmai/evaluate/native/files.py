@@ -104,7 +104,7 @@ def texts_of(literal: Any) -> list[str]:
     if isinstance(literal, str):
         try:
             value = ast.literal_eval(literal) if len(literal) < MAX_TEXT else None
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = None
     if not isinstance(value, list | tuple):
         raise BadSample("the options are not a list")

@@ -166,5 +166,9 @@ class TestBombs:
         packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
         body = b"".join(packer.compress(bytes(2**20)) for _ in range(33)) + packer.flush()
         assert len(body) < 2**20
-        with pytest.raises(BadSample, match="unpacks to more"):
-            decode(head + body)
+        # A long element before the one that says how the rest is packed, and a length that lies.
+        version = b"\x02\0\x01\0OB\0\0" + struct.pack("<I", 4096) + bytes(4096)
+        lying = head[:140] + struct.pack("<I", 16) + version + head[144:]
+        for start in (head, lying):
+            with pytest.raises(BadSample, match="unpacks to more"):
+                decode(start + body)

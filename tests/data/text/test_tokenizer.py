@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,19 @@ def test_added_tokens_of_a_hugging_face_folder_are_used(
     assert found.image_token_id == first + 1
     assert found.vocab_size == first + 2
     assert found.fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "added", [{"-1": {"content": "<x>"}}, {"99999999999": {"content": "<image>"}},
+              {"5": {"content": None}}, {"5": {"content": ""}}]
+)  # fmt: skip
+def test_added_tokens_that_cannot_be_are_refused(
+    tokenizer_file: Path, tmp_path: Path, added: dict[str, Any]
+) -> None:
+    shutil.copy(tokenizer_file, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(ValueError, match="ids go up to"):
+        load_tokenizer(tmp_path)
 
 
 def test_missing_special_token_is_named_with_the_remedy(tokenizer: Tokenizer) -> None:
