@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.ledger import dump_line
+from megatron_gmai.data.ledger import dump_line, visible
 from megatron_gmai.evaluate.native.convert import Converted, convert
 from megatron_gmai.evaluate.native.registry import SOURCES
-from megatron_gmai.evaluate.report import printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +48,7 @@ def report(converted: Converted, path: Path) -> str:
         lines.append(f"papers count {converted.expected}: scores are not comparable with theirs")
     if converted.rejections:
         first = converted.rejections[0]
-        reason = printable(f"{first.key}: {first.reason}")
+        reason = visible(f"{first.key}: {first.reason}")
         lines.append(f"{len(converted.rejections)} rejected; {reason}")
     if converted.seen_as_missing:
         lines.append(

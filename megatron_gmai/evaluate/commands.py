@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.ledger import visible
 from megatron_gmai.evaluate.benchmarks.predictions import read_predictions
 from megatron_gmai.evaluate.benchmarks.table import Benchmark, read_benchmark
 from megatron_gmai.evaluate.judge import Judge, openai_ask
 from megatron_gmai.evaluate.page import render_page
 from megatron_gmai.evaluate.protocols.registry import PROTOCOLS
 from megatron_gmai.evaluate.protocols.verdict import Protocol
-from megatron_gmai.evaluate.report import Scores, printable, to_table, to_text
+from megatron_gmai.evaluate.report import Scores, to_table, to_text
 from megatron_gmai.evaluate.scores import GROUPS, join, judge_all
 from megatron_gmai.evaluate.statistics import paired_test
 
@@ -108,8 +109,8 @@ def leakage(flags: argparse.Namespace) -> None:
     print(leaks.to_text())
     for match in leaks.matches[:20]:
         sign = "=" if match["exact"] else f"{match['distance']:>2} bits"
-        questions = printable(", ".join(match["indices"][:5]))
-        print(f"  {questions}  {sign}  {printable(match['training_key'])}")
+        questions = visible(", ".join(match["indices"][:5]))
+        print(f"  {questions}  {sign}  {visible(match['training_key'])}")
     if flags.output:
         _write(flags.output, json.dumps(asdict(leaks), indent=1) + "\n")
 

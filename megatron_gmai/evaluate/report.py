@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_gmai.data.ledger import visible
 from megatron_gmai.evaluate.benchmarks.table import Benchmark
 from megatron_gmai.evaluate.protocols.registry import PROTOCOLS, RULE_VERSION
 from megatron_gmai.evaluate.scores import Scored, result_to_json
@@ -88,13 +89,7 @@ def to_text(result: Mapping[str, Any], by: Sequence[str] = ()) -> str:
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["interval_95"]
     counts = (str(row[key]) for key in ("n", "unanswered", "fallbacks", "judged"))
-    return (printable(name), f"{row['accuracy']:.4f}", f"{low:.4f} - {high:.4f}", *counts)
-
-
-def printable(text: str) -> str:
-    """A stranger's text on one line of a terminal: a line end in it could forge a row, a control
-    character steer the terminal, and a mark of direction turn the line round."""
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    return (visible(name), f"{row['accuracy']:.4f}", f"{low:.4f} - {high:.4f}", *counts)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

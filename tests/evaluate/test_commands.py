@@ -70,7 +70,7 @@ def test_a_value_of_a_column_forges_no_row_and_steers_no_terminal(
     main([*words, "--protocol", "vlmevalkit", "--by", "modality"])
     lines = capsys.readouterr().out.splitlines()
     row = lines[3]
-    assert len(lines) == 5 and row.startswith("  CT\ufffdvlmevalkit  1.0000\ufffd[2J\ufffd")
+    assert len(lines) == 5 and row.startswith(r"  CT\nvlmevalkit  1.0000\x1b[2J\u202e")
 
 
 def test_the_older_form_and_predict_take_the_same_flags() -> None:
