@@ -8,7 +8,8 @@ test test-latest test-lowest: export OMP_NUM_THREADS ?= 1
 # What other versions of torch, Triton and Megatron-Core are tried on: the bars marked `pinned` are
 # those of one compiler, and of tests/parallel the part marked `core` has to do.
 CORE := tests/kernels tests/runtime tests/model \
-	$(addprefix tests/data/test_,image.py loader.py shards.py tokenizer.py)
+	tests/data/images/test_image.py tests/data/loading/test_loader.py \
+	tests/data/shards/test_shards.py tests/data/text/test_tokenizer.py
 
 # Whole files go to a process each, one more than cores: many tests wait for programs and time-outs.
 # `make test ARGS='-n 0 ...'` runs all in one process, as a debugger needs it.

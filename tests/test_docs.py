@@ -7,8 +7,21 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "code.md"
+PAGES = [
+    ROOT / "Makefile",
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+# Paths of the project in prose, commands and links; not those of what a command is going to write.
+NAMED = re.compile(
+    r"(?<![\w./-])((?:tests|tools|examples|benchmarks|kernels|megatron_gmai|docs|requirements)"
+    r"/[\w/-]+\.(?:py|txt|md|args|json|sbatch|png|svg|toml))\b"
+)
 FOLDERS = ("megatron_gmai", "kernels", "tools", "examples", "benchmarks")
 HEAD = """# The code, a line per file
 
@@ -47,6 +60,12 @@ def tree(folder: Path, depth: int) -> list[str]:
 
 def test_every_file_has_its_line() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_names_are_there(page: Path) -> None:
+    named = set(NAMED.findall(page.read_text(encoding="utf-8")))
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
 if __name__ == "__main__":
