@@ -17,7 +17,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from megatron_gmai.evaluate.judge import openai_ask
 from megatron_gmai.evaluate.server import bodies, connections
 from megatron_gmai.evaluate.server.app import Settings
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
@@ -354,36 +353,6 @@ class TestUnderLoad:
             for thread in threads:
                 thread.join()
         assert sorted(set(statuses)) == [200, 503]
-
-
-DEEP = b"HTTP/1.0 200\r\n\r\n" + b"[" * 100_000
-
-
-class TestAJudgeBehindTheServer:
-    def test_it_is_asked_over_the_same_interface(self, address: str) -> None:
-        ask = openai_ask(f"{address}/v1/", "reader", key=None)
-        assert ask("is it the same") == "is it the same turns=1 images="
-
-    def test_its_failures_are_told(self, address: str) -> None:
-        with pytest.raises(ValueError, match="gave no answer: HTTP Error 404"):
-            openai_ask(f"{address}/v1", "another", key="k")("x")
-        with pytest.raises(ValueError, match="gave no answer"):
-            openai_ask("http://127.0.0.1:9/v1", "reader", key=None)("x")
-
-    @pytest.mark.parametrize("reply", [b"no HTTP\r\n\r\n", DEEP])
-    def test_one_that_answers_nonsense_is_told(self, reply: bytes) -> None:
-        def answer(server: socket.socket) -> None:
-            with server.accept()[0] as connection:
-                connection.recv(100_000)
-                connection.sendall(reply)
-
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            thread = threading.Thread(target=answer, args=[server])
-            thread.start()
-            address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-            with pytest.raises(ValueError, match="gave no answer"):
-                openai_ask(address, "reader", key=None)("x")
-            thread.join()
 
 
 class TestVLMEvalKitsRequests:
