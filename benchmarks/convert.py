@@ -6,6 +6,7 @@ A model with random bf16 weights is written as a Hugging Face folder; then, in t
 is copied, the folder becomes a training checkpoint, and that becomes a Hugging Face folder again.
 Each is a process of its own and ends when its bytes are on the disk. Throughput leaves out what the
 program takes to start (`--help`), which does not grow with the model; the seconds contain it.
+Exits with 1 if a bar is missed: half the throughput of the copy, and 3 GB of memory, both ways.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from megatron_gmai.convert.huggingface import write_pretrained
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.weights import weights
 
+SPEED_BAR = 0.5  # of the copy's throughput
+PEAK_BAR_GB = 3.0  # whatever the model's size
 ROOT = Path(__file__).resolve().parents[1]
 COPY = """\
 import os, sys
@@ -164,7 +167,15 @@ def _same(one: Path, two: Path) -> bool:
     return subprocess.run(["cmp", "--silent", str(one), str(two)]).returncode == 0
 
 
-def main() -> None:
+def missed(result: dict[str, Any]) -> bool:
+    """Whether either way is too slow or takes too much memory."""
+    ways = ("from_hf", "to_hf")
+    slow = any(result["throughput_against_copy"][way] < SPEED_BAR for way in ways)
+    return slow or any(result["peak_gigabytes"][way] > PEAK_BAR_GB for way in ways)
+
+
+def main() -> int:
+    """Returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.5, help="size of the weights (2.5)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (3)")
@@ -182,7 +193,8 @@ def main() -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+    return int(missed(result))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

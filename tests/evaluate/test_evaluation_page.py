@@ -47,7 +47,7 @@ def test_the_worked_example_runs(
     evaluate_tool.main(of_this_run(leakage))
     evaluate_tool.main(of_this_run(score))
     said = capsys.readouterr().out
-    assert "1 of 2 images of QuickStart are among 2 training images" in said
+    assert "2 of 4 images of QuickStart are among 2 training images" in said
     assert "without leaked images" in said
     scores = json.loads((work / "eval" / "scores.json").read_text())
     assert scores["predictions"]["settings"]["prompt"] == "plain"
