@@ -98,9 +98,11 @@ def file_fingerprint(file: Path) -> str:
     return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
-def changes(old: Inputs, new: Inputs) -> list[str]:
-    """What differs, a line each; `new.units` may hold those only that are as they were."""
-    found = [f"data set {name} is gone" for name in old.annotations if name not in new.annotations]
+def changes(old: Inputs, new: Inputs, lost: Iterable[str] = ()) -> list[str]:
+    """What differs, a line each; `new.units` may hold those only that are as they were. `lost` are
+    tar files that are not there as they were made."""
+    found = [f"{name} is gone or was changed" for name in sorted(lost)]
+    found += [f"data set {name} is gone" for name in old.annotations if name not in new.annotations]
     for name, files in new.annotations.items():
         if name not in old.annotations:
             found.append(f"data set {name} is new")

@@ -249,3 +249,8 @@ def test_a_folder_of_annotations_that_cannot_be_read_is_not_passed_over(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match="cannot read .*notes/more: Permission denied"):
         read_list(write(tmp_path, annotations=str(tmp_path / "notes")))
+
+
+def test_an_image_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--image-root .*nowhere is no folder"):
+        build(write(tmp_path), image_root=str(tmp_path / "nowhere"))
