@@ -160,12 +160,9 @@ class _Build:
         uses = {source.name: source for source in self.sources}
         infos = []
         for info in manifest.sources:
-            use = uses[info.name]
-            if use.sample_ratio != info.sample_ratio:
-                self.log(
-                    f"{info.name}: ratio {info.sample_ratio:g} before, {use.sample_ratio:g} now"
-                )
-            ratio, augment = use.sample_ratio, use.data_augment
+            ratio, augment = uses[info.name].sample_ratio, uses[info.name].data_augment
+            if ratio != info.sample_ratio:
+                self.log(f"{info.name}: ratio {info.sample_ratio:g} before, {ratio:g} now")
             infos.append(dataclasses.replace(info, sample_ratio=ratio, data_augment=augment))
         updated = dataclasses.replace(manifest, sources=tuple(infos))
         if updated != manifest:
