@@ -16,6 +16,7 @@ from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources import parquet
 from megatron_gmai.data.sources.mixture import read_list
 from tests.data.world import encoded, picture, record
+from tools import inspect_shards, make_shards
 
 GOOD = record("what", "yes")
 
@@ -254,3 +255,16 @@ def test_a_folder_of_annotations_that_cannot_be_read_is_not_passed_over(
 def test_an_image_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--image-root .*nowhere is no folder"):
         build(write(tmp_path), image_root=str(tmp_path / "nowhere"))
+
+
+def test_numbers_that_mean_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--datasets", str(write(tmp_path)), "--output", str(tmp_path / "out")]
+    for main, wrong in (
+        (make_shards.main, [*flags, "--workers", "-1"]),
+        (inspect_shards.main, [str(tmp_path), "--image-size", "0"]),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "or more" in capsys.readouterr().err
