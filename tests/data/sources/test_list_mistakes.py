@@ -268,3 +268,13 @@ def test_numbers_that_mean_nothing_are_refused(
         with pytest.raises(SystemExit):
             main(wrong)
         assert "or more" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8_are_recognised_again(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / os.fsdecode("胸片.json".encode("gb18030"))).write_text(json.dumps([GOOD, {}]))
+    build(write(tmp_path, annotations=str(notes)))
+    _, lines = build(write(tmp_path, annotations=str(notes)))
+    assert "reused" in lines[0]
+    assert len(read_ledger(tmp_path / "shards" / "rejected.jsonl")) == 1
