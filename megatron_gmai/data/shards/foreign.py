@@ -35,7 +35,7 @@ from megatron_gmai.data.shards.index import (
     save_index,
     write_manifest,
 )
-from megatron_gmai.data.text.conversation import parse_conversation
+from megatron_gmai.data.text.conversation import image_names, parse_conversation
 
 
 def index_shards(
@@ -201,6 +201,8 @@ def _row(members: list[tarfile.TarInfo], stream: BinaryIO) -> tuple[int, ...]:
         raise BadSample("the tar file ends inside of the sample")
     sample = parse_sample(span)
     check_size(len(sample.images), size)
+    if not sample.images and image_names(sample.record):
+        raise BadSample("the annotation names an image, and the sample has none")
     parse_conversation(sample.record, len(sample.images))
     for number, data in enumerate(sample.images):
         try:
