@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--image-size", type=int, default=336)
     flags = parser.parse_args(argv)
+    if flags.samples < 0 or min(flags.max_length, flags.image_size) < 1:
+        parser.error("--samples is 0 or more, --max-length and --image-size are 1 or more")
     data = DataConfig(
         shards=flags.folder,
         tokenizer=flags.tokenizer,

@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give --datasets with --output, or --index alone")
     if flags.index and (flags.tiff_pages != "first" or flags.image_root):
         parser.error("--index takes files as they are: no --tiff-pages all, no --image-root")
+    if flags.workers < 0:
+        parser.error(f"--workers {flags.workers}: give 0 or more")
     folder = Path(flags.index or flags.output)
     try:
         manifest = _make(flags, folder)

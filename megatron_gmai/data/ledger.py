@@ -76,13 +76,15 @@ def dump_line(rejection: Rejection) -> str:
 
 
 def as_fields(rejection: Rejection) -> dict[str, str | int]:
-    """What the rejection says, for JSON. Half a surrogate pair, which JSON can spell and a file
-    name can hold, is written as its escape: no encoding takes it."""
+    """What the rejection says, for JSON."""
     said = {name: value for name, value in rejection._asdict().items() if value}
-    return {
-        name: value.encode("utf-8", "backslashreplace").decode() if name != "record" else value
-        for name, value in said.items()
-    }
+    return {name: encodable(value) if name != "record" else value for name, value in said.items()}
+
+
+def encodable(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can spell and names of files stand for bytes with, as
+    their escapes: no encoding takes them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def visible(text: str) -> str:

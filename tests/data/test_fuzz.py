@@ -22,7 +22,7 @@ from megatron_gmai.data.shards.format import parse_sample
 from megatron_gmai.data.shards.index import INDEX_FILE, MANIFEST_FILE, REJECTED_FILE
 from megatron_gmai.data.shards.inputs import INPUTS_FILE, load_inputs
 from megatron_gmai.data.shards.reader import Shards
-from megatron_gmai.data.sources.mixture import Source, read_list
+from megatron_gmai.data.sources.mixture import MAX_RATIO, Source, read_list
 from megatron_gmai.data.sources.records import Records, read_record
 from tests.data.files import dicom
 from tests.data.world import encoded, mixed_records, picture
@@ -258,6 +258,7 @@ def test_every_field_of_the_manifest(shards: Path) -> None:
             assert str(error)
         else:
             assert found == expected, "no change of the manifest may change the samples"
+            assert all(source.sample_ratio <= MAX_RATIO for source in opened.manifest.sources)
             accepted += 1
     assert accepted < 40, "names and ratios only"
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_gmai.data.ledger import BadSample, Rejection
 from megatron_gmai.data.shards.check import read_image
-from megatron_gmai.data.shards.format import parse_sample, split_name
+from megatron_gmai.data.shards.format import TAR_ERRORS, parse_sample, split_name
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.mixture import Source, read_list
 from megatron_gmai.data.sources.records import RecordReader, Records, parse_record
@@ -52,7 +52,7 @@ class Finder:
                 return self._in_tar_file(line)
             stored = self._shards.read(sample)
             return Evidence(_text(stored.record), stored.images)
-        except (ValueError, OSError, LookupError, tarfile.TarError):
+        except (LookupError, *TAR_ERRORS):
             return Evidence()
 
     def _sample(self, key: str) -> int | None:
@@ -74,7 +74,7 @@ class Finder:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 end = 0
                 for member in archive:
-                    if split_name(member.name)[0] != line.id:
+                    if split_name(member.name)[0] != line.id or member.size < 0:
                         break
                     end = member.offset_data + -(-member.size // 512) * 512
             stream.seek(int(offset))

@@ -34,6 +34,7 @@ from megatron_gmai.data.shards.index import (
     Manifest,
     ShardFile,
     SourceInfo,
+    check_rows,
     read_manifest,
     save_index,
     write_manifest,
@@ -79,6 +80,8 @@ def build_shards(
         dataclasses.replace(source, tiff_pages=tiff_pages, allowed_root=allowed)
         for source in read_list(list_file)
     ]
+    if allowed is not None and not allowed.is_dir():
+        raise ValueError(f"--image-root {image_root} is no folder")
     for source in sources:
         if source.nifti_slices is not None:
             parse_rule(source.nifti_slices)
@@ -111,23 +114,25 @@ class _Build:
     def run(self) -> Manifest:
         complete = (self.output / MANIFEST_FILE).exists()
         old = self._earlier() if complete else None
-        if old is not None and self._is_unchanged(old):
+        lost = self._lost() if old is not None else set()
+        if old is not None and not lost and self._is_unchanged(old):
             self.log(f"shards in {self.output}: reused, their inputs are unchanged")
-            return read_manifest(self.output)
+            return self._with_uses(read_manifest(self.output))
         (self.output / PARTS).mkdir(exist_ok=True)
         sources = [at_hand(source, self.output / PARTS) for source in self.sources]
         units = [unit for source in sources for unit in cut_units(source)]
         self._tell_lengths(sources, units)
         if old is not None:
-            self._take_apart(units, old)
+            self._take_apart(units, old, lost)
         missing = self._missing(units)
         if old is not None:
-            self._tell_changes(old, len(units) - len(missing), len(units))
+            self._tell_changes(old, lost, len(units) - len(missing), len(units))
         self._write(missing)
         return self._finish(units)
 
-    def _earlier(self) -> Inputs:
-        """The inputs of the shards that are there. Raises ValueError if those are of other data."""
+    def _earlier(self) -> Inputs | None:
+        """The inputs of the shards that are there, None if their index is damaged. Raises
+        ValueError if those are of other data."""
         old = load_inputs(self.output)
         if old is None or not old.annotations.keys() & self.annotations.keys():
             raise ValueError(
@@ -135,7 +140,34 @@ class _Build:
                 "version; delete the folder or choose another (--dset-from-cache takes them as "
                 "they are)"
             )
+        try:
+            rows = np.load(self.output / INDEX_FILE, mmap_mode="r")
+            check_rows(rows, read_manifest(self.output))
+        except Exception as error:  # numpy raises anything on damaged headers
+            self.log(f"shards in {self.output}: {error}; all are made anew")
+            (self.output / MANIFEST_FILE).unlink()
+            return None
         return old
+
+    def _lost(self) -> set[str]:
+        """Shards whose tar file is gone, or has another size than the index says."""
+        sizes = {file.name: file.stat().st_size for file in self.output.glob("*.tar")}
+        shards = read_manifest(self.output).shards
+        return {shard.name for shard in shards if sizes.get(shard.name) != shard.size}
+
+    def _with_uses(self, manifest: Manifest) -> Manifest:
+        """The manifest with the list's ratios, which no tar file depends on."""
+        uses = {source.name: source for source in self.sources}
+        infos = []
+        for info in manifest.sources:
+            ratio, augment = uses[info.name].sample_ratio, uses[info.name].data_augment
+            if ratio != info.sample_ratio:
+                self.log(f"{info.name}: ratio {info.sample_ratio:g} before, {ratio:g} now")
+            infos.append(dataclasses.replace(info, sample_ratio=ratio, data_augment=augment))
+        updated = dataclasses.replace(manifest, sources=tuple(infos))
+        if updated != manifest:
+            write_manifest(self.output, updated)
+        return updated
 
     def _is_unchanged(self, old: Inputs) -> bool:
         """Whether annotations, means and images are as they were. Of annotations that have to be
@@ -161,20 +193,22 @@ class _Build:
         for number, value in run_jobs(unit_fingerprint, units, workers, self.progress):
             yield units[number], value
 
-    def _take_apart(self, units: Sequence[Unit], old: Inputs) -> None:
+    def _take_apart(self, units: Sequence[Unit], old: Inputs, lost: set[str]) -> None:
         """Turns complete shards back into parts, of which those that are unchanged can stay."""
         manifest, rows = read_manifest(self.output), np.load(self.output / INDEX_FILE)
         ledger = {line.key: line for line in read_ledger(self.output / REJECTED_FILE)}
         counts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
         where = {shard.name: n for n, shard in enumerate(manifest.shards)}
         for unit in units:
-            if unit.shard not in old.units:
+            if unit.shard not in old.units or unit.shard in lost:
                 continue
             number = where.get(unit.shard)
             own = rows[:0] if number is None else rows[counts[number] : counts[number + 1]]
             keys = map(unit.key, unit.numbers.tolist())
             rejections = [ledger[key] for key in keys if key in ledger]
-            save_part(self.output / PARTS, unit, own, rejections, old.units[unit.shard].fingerprint)
+            known = old.units[unit.shard]
+            if len(rejections) == known.rejected:  # else the ledger is not whole
+                save_part(self.output / PARTS, unit, own, rejections, known.fingerprint)
         write_atomically(self.output / PARTS / "means.json", json.dumps(old.means).encode())
         (self.output / MANIFEST_FILE).unlink()
         wanted = {unit.shard for unit in units}
@@ -198,9 +232,9 @@ class _Build:
         write_atomically(means_file, json.dumps(self.means).encode())
         return missing
 
-    def _tell_changes(self, old: Inputs, kept: int, total: int) -> None:
+    def _tell_changes(self, old: Inputs, lost: set[str], kept: int, total: int) -> None:
         new = Inputs(self.annotations, self.means, {})
-        for line in changes(old, new):
+        for line in changes(old, new, lost):
             self.log(f"shards in {self.output}: {line}")
         self.log(f"shards in {self.output}: {kept} of {total} kept, the others are made anew")
 

@@ -23,7 +23,7 @@ from megatron_gmai.data.ledger import BadSample, Rejection, dump_line
 from megatron_gmai.data.lock import building
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
 from megatron_gmai.data.progress import Progress
-from megatron_gmai.data.shards.format import BLOCK, check_size, parse_sample, split_name
+from megatron_gmai.data.shards.format import BLOCK, TAR_ERRORS, check_size, parse_sample, split_name
 from megatron_gmai.data.shards.index import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -35,7 +35,7 @@ from megatron_gmai.data.shards.index import (
     save_index,
     write_manifest,
 )
-from megatron_gmai.data.text.conversation import parse_conversation
+from megatron_gmai.data.text.conversation import image_names, parse_conversation
 
 
 def index_shards(
@@ -144,10 +144,13 @@ class _Members:
             with tarfile.open(self.file, "r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    if member.size < 0 or archive.offset <= self.end:  # it would go round for ever
+                        self._error = f" (a member of {member.size} bytes)"
+                        return
                     self.end = archive.offset
                     if not member.isdir():
                         yield member
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except TAR_ERRORS as error:
             self._error = f" ({error})"
 
     def lost(self) -> str | None:
@@ -198,6 +201,8 @@ def _row(members: list[tarfile.TarInfo], stream: BinaryIO) -> tuple[int, ...]:
         raise BadSample("the tar file ends inside of the sample")
     sample = parse_sample(span)
     check_size(len(sample.images), size)
+    if not sample.images and image_names(sample.record):
+        raise BadSample("the annotation names an image, and the sample has none")
     parse_conversation(sample.record, len(sample.images))
     for number, data in enumerate(sample.images):
         try:

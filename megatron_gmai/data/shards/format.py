@@ -26,6 +26,8 @@ MAX_IMAGES = 2**16 - 1  # of a sample, as many as a row of the index counts
 CAPTION_QUESTION = "Describe this image."
 OCTAL = re.compile(rb"[0-7]+")
 BLOCK = tarfile.BLOCKSIZE
+# `tarfile` calls itself for each header that only speaks of the next.
+TAR_ERRORS = (tarfile.TarError, OSError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,14 @@ def tar_members(span: bytes) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as archive:
             for member in archive:
-                # A sparse file would be filled up with zeros to whatever size its header says.
-                if member.issparse() or member.size > len(span):
+                # A sparse file would be filled up with zeros to whatever size its header says, and
+                # a negative size leads back to an earlier header.
+                if member.issparse() or not 0 <= member.size <= len(span):
                     raise BadSample(f"tar member {member.name!r} is not stored whole")
                 file = archive.extractfile(member)
                 if file is not None:
                     yield member.name, file.read()
-    except (tarfile.TarError, ValueError, OSError) as error:
+    except TAR_ERRORS as error:
         raise BadSample(f"not a tar archive: {error}") from error
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.schema import from_json
+from megatron_gmai.data.sources.mixture import MAX_RATIO
 from megatron_gmai.data.sources.remote import copy, filesystem, is_url
 
 INDEX_FILE = "index.npy"
@@ -99,6 +100,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("a shard stands twice")
     if sum(shard.samples for shard in manifest.shards) != manifest.samples:
         raise ValueError("shards and data sets differ in their number of samples")
+    if any(source.sample_ratio > MAX_RATIO for source in manifest.sources):
+        raise ValueError(f"a ratio above {MAX_RATIO}")
     if len(manifest.sources) >= 2**16:
         raise ValueError("more data sets than the index can number")
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.ledger import encodable
 from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.sources import remote
 from megatron_gmai.data.sources.mixture import Source
@@ -65,7 +66,7 @@ def means_of(sources: Sequence[Source]) -> dict[str, str]:
     """Versions of the packages that read images, and the folder that links may lead to."""
     versions = {name: version for name in READERS if (version := _version(name))}
     roots = {str(source.allowed_root.resolve()) for source in sources if source.allowed_root}
-    return {**versions, "--image-root": " ".join(sorted(roots))}
+    return {**versions, "--image-root": encodable(" ".join(sorted(roots)))}
 
 
 def _version(package: str) -> str | None:
@@ -77,17 +78,14 @@ def _version(package: str) -> str | None:
 
 def annotations_of(sources: Iterable[Source]) -> dict[str, list[str]]:
     """Fingerprints of annotation files and of where images lie, by data set."""
-    return {
-        source.name: [
-            *(file_fingerprint(file) for file in source.annotation_files),
-            *(remote.version(url) for url in source.annotation_urls),
-            *(str(root.resolve()) if root != Path() else "." for root in source.image_roots),
-            str(source.image_url),
-            source.tiff_pages,
-            str(source.nifti_slices),
-        ]
-        for source in sources
-    }
+    return {source.name: [encodable(text) for text in _annotations(source)] for source in sources}
+
+
+def _annotations(source: Source) -> Iterator[str]:
+    yield from (file_fingerprint(file) for file in source.annotation_files)
+    yield from (remote.version(url) for url in source.annotation_urls)
+    yield from (str(root.resolve()) if root != Path() else "." for root in source.image_roots)
+    yield from (str(source.image_url), source.tiff_pages, str(source.nifti_slices))
 
 
 def file_fingerprint(file: Path) -> str:
@@ -98,9 +96,11 @@ def file_fingerprint(file: Path) -> str:
     return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
-def changes(old: Inputs, new: Inputs) -> list[str]:
-    """What differs, a line each; `new.units` may hold those only that are as they were."""
-    found = [f"data set {name} is gone" for name in old.annotations if name not in new.annotations]
+def changes(old: Inputs, new: Inputs, lost: Iterable[str] = ()) -> list[str]:
+    """What differs, a line each; `new.units` may hold those only that are as they were. `lost` are
+    tar files that are not there as they were made."""
+    found = [f"{name} is gone or was changed" for name in sorted(lost)]
+    found += [f"data set {name} is gone" for name in old.annotations if name not in new.annotations]
     for name, files in new.annotations.items():
         if name not in old.annotations:
             found.append(f"data set {name} is new")

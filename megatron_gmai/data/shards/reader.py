@@ -140,7 +140,7 @@ class Shards:
         files, path = filesystem(name)
         try:
             return files.cat_file(path, offset, offset + size)
-        except OSError as error:
+        except Exception as error:  # each scheme has its own kinds
             raise ValueError(f"cannot read shard {name}: {error}") from error
 
     def _open(self, shard: int) -> BinaryIO:

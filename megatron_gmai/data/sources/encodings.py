@@ -1,5 +1,6 @@
 """Annotation files that are no UTF-8 text: recognised once, instead of a complaint a line."""
 
+import re
 from pathlib import Path
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -14,7 +15,8 @@ PACKED = {
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Chinese, Japanese and Korean ones: what is not UTF-8 and yet reads as one of them is no accident.
 MULTIBYTE = {"GB18030 (GBK)": "gb18030", "Big5": "big5", "Shift JIS": "shift_jis", "EUC": "euc_kr"}
-ONE_BYTE = "ISO-8859-1 (Latin-1)"  # any bytes can be read so
+ONE_BYTE = "ISO-8859-1 (Latin-1)"
+CONTROLS = re.compile(rb"[\0-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")  # in no Latin-1 text
 MANY = 3  # lines that are no accident
 PROBED_LINES = 1000
 
@@ -47,7 +49,8 @@ def _other_encodings(beginning: bytes) -> list[str]:
         return []
     text = b"\n".join(foreign)
     fitting = [name for name, code in MULTIBYTE.items() if _reads_as(text, code)]
-    return [*fitting, ONE_BYTE] if fitting or len(foreign) >= MANY else []
+    is_latin = len(foreign) >= MANY and not CONTROLS.search(text)
+    return [*fitting, ONE_BYTE] if fitting or is_latin else []
 
 
 def _reads_as(text: bytes, code: str) -> bool:

@@ -23,7 +23,7 @@ from megatron_gmai.data.sources.json_text import without_trailing_commas
 from megatron_gmai.data.sources.remote import is_url, list_files
 
 MAX_RATIO = 1000
-ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".parquet")
 # `repeat_time` is what InternVL's lists call the ratio.
 KEYS = (
     *("image_dir", "annotations", "sample_ratio", "repeat_time", "length", "data_augment"),

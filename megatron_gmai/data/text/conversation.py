@@ -12,6 +12,7 @@ from typing import Any
 from megatron_gmai.data.ledger import BadSample
 
 IMAGE_TAG = "<image>"
+OTHER_NAMES = {"image", "images", "img", "imgs", "image_path", "image_paths", "image_file", "video"}
 ROLES = {
     "system": "system",
     "human": "user",
@@ -47,7 +48,16 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
     named = [_names(v, key) for key, v in values.items() if v is not None and v not in ("", [])]
     if len(named) == 2 and named[0] != named[1]:
         raise BadSample("'image' and 'images' name different files; give one of them")
+    if not named:
+        _check_other_names(record)
     return named[0] if named else []
+
+
+def _check_other_names(record: Mapping[str, Any]) -> None:
+    """Raises BadSample for an image under another name: text alone would be trained on."""
+    for key, value in record.items():
+        if value and key not in ("image", "images") and key.lower() in OTHER_NAMES:
+            raise BadSample(f"{key!r} is not read; images stand under 'image' or 'images'")
 
 
 def _names(value: Any, key: str) -> list[str]:

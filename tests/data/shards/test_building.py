@@ -284,3 +284,49 @@ class TestLedger:
         assert ledger[0].list_file == str(tmp_path / "LIST.json")
         shards = Shards(tmp_path / "shards")
         assert len({shards.read(row).key for row in range(5)}) == 5
+
+
+class TestWhatWasMade:
+    """Inputs are as they were, and what was made of them is not."""
+
+    @pytest.fixture
+    def made(self, list_file: Path, tmp_path: Path) -> Path:
+        build_shards(list_file, tmp_path / "shards")
+        return tmp_path / "shards"
+
+    def again(self, list_file: Path, made: Path) -> list[str]:
+        lines: list[str] = []
+        build_shards(list_file, made, log=lines.append)
+        shards = Shards(made)
+        assert len({shards.read(row).key for row in range(len(shards))}) == 12
+        return lines
+
+    def test_a_tar_file_that_went_is_made_again_alone(self, list_file: Path, made: Path) -> None:
+        before = times(made)
+        (made / "A-00000.tar").unlink()
+        (made / "A-00001.tar").write_bytes(b"")
+        told = "\n".join(self.again(list_file, made))
+        assert "A-00000.tar is gone or was changed" in told and "2 of 4 kept" in told
+        assert "images changed" not in told
+        assert {name for name in before if times(made)[name] == before[name]} == {
+            "A-00002.tar",
+            "A-00003.tar",
+        }
+
+    @pytest.mark.parametrize("content", [None, b"", b"\x93NUMPY"])
+    def test_without_their_index_all_are_made_anew(
+        self, list_file: Path, made: Path, content: bytes | None
+    ) -> None:
+        (made / "index.npy").unlink()
+        if content is not None:
+            (made / "index.npy").write_bytes(content)
+        assert "all are made anew" in "\n".join(self.again(list_file, made))
+
+    def test_another_ratio_is_taken_over(self, list_file: Path, made: Path) -> None:
+        entries = json.loads(list_file.read_text())
+        entries["A"] |= {"sample_ratio": 2.5, "data_augment": True}
+        list_file.write_text(json.dumps(entries))
+        told = "\n".join(self.again(list_file, made))
+        assert "reused" in told and "A: ratio 1 before, 2.5 now" in told
+        (source,) = Shards(made).manifest.sources
+        assert (source.sample_ratio, source.data_augment) == (2.5, True)

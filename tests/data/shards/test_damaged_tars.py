@@ -11,7 +11,7 @@ import pytest
 from megatron_gmai.data.inspection.rejected import Evidence, Finder
 from megatron_gmai.data.ledger import BadSample, Rejection, read_ledger
 from megatron_gmai.data.shards.foreign import index_shards
-from megatron_gmai.data.shards.format import parse_sample
+from megatron_gmai.data.shards.format import parse_sample, tar_members
 from megatron_gmai.data.shards.index import MANIFEST_FILE
 from megatron_gmai.data.shards.reader import Shards
 from tests.data.world import encoded, picture, record
@@ -188,3 +188,34 @@ class TestSparseMembers:
         sample += bytes(-len(sample) % 512)
         _, (line,) = index(tmp_path, sample + self.content())
         assert Finder(Shards(tmp_path)).look(line) == Evidence()
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header with any size, also one that `tarfile` would not write."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    raw = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    raw[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+LONG_NAME = header("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME) + b"abc\0".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (header("b.json", -512), "a member of -512 bytes"),  # leads back to itself, for ever
+        (header("b.json", -5000), "a member of -5000 bytes"),
+        (LONG_NAME * 2000, "recursion"),
+    ],
+)
+def test_headers_that_lead_nowhere_end_the_file(tmp_path: Path, damage: bytes, told: str) -> None:
+    good = json.dumps(record("what", "yes")).encode()
+    count, (line,) = index(tmp_path, header("a.json", len(good)) + good.ljust(512, b"\0") + damage)
+    assert count == 1 and "damaged at byte 1024" in line.reason and told in line.reason
+    with pytest.raises(BadSample):
+        list(tar_members(damage))
+    assert Finder(Shards(tmp_path)).look(Rejection("a.tar@1024", "A", "", id="b")) == Evidence()

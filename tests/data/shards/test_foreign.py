@@ -100,3 +100,13 @@ def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (line,) = read_ledger(tmp_path / "rejected.jsonl")
     assert line.id == "bad" and "the caption is not UTF-8" in line.reason
     assert Shards(tmp_path).read(0).record["conversations"][1]["value"] == "左肺 lung"
+
+
+@pytest.mark.parametrize("name", ["image", "images", "img"])
+def test_an_annotation_without_its_image_is_refused(tmp_path: Path, name: str) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "lost", "json": record("what", "yes", **{name: ["a.png"]})})
+        writer.write({"__key__": "text", "json": record("what", "yes", **{name: None})})
+    assert index_shards(tmp_path).samples == 1
+    (line,) = read_ledger(tmp_path / "rejected.jsonl")
+    assert line.id == "lost" and "image" in line.reason

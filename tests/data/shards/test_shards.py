@@ -153,6 +153,8 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "link out of the folder": (record("<image>", "a", "link.png"), "link.png: outside"),
     "folder as image": (record("<image>", "a", "."), "a folder, not a file"),
     "image is a number": (record("<image>", "a", 3), "'image' must be"),
+    "image by another name": (record("what", "a", Image="good.png"), "'Image' is not read"),
+    "a video": (record("what", "a", video="good.mp4"), "'video' is not read"),
 }
 
 

@@ -16,6 +16,7 @@ from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources import parquet
 from megatron_gmai.data.sources.mixture import read_list
 from tests.data.world import encoded, picture, record
+from tools import inspect_shards, make_shards
 
 GOOD = record("what", "yes")
 
@@ -249,3 +250,31 @@ def test_a_folder_of_annotations_that_cannot_be_read_is_not_passed_over(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match="cannot read .*notes/more: Permission denied"):
         read_list(write(tmp_path, annotations=str(tmp_path / "notes")))
+
+
+def test_an_image_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--image-root .*nowhere is no folder"):
+        build(write(tmp_path), image_root=str(tmp_path / "nowhere"))
+
+
+def test_numbers_that_mean_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--datasets", str(write(tmp_path)), "--output", str(tmp_path / "out")]
+    for main, wrong in (
+        (make_shards.main, [*flags, "--workers", "-1"]),
+        (inspect_shards.main, [str(tmp_path), "--image-size", "0"]),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "or more" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8_are_recognised_again(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / os.fsdecode("胸片.json".encode("gb18030"))).write_text(json.dumps([GOOD, {}]))
+    build(write(tmp_path, annotations=str(notes)))
+    _, lines = build(write(tmp_path, annotations=str(notes)))
+    assert "reused" in lines[0]
+    assert len(read_ledger(tmp_path / "shards" / "rejected.jsonl")) == 1

@@ -170,6 +170,21 @@ class TestUrls:
             read_below("x://images", "a.png", 10)
         assert e.value.image == "a.png"
 
+    def test_shards_behind_a_server_that_fails_are_one_error(
+        self, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a.json").write_text(json.dumps([record("what", "yes")]))
+        built = build(tmp_path, annotations="a.json").folder
+        (built / "origin").write_text(memory)
+        put(f"{memory}/index.json", b"")
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("payload is not complete")  # aiohttp's are no OSErrors either
+
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+        with pytest.raises(ValueError, match="cannot read shard memory://.*not complete"):
+            Shards(built).read(0)
+
     def test_a_size_that_is_not_told_is_measured(
         self, memory: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
