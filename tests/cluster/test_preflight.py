@@ -73,6 +73,10 @@ def test_what_the_run_would_refuse_fails(shards: Path, tmp_path: Path) -> None:
     refused = settings(parse(wrong).config, 1)
     assert refused.status == FAIL
     assert "two sources of data" in refused.found and "there is no such folder" in refused.found
+    (tmp_path / "LIST.json").write_text('{"other": {"annotations": "other.json"}}')
+    other = ["--dset-cache-dir", str(shards), "--datasets", str(tmp_path / "LIST.json")]
+    refused = settings(parse([*flags[:2], *flags[4:], *other, "--dset-from-cache"]).config, 1)
+    assert refused.status == FAIL and "differ in their data sets" in refused.found
 
 
 def test_the_size_of_a_checkpoint_is_the_size_on_disk(shards: Path, tmp_path: Path) -> None:
