@@ -10,6 +10,7 @@ counts what each rank writes in a checkpoint instead, and the host memory that i
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         for note in notes:
             print(note, file=sys.stderr)
         quiet_libraries()
+        # torch remarks on each rank that processes which are absent have no hooks.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from megatron_gmai.dry_run import save
         from megatron_gmai.dry_run.report import as_json, as_text, dry_runs, prepared
 
