@@ -56,9 +56,11 @@ def local_checks(config: Config, device: "Device") -> "Iterator[Check]":
     from megatron_gmai.preflight import machine, storage
     from megatron_gmai.preflight.check import guarded
     from megatron_gmai.preflight.memory import PLAN, fits_memory
+    from megatron_gmai.preflight.settings import settings
     from megatron_gmai.runtime.device import local_rank
 
     rank, world = dist.get_rank(), dist.get_world_size()
+    yield settings(config, world)
     yield from machine.versions()
     yield from guarded("driver and torch", lambda: machine.driver(device), "mend the driver")
     yield from guarded("device", lambda: machine.device_memory(device), "mend the driver")

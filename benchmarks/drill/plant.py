@@ -1,7 +1,7 @@
 """The entry script with faults planted, as the ranks of a drill run it: `plant.py FLAGS`.
 
-`DRILL` in the environment is a JSON object: the faults of this attempt, the journal, the interval
-between checkpoints, and the network link that a cut takes down.
+`DRILL` in the environment is a JSON object: the faults of this attempt, the journal, the number of
+ranks, the interval between checkpoints, and the network link that a cut takes down.
 """
 
 import contextlib
@@ -135,10 +135,17 @@ def _before(exact: Callable[..., Any], planted: Planted, phase: str) -> Callable
     return wrapper
 
 
+def share_cores(ranks: int) -> None:
+    """Let a rank compute with as many threads on a host of its own as beside the others: the hosts
+    are this machine, and sums over other numbers of threads are rounded differently."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+
+
 def main() -> None:
     import pretrain_gmai_vl
 
     planted = Planted(json.loads(os.environ["DRILL"]), int(os.environ["RANK"]))
+    share_cores(planted.plan["ranks"])
     planted.strike("start")
     plant(planted)
     pretrain_gmai_vl.main()

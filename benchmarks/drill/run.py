@@ -131,6 +131,7 @@ class Drill:
             "faults": [asdict(fault) for fault in faults],
             "journal": str(self.journal),
             "disk": str(self.disk),
+            "ranks": RANKS,
             "interval": INTERVAL,
             "link": link,
         }

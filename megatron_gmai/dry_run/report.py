@@ -1,7 +1,7 @@
 """Dry runs of a world's typical ranks, as JSON and as text."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_gmai.config import Config
@@ -28,10 +28,16 @@ def dry_runs(
     config: Config, world_size: int, images_per_pack: int, ranks: list[int] | None = None
 ) -> list[RankReport]:
     """A dry run of each of `ranks`, or of the typical ones. Raises ValueError for a wrong rank."""
-    chosen = ranks or typical_ranks(config, world_size)
+    chosen = chosen_ranks(ranks, typical_ranks(config, world_size), world_size)
+    return [dry_run(config, rank, world_size, images_per_pack) for rank in chosen]
+
+
+def chosen_ranks(ranks: list[int] | None, default: Sequence[int], world_size: int) -> Sequence[int]:
+    """The ranks that were asked for, or the default. Raises ValueError for a wrong one."""
+    chosen = ranks or default
     if wrong := [rank for rank in chosen if not 0 <= rank < world_size]:
         raise ValueError(f"--ranks {wrong[0]}: the world has ranks 0 to {world_size - 1}")
-    return [dry_run(config, rank, world_size, images_per_pack) for rank in chosen]
+    return chosen
 
 
 def tell(config: Config, world_size: int, images_per_pack: int | None = None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,6 +24,7 @@ from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import pieces_to_write
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.optimizer_state import allocate, set_steps
+from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.step import TrainStep
 
 
@@ -91,7 +93,7 @@ def count_step(
     )
     gc.collect()  # tensors in reference cycles would be freed at some time or other
     report.static = by_kind(block for block in counter.blocks if block.died is None)
-    pieces = pieces_to_write(chunks, step.optimizer, config)
+    pieces = saved_pieces(chunks, step.optimizer, config)
     report.checkpoint_bytes = sum(piece.tensor.nbytes for piece in pieces)
     begin = counter.events
     watch(chunks, counter)
@@ -135,6 +137,12 @@ def build(config: Config, world: World, counter: DeviceCounter) -> tuple[list[GM
     )
     step.reduce_gradients = counter.wrap("gradients", "gradient reduction", step.reduce_gradients)
     return chunks, step
+
+
+def saved_pieces(chunks: list[GMAIVL], optimizer: MegatronOptimizer, config: Config) -> list[Piece]:
+    """What this rank writes in a checkpoint."""
+    weights_only = config.run.checkpoint_drop_optimizer
+    return pieces_to_write(chunks, None if weights_only else optimizer, config)
 
 
 def micro_batches(config: Config, layout: Layout) -> int:

@@ -1,11 +1,16 @@
 """The drill in short: a run with few faults, some of which lose data, beside one without."""
 
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from benchmarks.drill.__main__ import main
 from benchmarks.drill.faults import KINDS, PHASES, attempts, schedule
 from benchmarks.drill.hosts import can_make
+from benchmarks.drill.plant import share_cores
+from megatron_gmai.runtime.device import threads_per_process
 
 
 def test_a_broken_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
@@ -34,3 +39,11 @@ def test_a_schedule_is_seeded_and_visits_every_phase_and_rank() -> None:
     parts = attempts(faults)
     assert [fault for part in parts for fault in part] == faults
     assert all(fault.ends == (fault is part[-1]) for part in parts[:-1] for fault in part)
+
+
+def test_a_rank_on_a_host_of_its_own_has_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    for of_torchrun in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_torchrun)
+        share_cores(2)
+        assert threads_per_process() == 4

@@ -13,6 +13,7 @@ from megatron_gmai.cli import parse
 from megatron_gmai.preflight import machine, memory, storage
 from megatron_gmai.preflight.check import FAIL, PASS, WARN, Check, merge, table
 from megatron_gmai.preflight.first import first_checks
+from megatron_gmai.preflight.settings import settings
 from megatron_gmai.presets import preset
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.training.checkpoint import open_checkpoint
@@ -63,6 +64,19 @@ def test_a_folder_that_cannot_be_written_is_a_row_and_not_the_end(
     assert status == 1
     assert "fail  speed of checkpoints" in output and "fail  shared folder" in output
     assert "pass  shards" in output
+
+
+def test_what_the_run_would_refuse_fails(shards: Path, tmp_path: Path) -> None:
+    flags = ["--preset", "gmai-vl-tiny", "--shards", str(shards), "--work-dir", str(tmp_path)]
+    assert settings(parse(flags).config, 1).status == PASS
+    wrong = [*flags, "--datasets", "LIST.json", "--load", str(tmp_path / "absent")]
+    refused = settings(parse(wrong).config, 1)
+    assert refused.status == FAIL
+    assert "two sources of data" in refused.found and "there is no such folder" in refused.found
+    (tmp_path / "LIST.json").write_text('{"other": {"annotations": "other.json"}}')
+    other = ["--dset-cache-dir", str(shards), "--datasets", str(tmp_path / "LIST.json")]
+    refused = settings(parse([*flags[:2], *flags[4:], *other, "--dset-from-cache"]).config, 1)
+    assert refused.status == FAIL and "differ in their data sets" in refused.found
 
 
 def test_the_size_of_a_checkpoint_is_the_size_on_disk(shards: Path, tmp_path: Path) -> None:

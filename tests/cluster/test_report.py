@@ -70,7 +70,7 @@ def test_the_page_shows_restarts_and_what_they_took_back(page: str, work_dir: Pa
     assert page.count('class="lost"') == 1  # on the loss's chart
     assert page.count("work starts again at 4") == page.count("<figure>") == 9
     taken_back = run.attempts[0].last - 3
-    assert re.search(rf"<td>1 to {run.attempts[0].last}<td>{taken_back}<td>", page)
+    assert re.search(rf"<td>1 to {run.attempts[0].last}<td>{taken_back}<td>\d+ s<", page)
     assert "<span>restarts</span><b>1</b>" in page
     assert "train.global_batch_size<td>2" in page
     assert "megatron-core<td>" in page

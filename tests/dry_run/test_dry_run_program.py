@@ -27,6 +27,22 @@ def test_it_prints_and_writes_what_each_stage_takes(
     assert all(report["collectives"] and report["waits"] for report in reports)
 
 
+def test_it_counts_what_every_rank_saves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, flags = tmp_path / "save.json", [*FLAGS, "--world-size", "4", "--count-save"]
+    assert main([*flags, "--json", str(file)]) == 0
+    shares = json.loads(file.read_text())
+    assert [share["rank"] for share in shares] == [0, 1, 2, 3]
+    assert all(share["largest"] < share["bytes"] == share["host_async"] for share in shares)
+    assert "a checkpoint, 4 of 4 ranks: 0." in capsys.readouterr().out
+    assert main([*flags, "--json", str(file), "--checkpoint-drop-optimizer"]) == 0
+    weights = json.loads(file.read_text())
+    # bf16 weights alone, without their fp32 masters and Adam's two moments.
+    both = [sum(share["bytes"] for share in found) for found in (weights, shares)]
+    assert both[0] == pytest.approx(both[1] * 2 / 14, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "wrong", [["--world-size", "3"], ["--world-size", "4", "--ranks", "9"]], ids=str
 )

@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_gmai.config import LoraConfig, ParallelConfig
+from megatron_gmai.convert.safe_metadata import CheckedReader
+from megatron_gmai.dry_run.save import rank_share
+from megatron_gmai.training.checkpoint import open_checkpoint
 from tests.parallel.cases import STEPS, Case, Processes
 from tests.parallel.world import run_world
 from tests.training.resuming import SAVED_AFTER, Job, run_job, run_jobs
@@ -87,8 +93,8 @@ Rows = dict[int, list[float]]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rows]:
-    """What a job gave, by its name: [loss, gradient norm] of each iteration."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all jobs have run."""
     folder = tmp_path_factory.mktemp("resume")
     # The world of two also tries a full disk, which concerns all ranks together.
     run_world(2, run_jobs, SAVED + SAME + OTHER[2], folder, True)
@@ -97,6 +103,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rows]:
     for job in OTHER[1]:
         (folder / f"{job.name}.json").write_text(json.dumps(run_job(job, world, folder)))
     world.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> Callable[[str], Rows]:
+    """What a job gave, by its name: [loss, gradient norm] of each iteration."""
 
     def of_job(name: str) -> Rows:
         text = (folder / f"{name}.json").read_text()
@@ -109,6 +121,30 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rows]:
 def test_the_same_layout_continues_bitwise(job: Job, rows: Callable[[str], Rows]) -> None:
     uninterrupted, resumed = rows(job.name), rows(f"same-{job.name}")
     assert resumed == {i: uninterrupted[i] for i in range(SAVED_AFTER, STEPS)}
+
+
+@pytest.mark.parametrize("job", SAVED, ids=lambda job: job.name)
+def test_a_dry_run_counts_the_bytes_that_each_rank_writes(job: Job, folder: Path) -> None:
+    """In the file of each rank of the saved checkpoint, to the byte."""
+    run = dataclasses.replace(job.case.config.run, dtype=job.case.dtype)
+    config = dataclasses.replace(job.case.config, run=run)
+    found = box_sizes(open_checkpoint(folder / str(job.save_to)).path)
+    for rank in (0, 1):
+        share, sizes = rank_share(config, rank, 2, kind="cpu"), found[f"__{rank}_0.distcp"]
+        assert (share.bytes, share.boxes, share.largest) == (sum(sizes), len(sizes), max(sizes))
+
+
+def box_sizes(checkpoint: Path) -> dict[str, list[int]]:
+    """Bytes of the tensors in each file."""
+    metadata = CheckedReader(checkpoint).read_metadata()
+    sizes: dict[str, list[int]] = {}
+    for index, stored in metadata.storage_data.items():
+        tensor = metadata.state_dict_metadata[index.fqn]
+        assert isinstance(tensor, TensorStorageMetadata)
+        (box,) = (chunk for chunk in tensor.chunks if chunk.offsets == index.offset)
+        size = math.prod(box.sizes) * tensor.properties.dtype.itemsize
+        sizes.setdefault(stored.relative_path, []).append(size)
+    return sizes
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def open_dataset(
         max_images=data.max_images_per_pack,
     )
     dataset = PackDataset(
-        shards, encoder, vision, _uses(shards, data), settings, data.pad_to_square
+        shards, encoder, vision, uses_of(shards, data), settings, data.pad_to_square
     )
     dataset.ledger, dataset.max_rejected = Ledger(rejected_path), data.max_rejected
     dataset.reject([*read_ledger(shards.folder / REJECTED_FILE), *too_long])
@@ -260,8 +260,11 @@ def _reasons(rejections: Sequence[Rejection]) -> str:
     return "\n".join(lines)
 
 
-def _uses(shards: Shards, data: DataConfig) -> list[Use]:
-    """A list file given beside the shards decides; it may have changed since."""
+def uses_of(shards: Shards, data: DataConfig) -> list[Use]:
+    """A list file given beside the shards decides; it may have changed since.
+
+    Raises ValueError if it names other data sets than the shards hold.
+    """
     sources = shards.manifest.sources
     if data.datasets is None:
         return [Use(source.sample_ratio, source.data_augment) for source in sources]
