@@ -28,6 +28,7 @@ from gmai_kernels.vocabulary import (
     check_vocabulary,
     combine,
     local_targets,
+    to_device,
     true_columns,
 )
 
@@ -59,7 +60,7 @@ def vocab_parallel_cross_entropy(
     check_labels(labels, logits.shape[0], vocab_size, ignore_index, logits.device)
     columns = true_columns(logits.shape[1], vocab_start, vocab_size)
     target = local_targets(labels, vocab_start, columns, ignore_index)
-    target = target.to(logits.device, non_blocking=True)
+    target = to_device(target, logits.device)
     if implementation == "reference":
         return cross_entropy_reference(logits, target, columns, all_gather)
     loss: Tensor = _CrossEntropy.apply(logits, target, columns, all_gather, implementation)

@@ -39,6 +39,7 @@ from gmai_kernels.vocabulary import (
     combine,
     local_targets,
     readable,
+    to_device,
     true_columns,
 )
 
@@ -91,8 +92,8 @@ def linear_cross_entropy(
     implementation = chosen_implementation(hidden)
     on_cpu = hidden.device.type == "cpu"
     plan = _Plan(
-        target=target.to(hidden.device, non_blocking=True),
-        rows=None if rows is None else rows.to(hidden.device, non_blocking=True),
+        target=to_device(target, hidden.device),
+        rows=None if rows is None else to_device(rows, hidden.device),
         columns=columns,
         all_gather=all_gather,
         chunk=chunk_size or (CPU_CHUNK if on_cpu else GPU_CHUNK),

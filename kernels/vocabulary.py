@@ -83,6 +83,15 @@ def readable(tensor: Tensor) -> bool:
     return detect_fake_mode((tensor,)) is None
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return `values` on `device` without a wait, also if they were made on the host: the driver
+    copies page-locked memory behind the work before it, and may wait for that work with any other.
+    """
+    if device.type == "cuda" and readable(values):
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def check_vocabulary(columns: int, vocab_start: int, vocab_size: int | None, gathered: bool) -> int:
     """Return the true global vocabulary size; raise ValueError where the slice contradicts it."""
     if vocab_start < 0:

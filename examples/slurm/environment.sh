@@ -22,8 +22,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # --- NCCL ---
 # Name what goes wrong, and nothing else. INFO shows links and algorithms when a run is slow.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# InfiniBand waits 4 us x 2^N for an answer: 2 s instead of 0.3 s outlast a link that comes back.
-export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-19}
+# InfiniBand waits 4 us x 2^N for an answer, 7 times: 17 s instead of NCCL's own 4 s (N = 20) outlast
+# a link that comes back.
+export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 # Set these where a node has several networks and NCCL or gloo picks the wrong one:
 #   NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0    interface of the first contact
 #   NCCL_IB_HCA=mlx5                                 InfiniBand adapters to use

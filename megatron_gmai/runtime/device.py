@@ -61,6 +61,13 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
     return Device("cpu", torch.device("cpu"), "gloo", DTYPES[name])
 
 
+def use_device(device: Device) -> None:
+    """For a new thread: torch begins each with the machine's first GPU, and a context of every
+    process there, half a gigabyte each, would come with the first call that asks for a stream."""
+    if device.is_cuda:
+        torch.cuda.set_device(device.torch_device)
+
+
 def why_no_gpu() -> str | None:
     """Why torch sees no GPU where one could be expected; None where none could be.
 

@@ -3,11 +3,13 @@
 import datetime
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_gmai.config import RunConfig
+from megatron_gmai.runtime.device import use_device
 from megatron_gmai.training.checkpoint import (
     CheckpointError,
     Position,
@@ -34,7 +36,9 @@ class Saver:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.executor = ThreadPoolExecutor(
+            1, thread_name_prefix="save", initializer=partial(use_device, run.world.device)
+        )
         self.writing: Future[None] | None = None
         self.copies: list[Piece] = []
         if run.config.run.async_save:

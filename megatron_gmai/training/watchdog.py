@@ -44,7 +44,9 @@ class Watchdog:
         self.timeout, self.patience = timeout, timeout - 2.5 * self.interval
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.stacks = work_dir / f"stacks.{self.rank}.txt"
-        self.store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+        # A connection of its own: one that waits for a key (of a group that another rank has not
+        # joined yet) lets no other thread in.
+        self.store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
         self.step, self.last, self.looks = 0, time.monotonic(), 0
         self.is_paused = self.store_is_lost = False
         self.heard: dict[int, tuple[int, float]] = {}  # while paused: looks of a rank, since when

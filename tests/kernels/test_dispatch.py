@@ -5,6 +5,7 @@ import torch
 
 from gmai_kernels import rms_norm, use_implementation
 from gmai_kernels.dispatch import chosen_implementation
+from gmai_kernels.vocabulary import to_device
 
 X = torch.ones(2, 64)
 
@@ -45,3 +46,14 @@ def test_the_backward_pass_keeps_the_implementation_of_the_forward_pass():
         y.sum().backward()
     assert y.grad_fn.name() == "_RMSNormBackward"
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_what_the_host_makes_is_copied_from_page_locked_memory(monkeypatch):
+    class PageLocked:
+        def to(self, device, non_blocking):
+            return device, non_blocking
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: PageLocked())
+    gpu = torch.device("cuda", 1)
+    assert to_device(X, gpu) == (gpu, True)
+    assert to_device(X, X.device) is X

@@ -5,16 +5,20 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_gmai.config import RunConfig
+from megatron_gmai.config import Config, RunConfig
 from megatron_gmai.data.plan.plan import Bookmark
+from megatron_gmai.runtime.device import Device
 from megatron_gmai.training.checkpoint import (
     CheckpointError,
     Position,
@@ -24,6 +28,7 @@ from megatron_gmai.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from megatron_gmai.training.saving import Saver
 from megatron_gmai.training.start import find_start, verified
 from tests.parallel import batches
 from tests.parallel.cases import Case, Processes, Trainer
@@ -282,3 +287,15 @@ def test_saving_an_iteration_again_replaces_it(folder: Path, alone: Processes) -
     save(trainer, folder, 3)
     assert not (folder / "iter_0000003" / "old").exists()
     assert open_checkpoint(folder).position.optimizer_steps == 1
+
+
+def test_the_thread_that_saves_has_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread's is the first of the machine: all its processes would take memory there."""
+    chosen: list[tuple[str, Any]] = []
+    name = lambda: threading.current_thread().name  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: chosen.append((name(), gpu)))
+    monkeypatch.setattr(dist, "new_group", lambda **settings: None)
+    device = Device("cuda", torch.device("cuda", 3), "nccl", torch.bfloat16)
+    run: Any = SimpleNamespace(world=SimpleNamespace(device=device), config=Config())
+    Saver(run).executor.submit(int).result()
+    assert chosen == [("save_0", device.torch_device)]

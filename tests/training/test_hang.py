@@ -1,14 +1,17 @@
 """A run in which a rank hangs ends in time; one line says which rank and where the others wait."""
 
+import datetime
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
-from megatron_gmai.training.watchdog import silent_ranks, spans
+from megatron_gmai.training.watchdog import Watchdog, silent_ranks, spans, within
 from tests.training.command import finish, start, wait_for_step
 from tests.training.faulty import faulty
 
@@ -95,6 +98,20 @@ def test_a_rank_that_waits_elsewhere_is_told_from_those_in_a_collective(
     assert caller != "typing_extensions"  # what marks a function as deprecated calls none by itself
     assert f"in {collective}" in (work_dir / "stacks.0.txt").read_text()
     assert "wait_for_a_disk" in (work_dir / "stacks.1.txt").read_text()
+
+
+def test_it_reaches_the_store_while_its_rank_waits_there_for_another(tmp_path: Path) -> None:
+    """A rank waits in the store for the groups that another has still to join."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        watchdog = Watchdog(tmp_path, timeout=60)
+        seconds = datetime.timedelta(seconds=3)
+        threading.Thread(target=within, args=(9, lambda: store.wait(["never"], seconds))).start()
+        time.sleep(0.5)
+        assert within(1, lambda: watchdog.store.set("told", "something") or True)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ranks_are_named_in_spans() -> None:
