@@ -13,7 +13,7 @@ import torch
 from megatron_gmai.runtime import cpu
 
 HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; Slurm sets the last
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -67,13 +67,14 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
 def keep_freed_memory() -> None:
     """Tell glibc to keep the memory of freed tensors, as torch's allocator does on a GPU.
 
-    It gives large blocks back to the system otherwise, and every step takes the same pages anew,
-    zeroed: up to a tenth of a training step. Other C libraries are left alone.
+    It gives it back to the system otherwise, and every step takes the same pages anew, zeroed: up
+    to a tenth of a training step. Blocks above 32 MiB, glibc's limit, still have pages of their own
+    that go with them. Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_MAX, 0)  # no block has pages of its own, which go with it
+        mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def why_no_gpu() -> str | None:
