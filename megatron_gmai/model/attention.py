@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gmai.model.cache import KeyValueCache
+from megatron_gmai.model.rotary import rotate
 from megatron_gmai.runtime.implementation import Implementation
 
 
@@ -28,12 +29,14 @@ class Segments(PackedSeqParams):
 
     `qkv_format` stays "sbhd": the rotary frequencies are already looked up per token, so Megatron
     need not split the sequence again in every layer (its "thd" path asks the device for each
-    segment's length).
+    segment's length). `rotation` has their cosines and sines, each [T, 1, D / 2], where core
+    attention rotates query and key; else Megatron has rotated them.
     """
 
     qkv_format: str = "sbhd"
     lengths: tuple[int, ...] = ()
     cache: KeyValueCache | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_cu_seqlens(
@@ -81,7 +84,10 @@ class SegmentAttention(torch.nn.Module):
         """query [S, B, A, D], key and value [S, B, G, D] -> [S, B, A·D]."""
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Segments)
-            q, k, v = heads_for_tokens(query[:, 0], key[:, 0], value[:, 0], self.cp)
+            q, k, v = query[:, 0], key[:, 0], value[:, 0]
+            if packed_seq_params.rotation is not None:
+                q, k = (rotate(x, *packed_seq_params.rotation) for x in (q, k))
+            q, k, v = heads_for_tokens(q, k, v, self.cp)
             out = tokens_for_heads(self._attend(q, k, v, packed_seq_params), self.cp)
             return out.flatten(1).unsqueeze(1)  # [T, 1, A·D]
         assert attention_mask is None

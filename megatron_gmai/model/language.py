@@ -4,6 +4,8 @@ Shapes: T tokens of a micro-batch (its packs joined) on this context-parallel ra
 With sequence parallelism, hidden states between layers are [T / tp, 1, H].
 """
 
+import dataclasses
+
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
@@ -101,16 +103,26 @@ class LanguageModel(MegatronModule):
         return self.embedding(tokens, position_ids=None)
 
     def rotary_for(self, position_ids: Tensor) -> Tensor:
-        """Rotary angles of each token: [T] -> [T, 1, 1, D]."""
+        """Rotary angles of each token: [T] -> [T, 1, 1, D]; both halves of D are the same."""
         return self.rotary(self.max_position_embeddings)[position_ids]
 
     def forward(
         self, embeddings: Tensor | None, position_ids: Tensor, segments: Segments
     ) -> Tensor:
-        """Run this chunk's layers on packed tokens; the first chunk is given embeddings."""
+        """Run this chunk's layers on packed tokens; the first chunk is given embeddings.
+
+        Without a fused kernel, core attention rotates query and key: Megatron takes the cosines and
+        sines anew in every layer, and its formula takes twice as many passes.
+        """
+        angles = self.rotary_for(position_ids)
+        if not self.config.apply_rope_fusion:
+            halves = angles[:, 0, :, : angles.size(-1) // 2]  # [T, 1, D / 2]
+            dtype = self.config.params_dtype
+            rotation = halves.cos().to(dtype), halves.sin().to(dtype)
+            segments = dataclasses.replace(segments, rotation=rotation)
         return self.decoder(
             hidden_states=embeddings,
             attention_mask=None,
-            rotary_pos_emb=self.rotary_for(position_ids),
+            rotary_pos_emb=angles if self.config.apply_rope_fusion else None,
             packed_seq_params=segments,
         )

@@ -1,5 +1,6 @@
 """One place chooses where a run computes, with how many threads, and in which groups."""
 
+import ctypes
 import dataclasses
 import glob
 import os
@@ -179,3 +180,25 @@ def test_without_torchrun_a_process_is_a_world_of_one(monkeypatch: pytest.Monkey
     assert groups.for_vision().tp is groups.solo
     destroy_groups()
     assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    """In a process of its own: other tests have made the setting in this one."""
+    program = """
+import ctypes, resource
+from megatron_gmai.runtime.device import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
+def faults(size=24 << 20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = ctypes.c_void_p(libc.malloc(size))
+    libc.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    first, second = map(int, done.stdout.split())
+    assert first > 5000 and second < 100  # 24 MiB are 6144 pages
