@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,9 +139,8 @@ class _Repeated(ValueError):
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """What JSON leaves open: of two entries with one name the first would be lost."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
             raise _Repeated(f"{name!r} stands twice; each data set and key needs its own name")
     return dict(pairs)
 

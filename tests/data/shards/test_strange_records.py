@@ -18,12 +18,15 @@ from tests.data.world import picture, record
 HALF = "\ud800"  # of a surrogate pair: JSON can spell it, no encoding takes it
 
 
-@pytest.fixture
-def strange(tmp_path: Path, write_list: Callable) -> dict[str, Rejection]:
+@pytest.fixture(scope="module")
+def strange(
+    tmp_path_factory: pytest.TempPathFactory, write_list_in: Callable[[Path], Callable]
+) -> dict[str, Rejection]:
     """What the ledger says of each record, by its id."""
-    picture().save(tmp_path / "a.png")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe.png")
+    folder = tmp_path_factory.mktemp("strange")
+    picture().save(folder / "a.png")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe.png")
     records = [
         record("<image>", "yes", "a.png", id="good"),
         record("<image>", "yes", f"{HALF}.png", id="name"),
@@ -33,9 +36,9 @@ def strange(tmp_path: Path, write_list: Callable) -> dict[str, Rejection]:
         record("<image>", "yes", "pipe.png", id="pipe"),
         record("<image>" * 70_000, "yes", ["a.png"] * 70_000, id="many"),
     ]
-    manifest = build_shards(write_list(A=records), tmp_path / "shards")
+    manifest = build_shards(write_list_in(folder)(A=records), folder / "shards")
     assert (manifest.samples, manifest.rejected) == (1, 6)
-    return {line.id: line for line in read_ledger(tmp_path / "shards" / "rejected.jsonl")}
+    return {line.id: line for line in read_ledger(folder / "shards" / "rejected.jsonl")}
 
 
 def test_half_a_surrogate_pair_is_told_wherever_it_stands(strange: dict[str, Rejection]) -> None:
