@@ -88,6 +88,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.dtype == torch.float32:
         total.addmm_(left, right)
+    elif torch.__version__ < "2.10.0":  # pre-releases of it too: NVIDIA's container 25.11 has one
+        total += torch.mm(left, right, out_dtype=torch.float32)  # addmm refuses an fp32 `total`
     else:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 

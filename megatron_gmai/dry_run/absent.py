@@ -132,6 +132,8 @@ def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[
         replaced.replace(torch.cuda.nvtx, cpu.TORCH_CUDA_NVTX)
         replaced.replace(megatron_random, _MEGATRON_RANDOM)
         replaced.replace(megatron_random.CudaRNGStatesTracker, {"fork": _fork, "add": _nothing})
+        for module, names in cpu.plain_megatron():
+            replaced.replace(module, names)
         # The optimizer takes whole lists of tensors, as on a GPU, if it knows their type.
         optimizers = importlib.import_module("torch.optim.optimizer")
         known = [*optimizers._foreach_supported_types, FakeTensor]

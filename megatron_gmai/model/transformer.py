@@ -127,9 +127,15 @@ def _megatron_layout(config: Config) -> list[list[str]] | None:
 def vision_transformer_config(
     vision: VisionConfig, device: Device, implementation: Implementation
 ) -> TransformerConfig:
-    """CLIP's encoder up to the layer whose output is used; not parallel in itself."""
+    """CLIP's encoder up to the layer whose output is used; not parallel in itself.
+
+    No product adds its weight's gradient to the buffer: where activations are recomputed, torch
+    hands the linears of Transformer Engine and Megatron-Core a weight without the marks by which
+    they would tell Megatron's buckets that they have, and the overlapped reduction stops.
+    """
+    common = _common(device, implementation) | {"gradient_accumulation_fusion": False}
     return TransformerConfig(
-        **_common(device, implementation),
+        **common,
         num_layers=vision.layers_used,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_attention_heads,

@@ -138,6 +138,26 @@ MEGATRON_RANDOM = {
 }
 
 
+def plain_megatron() -> list[tuple[Any, dict[str, Any]]]:
+    """Megatron-Core's modules and names that would be Transformer Engine's or Apex's, which it
+    takes wherever they are installed: their kernels run on GPUs only."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as wrappers
+    from megatron.core.transformer import attention
+
+    lists = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+    }
+    return [
+        (optimizer, {"Adam": torch.optim.AdamW, "USING_PYTORCH_OPTIMIZER": True}),
+        (wrappers, lists),
+        (clip_grads, lists | {"l2_norm_impl": utils.local_multi_tensor_l2_norm}),
+        (attention, {"SplitAlongDim": None}),
+    ]
+
+
 class Installation:
     """What `install` replaced, so that `uninstall` can put it back."""
 
@@ -183,6 +203,8 @@ def install() -> None:
         _installation.replace(torch.cuda, TORCH_CUDA)
         _installation.replace(torch.cuda.nvtx, TORCH_CUDA_NVTX)
         _installation.replace(random, MEGATRON_RANDOM)
+        for module, names in plain_megatron():
+            _installation.replace(module, names)
     except RuntimeError:
         _installation.restore()
         raise

@@ -4,8 +4,8 @@ Of each slot the first that can run is taken; all but the last need a GPU and ha
 
 - linears, norms, rotary: Transformer Engine; Megatron-Core's linears with this project's norms
 - attention over packs: Transformer Engine, flash-attn, torch's varlen attention, a call a segment
-- gradients of weights: added to their buffer by the product itself (Transformer Engine, or Apex's
-  extension under Megatron-Core's linears); by an addition afterwards
+- gradients of the language model's weights: added to their buffer by the product itself
+  (Transformer Engine, or Apex's extension under Megatron-Core's linears); by an addition afterwards
 """
 
 import importlib

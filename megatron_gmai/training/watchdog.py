@@ -46,7 +46,8 @@ class Watchdog:
         self.stacks = work_dir / f"stacks.{self.rank}.txt"
         # A connection of its own: one that waits for a key (of a group that another rank has not
         # joined yet) lets no other thread in.
-        self.store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
+        store: Any = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+        self.store = store.clone()  # torch's types know no `clone`
         self.step, self.last, self.looks = 0, time.monotonic(), 0
         self.is_paused = self.store_is_lost = False
         self.heard: dict[int, tuple[int, float]] = {}  # while paused: looks of a rank, since when

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_gmai.cli import parse
-from megatron_gmai.preflight import machine, memory, storage
+from megatron_gmai.preflight import collectives, machine, memory, storage
 from megatron_gmai.preflight.check import FAIL, PASS, WARN, Check, merge, table
 from megatron_gmai.preflight.first import first_checks
 from megatron_gmai.preflight.settings import settings
@@ -39,6 +40,14 @@ def test_a_sound_machine_passes_with_every_collective_of_the_layout(
         assert f"pass  {name}" in output
     assert "24 samples in" in output
     assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+
+
+def test_a_large_world_is_counted_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = torch.zeros((), dtype=torch.bfloat16)
+    for rank in range(513):
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        total += collectives._summand(None)
+    assert total == 513 % 2
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove"])

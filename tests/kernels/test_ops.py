@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from numerics import every_implementation, grad, leaf, running
+from torch.torch_version import TorchVersion
 
 from gmai_kernels import linear_cross_entropy, rms_norm, vocab_parallel_cross_entropy
 
@@ -105,3 +106,18 @@ def test_a_profile_names_the_kernels():
         fused_head(x, scale, weight, torch.arange(4)).backward()
     names = {event.key.partition("::")[2] for event in profile.key_averages()}
     assert {"rms_norm", "rms_norm_backward", "cross_entropy_statistics"} <= names
+
+
+def test_a_torch_before_2_10_adds_the_product_afterwards(monkeypatch):
+    """Its addmm takes no fp32 total beside bf16 factors."""
+    product = lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype)  # noqa: E731
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0a0+b558c986e8.nv25.11"))
+    monkeypatch.setattr(torch, "mm", product)
+    total, left, right = (
+        torch.ones(3, 5),
+        torch.randn(3, 4).bfloat16(),
+        torch.randn(4, 5).bfloat16(),
+    )
+    expected = 1 + left.float() @ right.float()
+    OPS.add_product_(total, left, right)
+    torch.testing.assert_close(total, expected)

@@ -14,7 +14,10 @@ from torch.overrides import _get_current_function_mode_stack
 import megatron_gmai.training.loop  # noqa: F401  (imports every Megatron module that a run uses)
 from megatron_gmai.runtime import cpu
 
-PATCHED: tuple[ModuleType, ...] = (torch.cuda, torch.cuda.nvtx, random)
+PATCHED: tuple[ModuleType, ...] = (
+    *(torch.cuda, torch.cuda.nvtx, random),
+    *(module for module, _ in cpu.plain_megatron()),
+)
 
 # Names of torch.cuda in Megatron's modules that the emulation leaves alone, and why.
 GRAPHS = "CUDA graphs are for GPUs; the graph-safe random state belongs to them"
