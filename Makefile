@@ -84,7 +84,7 @@ bench-evaluation: $(VENV)/.dev  ## scoring, the search for leakage, and the serv
 bench-save: $(VENV)/.dev  ## saving from a copy against saving at once: waiting and memory
 	$(RUN) benchmarks/save.py $(ARGS)
 
-drill: $(VENV)/.dev  ## break a run on purpose in 46 places (about 10 minutes; as root: all of them)
+drill: $(VENV)/.dev  ## break a run on purpose in 46 places (10 to 20 minutes; as root: all)
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.drill $(ARGS)
 
 clean:  ## remove what the targets above made, but neither .venv nor other runs
