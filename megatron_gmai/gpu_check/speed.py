@@ -88,7 +88,7 @@ def training_speed(config: Config, device: str, images: int) -> list[Finding]:
         result = step(packs, lr)  # its loss is read, so the device is done
     seconds = (time.perf_counter() - began) / TIMED
     label = f"{config.model.language.num_layers} decoder layers on {world.layout.world_size}"
-    flops = step_flops(config, result.positions, result.tokens, result.images, result.samples)
+    flops = step_flops(config, result.tokens, result.images, result.samples)
     peak = device_peak(device_name(chosen))
     found = [
         Finding("speed", f"{label}: tokens", result.tokens / seconds, "a second"),

@@ -122,13 +122,14 @@ def output_flops(config: Config, load: Load) -> float:
     return passes * load.length * output_products(config.model.language)
 
 
-def step_flops(config: Config, positions: int, tokens: int, images: int, samples: int) -> float:
+def step_flops(config: Config, tokens: int, images: int, samples: int) -> float:
     """Model FLOPs of a step with the vision tower and without recomputation, over all ranks.
 
-    `positions` counts padding, which is computed too. Samples are taken as equally long.
+    Padding does not count: it is work only where other ranks depend on its size. Samples are taken
+    as equally long.
     """
     language, passes = config.model.language, 1 + Passes.of(config).language
     products = language.num_layers * layer_products(language) + output_products(language)
     squares = tokens**2 / max(1, samples)
     attention = language.num_layers * layer_attention(language, squares)
-    return passes * (positions * products + attention) + images * image_flops(config)
+    return passes * (tokens * products + attention) + images * image_flops(config)

@@ -103,7 +103,7 @@ def useful_flops(config: Config, load: Load) -> float:
     packs = config.train.global_batch_size
     length = round(packs * load.length)
     images, samples = round(packs * load.images), round(packs * load.segments)
-    return step_flops(config, length, length, images, samples)
+    return step_flops(config, length, images, samples)
 
 
 def pass_seconds(share: Share, chunk: Chunk, gpu: Gpu, direction: str) -> float:

@@ -108,7 +108,7 @@ def validate(run: Run, iteration: int, watchdog: Watchdog, log: MetricsLog | Non
 def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None, float | None]:
     """Model FLOPs of the step; where the planner knows the devices, what all of them could do in a
     second, and the seconds that it predicts for the step."""
-    flops = step_flops(run.config, result.positions, result.tokens, result.images, result.samples)
+    flops = step_flops(run.config, result.tokens, result.images, result.samples)
     gpu, layout = gpu_of_driver(device_name(run.world.device)), run.world.layout
     if gpu is None:
         return flops, None, None

@@ -99,14 +99,14 @@ class TestAutomaticLayout:
 
 def test_model_flops_are_six_times_parameters_and_tokens_but_for_attention() -> None:
     parameters = 32 * 218_103_808 + 92_544 * 4096  # of the decoder's and output layer's matrices
-    found = step_flops(SEVEN_B, positions=2048, tokens=2048, images=0, samples=2048)
+    found = step_flops(SEVEN_B, tokens=2048, images=0, samples=2048)
     assert found == pytest.approx(6 * parameters * 2048, rel=1e-3)
 
 
 def test_frozen_parts_cost_no_backward_pass() -> None:
     frozen = dataclasses.replace(SEVEN_B.train, freeze_vit=True, freeze_llm=True)
     first = dataclasses.replace(SEVEN_B, train=frozen)
-    whole, part = (step_flops(c, 2048, 2048, 3, 3) for c in (SEVEN_B, first))
+    whole, part = (step_flops(c, 2048, 3, 3) for c in (SEVEN_B, first))
     assert part < 0.67 * whole
 
 
@@ -200,7 +200,7 @@ def test_adapters_take_the_place_of_the_language_models_gradients_and_state(
 
 def test_adapters_cost_no_gradients_of_the_weights_below_them() -> None:
     lora = dataclasses.replace(SEVEN_B, lora=LoraConfig(llm_use_lora=True))
-    whole, part = (step_flops(c, 2048, 2048, 0, 1) for c in (SEVEN_B, lora))
+    whole, part = (step_flops(c, 2048, 0, 1) for c in (SEVEN_B, lora))
     assert part == pytest.approx(whole * 2 / 3)
 
 
