@@ -54,7 +54,7 @@ def stage_memory(config: Config, layout: Layout, stage: int, load: Load) -> Memo
     ahead = Ahead.of(share, stage)
     passes = max(ahead.before, _passes_peak(share, chunks, stage, ahead), ahead.after)
     step = max(ahead.kept + passes, _update_peak(config, layout, chunks))
-    constant = (SINGLE * config.model.language.max_position_embeddings) * _head(config)
+    constant: float = (SINGLE * config.model.language.max_position_embeddings) * _head(config)
     stream = HALF * share.tokens * config.model.language.hidden_size
     if share.scattered > 1 and trains_language(config):
         constant += stream  # Megatron's buffer, for inputs of trained linears
@@ -205,7 +205,7 @@ def layer_bytes(share: Share, without_attention: bool = False) -> float:
 def _first_bytes(share: Share) -> float:
     """Merged embeddings, with the features that were merged, and the tower's activations."""
     config, layout, images = share.config, share.layout, share.images
-    kept = HALF * share.tokens * config.model.language.hidden_size
+    kept: float = HALF * share.tokens * config.model.language.hidden_size
     if not vision_trains(config.train):
         return kept
     ahead = encodes_ahead(config.parallel)

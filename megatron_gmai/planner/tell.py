@@ -10,7 +10,7 @@ from megatron_gmai.planner.search import GIB, Plan, Search
 # Samples of each training phase (GMAI-VL, arXiv 2411.14522).
 PHASE_SAMPLES = {1: 11.7e6, 2: 11.7e6, 3: 10.0e6}
 COLUMNS = (
-    "  #  TP  PP VPP  CP   DP  mb  recompute  vision phase  GiB/rank  step s  bubble    MFU  "
+    "  #  TP  PP VPP  CP   DP  mb  recompute  vision phase  GiB/rank  step s  bubble    MFU    "
     "tokens/s  tokens/s/GPU   days"
 )
 
@@ -37,7 +37,7 @@ def table(plans: list[Plan], load: Load, gpu: Gpu, samples: float, fill: float) 
             f"{train.micro_batch_size:4}{train.selective_recompute:11.0%}"
             f"{parallel.vision_phase:>14}{made.peak_gib:10.1f}"
             f"{made.time.seconds:8.2f}{made.time.bubble:8.1%}{made.time.mfu(gpu):7.1%}"
-            f"{tokens:10,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, samples):7.2f}"
+            f"{tokens:12,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, samples):7.2f}"
         )
     return "\n".join(rows)
 

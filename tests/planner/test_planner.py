@@ -215,8 +215,8 @@ def test_what_cannot_fit_is_told_with_the_smallest(capsys: pytest.CaptureFixture
     assert "use more GPUs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("phase", [1, 2, 3])
-def test_images_on_all_ranks_take_what_a_dry_run_counts(phase: int) -> None:
+@pytest.mark.parametrize(("phase", "at_once"), [(1, 4), (3, 64)])
+def test_images_on_all_ranks_take_what_a_dry_run_counts(phase: int, at_once: int) -> None:
     """With more images a rank than go through the tower at once, and with fewer."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=2,
@@ -226,19 +226,18 @@ def test_images_on_all_ranks_take_what_a_dry_run_counts(phase: int) -> None:
         vision_phase="all-ranks",
     )
     config = with_vocabulary(preset("gmai-vl-tiny"))
-    for at_once in (4, 64):
-        train = dataclasses.replace(
-            config.train,
-            global_batch_size=48,
-            freeze_llm=phase < 3,
-            freeze_vit=phase < 2,
-            vit_micro_batch_size=at_once,
-        )
-        made = dataclasses.replace(config, parallel=parallel, train=train)
-        for stage in (0, 1):
-            counted = dry_run(made, 2 * stage, 4, 2)
-            predicted = stage_memory(made, Layout(4, 2, 2), stage, load_of(made, 2))
-            assert predicted.peak == pytest.approx(counted.peak_bytes, rel=0.05)
+    train = dataclasses.replace(
+        config.train,
+        global_batch_size=48,
+        freeze_llm=phase < 3,
+        freeze_vit=phase < 2,
+        vit_micro_batch_size=at_once,
+    )
+    config = dataclasses.replace(config, parallel=parallel, train=train)
+    for stage in (0, 1):
+        counted = dry_run(config, 2 * stage, 4, 2)
+        predicted = stage_memory(config, Layout(4, 2, 2), stage, load_of(config, 2))
+        assert predicted.peak == pytest.approx(counted.peak_bytes, rel=0.05)
 
 
 def test_both_vision_phases_are_judged_where_there_are_stages() -> None:
