@@ -193,7 +193,9 @@ def layer_bytes(share: Share, without_attention: bool = False) -> float:
         kept += queries + SINGLE * s * heads / tp
     kept += 2 * ffn  # gate and up
     if trains_language(share.config):  # inputs of the four products
-        kept += 2 * stream + queries + ffn
+        kept += 2 * stream + ffn
+        # The third one's is what attention keeps itself, but for an exchange between them.
+        kept += queries if without_attention or share.layout.context > 1 else 0.0
     lora = share.config.lora
     inputs = {"qkv": stream, "proj": queries, "fc1": stream, "fc2": ffn}
     for target in lora.targets:  # of A, what dropout made of it with its mask, and of B
@@ -227,9 +229,9 @@ def passing_bytes(share: Share, chunk: Chunk) -> float:
 
 
 def _final_norm_bytes(share: Share) -> float:
-    """What final norm and loss keep beside the last layer's output."""
-    stream = HALF * share.tokens * share.config.model.language.hidden_size / share.scattered
-    return 2 * stream if trains_language(share.config) else stream
+    """What the final norm hands to the loss; with sequence parallelism the loss gathers its own."""
+    stream: float = HALF * share.tokens * share.config.model.language.hidden_size
+    return stream if share.scattered == 1 else 0.0
 
 
 def _feed_forward_backward(share: Share, chunk: Chunk) -> float:
