@@ -40,6 +40,7 @@ from megatron_gmai.presets import preset
 from megatron_gmai.runtime.quiet import quiet_libraries
 
 WITHIN = 0.05
+AHEAD = 3  # every so many layouts are taken with the images on all ranks as well
 
 
 def random_layout(draw: random.Random) -> tuple[Config, int, int]:
@@ -85,12 +86,17 @@ def _draw(draw: random.Random) -> tuple[Config, int, int]:
     return settle_layout(config, images)[0], tensor * pipeline * context * data, images
 
 
-def compare(config: Config, world: int, images: int, draw: random.Random) -> dict[str, Any]:
-    """Predicted and counted peak of one rank."""
+def encoding_ahead(config: Config) -> Config:
+    """The same with the images on all ranks."""
+    parallel = dataclasses.replace(config.parallel, vision_phase="all-ranks")
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def compare(config: Config, world: int, images: int, stage: int) -> dict[str, Any]:
+    """Predicted and counted peak of a rank of a pipeline stage."""
     from megatron_gmai.dry_run.run import dry_run
 
     layout = Layout.of(config.parallel, world)
-    stage = draw.randrange(layout.pipeline)
     predicted = stage_memory(config, layout, stage, load_of(config, images))
     counted = dry_run(config, stage * (world // layout.pipeline), world, images)
     return {
@@ -99,7 +105,8 @@ def compare(config: Config, world: int, images: int, draw: random.Random) -> dic
         f"micro-batch {config.train.micro_batch_size}, {images} images, "
         f"recompute {config.train.selective_recompute:g}, "
         f"layers {config.parallel.pipeline_layout or 'even'}, "
-        f"trained: {'all' if not config.train.freeze_llm else 'vision'}",
+        f"trained: {'all' if not config.train.freeze_llm else 'vision'}, "
+        f"{config.parallel.vision_phase}",
         "predicted_bytes": round(predicted.peak),
         "counted_bytes": counted.peak_bytes,
         "predicted_static_bytes": round(predicted.static),
@@ -148,7 +155,7 @@ def every_plan(config: Config, world: int, load: Load, gpu: Gpu) -> list[Plan]:
     """All layouts with every share of recomputed layers, whether they fit or not."""
     candidates = (
         candidate_of(config, world, load, sizes, recomputed)
-        for sizes in sizes_of(config, world, gpu)
+        for sizes in sizes_of(config, world, load, gpu)
         for recomputed in RECOMPUTED
     )
     return [plan(made, world, load, gpu) for made in candidates if made is not None]
@@ -224,10 +231,13 @@ def main() -> int:
     quiet_libraries()
     memory, choices = [], []
     draw = random.Random(0)
-    for _ in range(given.layouts):
+    for number in range(given.layouts):
         config, world, images = random_layout(draw)
-        memory.append(compare(config, world, images, draw))
-        print(f"{memory[-1]['ratio']:.4f}  {memory[-1]['layout']}", flush=True)
+        stage = draw.randrange(config.parallel.pipeline_model_parallel_size)
+        cases = [config, encoding_ahead(config)] if number % AHEAD == 0 else [config]
+        for case in cases:
+            memory.append(compare(case, world, images, stage))
+            print(f"{memory[-1]['ratio']:.4f}  {memory[-1]['layout']}", flush=True)
     draw = random.Random(1)
     for _ in range(given.choices):
         choices.append(chosen(draw))

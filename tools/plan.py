@@ -16,7 +16,6 @@ from pathlib import Path
 from megatron_gmai.cli import parse
 from megatron_gmai.config import Config
 from megatron_gmai.data.shards.mean_load import pack_means
-from megatron_gmai.layout import encodes_ahead
 from megatron_gmai.planner.cost import Load, typical_images, with_vocabulary
 from megatron_gmai.planner.hardware import GPUS, gpu_called
 from megatron_gmai.planner.search import GIB, Plan, search
@@ -49,11 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     own, rest = parser().parse_known_args(argv)
     try:
         config = with_vocabulary(parse([*rest, *FROZEN[own.phase]]).config)
-        if encodes_ahead(config.parallel):
-            raise ValueError(
-                "--vision-phase all-ranks: the planner judges layouts whose first stage encodes "
-                "the images; leave it out, and compare with tools/dry_run.py"
-            )
         load, fill, samples = data_for(config, own)
         gpu = gpu_called(own.gpu)
         found = search(config, own.gpus, load, gpu)

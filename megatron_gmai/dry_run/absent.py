@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -120,6 +121,9 @@ def stand_in(device: torch.device, synchronize: Callable[[], None]) -> Iterator[
     replaced = cpu.Installation()
     try:
         replaced.replace(dist, {"all_gather_object": _gather_own_object})
+        replaced.replace(
+            torch.autograd, {"backward": functools.partial(_backward, torch.autograd.backward)}
+        )
         # Megatron keeps a scale for losses that this model lacks from run to run of a process.
         replaced.replace(MoEAuxLossAutoScaler, {"main_loss_backward_scale": None})
         if device == cpu.CPU:
@@ -221,6 +225,16 @@ _MEGATRON_RANDOM = {
     "_get_cuda_rng_state": cpu.answering(),
     "_set_cuda_rng_state": cpu.answering(),
 }
+
+
+def _backward(
+    backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, **options: Any
+) -> None:
+    """torch.autograd.backward by the edges of the graph: given tensors, torch hands the call to the
+    modes of this file, and what is recomputed inside would then not see them."""
+    outputs = (tensors,) if isinstance(tensors, torch.Tensor | GradientEdge) else tensors
+    edges = [x if isinstance(x, GradientEdge) else get_gradient_edge(x) for x in outputs]
+    backward(edges, grad_tensors, **options)
 
 
 def _gather_own_object(found: list[Any], own: Any, group: Any = None) -> None:

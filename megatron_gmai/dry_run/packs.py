@@ -1,5 +1,6 @@
 """Packs made up for a dry run: as many tokens and images as real ones, and nothing in them."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,7 @@ def made_up(config: Config, images_per_pack: int) -> Iterator[MicroBatch]:
     sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     starts = torch.tensor(bounds[:-1] if images_per_pack else [], dtype=torch.int64)
     size = config.model.vision.image_size
-    while True:
+    for number in itertools.count():
         yield MicroBatch(
             tokens=torch.ones(length * packs, dtype=torch.int64),
             labels=torch.ones(length * packs, dtype=torch.int64),
@@ -38,4 +39,5 @@ def made_up(config: Config, images_per_pack: int) -> Iterator[MicroBatch]:
             num_samples=len(sizes),
             num_tokens=length * packs,
             keys=(),
+            first_image=number * len(starts),
         )

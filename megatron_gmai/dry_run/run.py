@@ -1,31 +1,35 @@
 """One rank's training step, run for its shapes: what it holds, allocates, computes and sends."""
 
 import gc
+import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_gmai.config import Config
+from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.dry_run.absent import device_of, world_of
 from megatron_gmai.dry_run.collectives import Call
 from megatron_gmai.dry_run.counter import Block, DeviceCounter, Wait
 from megatron_gmai.dry_run.packs import made_up
 from megatron_gmai.dry_run.watch import watch
-from megatron_gmai.layout import Layout, encodes_ahead, virtual_stages
+from megatron_gmai.layout import Layout, virtual_stages
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
 from megatron_gmai.training.checkpoint import pieces_to_write
+from megatron_gmai.training.encode_ahead import EncodedStep
 from megatron_gmai.training.optimizer import build_optimizer, wrap_for_training
 from megatron_gmai.training.optimizer_state import allocate, set_steps
 from megatron_gmai.training.pieces import Piece
-from megatron_gmai.training.step import TrainStep
+from megatron_gmai.training.step import Input, TrainStep
 
 
 @dataclass
@@ -116,6 +120,28 @@ def count_step(
     return report
 
 
+class LastOfStep(TrainStep):
+    """The last micro-batches of a step of `whole`.
+
+    It makes a difference where the images of all are encoded together: their features stay in
+    memory, and those of the micro-batches that have gone before have their gradients.
+    """
+
+    whole = 0
+
+    def inputs(
+        self, drawn: Iterator[MicroBatch], num_microbatches: int
+    ) -> tuple[Iterator[Input], EncodedStep | None]:
+        inputs, encoded = super().inputs(drawn, self.whole)
+        if encoded is None:
+            return inputs, None
+        gone = self.whole - num_microbatches
+        for leaf in encoded.leaves[:gone]:
+            if leaf is not None and leaf.requires_grad:
+                leaf.grad = torch.empty_like(leaf)
+        return itertools.islice(inputs, gone, None), encoded
+
+
 def build(config: Config, world: World, counter: DeviceCounter) -> tuple[list[GMAIVL], TrainStep]:
     """The chunks of this rank and their step, by the code of a real run; weights stay unfilled."""
     counter.group_names = group_names(world)
@@ -128,13 +154,14 @@ def build(config: Config, world: World, counter: DeviceCounter) -> tuple[list[GM
         set_steps(optimizer, 0)
     label_buffers(chunks, counter)
     optimizer.step = counter.wrap("optimizer", "optimizer step", optimizer.step)
-    step = TrainStep(
+    step = LastOfStep(
         wrapped,
         optimizer,
         world,
         micro_batches(config, world.layout),
         config.train.micro_batch_size * config.data.max_length,
     )
+    step.whole = world.layout.micro_batches(config.train)
     step.reduce_gradients = counter.wrap("gradients", "gradient reduction", step.reduce_gradients)
     return chunks, step
 
@@ -146,10 +173,7 @@ def saved_pieces(chunks: list[GMAIVL], optimizer: MegatronOptimizer, config: Con
 
 
 def micro_batches(config: Config, layout: Layout) -> int:
-    """As many as fill the pipeline: with more, memory is the same and work only repeats. All, if a
-    step's images are encoded together: their features are in memory together as well."""
-    if encodes_ahead(config.parallel):
-        return layout.micro_batches(config.train)
+    """As many as fill the pipeline: with more, memory is the same and work only repeats."""
     stages = layout.pipeline
     virtual = virtual_stages(config.parallel, config.model.language.num_layers)
     enough = 2 * stages if virtual > 1 else stages + 1

@@ -141,8 +141,9 @@ class GMAIVL(MegatronModule):
         if any(p.requires_grad for p in self.vision_model.parameters()):
             return self._in_turns(lambda part: self.projector(self.vision_model(part)), pixels)
         with torch.no_grad():  # a frozen tower never runs again
-            features = [self.vision_model(part) for part in pixels.split(self.images_at_once)]
-        return self._in_turns(self.projector, torch.cat(features))
+            parts = pixels.split(self.images_at_once)
+            features = torch.cat([self.vision_model(part) for part in parts])
+        return self._in_turns(self.projector, features)
 
     def _in_turns(self, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Run a bounded number of images at a time.

@@ -73,7 +73,8 @@ def own_gradient(gradient: Tensor, groups: Groups) -> Tensor:
     tp, cp = groups.tp, groups.cp
     # Ranks of TP x CP stand in the order cp · TP + tp.
     by_rank = gradient.view(cp.size(), tp.size(), -1, *gradient.shape[1:])
-    mine = by_rank[:, tp.rank()].contiguous()  # [CP, share, P, H]
+    # [CP, share, P, H]; a view would keep the other ranks' parts in memory.
+    mine = by_rank[:, tp.rank()].clone(memory_format=torch.contiguous_format)
     if cp.size() == 1:
         return mine[0]
     own = mine.new_empty(mine.shape[1:])

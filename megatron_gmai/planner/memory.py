@@ -10,15 +10,22 @@ import functools
 import math
 from dataclasses import dataclass
 
-from megatron_gmai.config import Config, LoraConfig, ModelConfig, TrainConfig
-from megatron_gmai.layout import Chunk, ImageShare, Layout, Recompute, chunks_of_rank
+from megatron_gmai.config import Config, LoraConfig, ModelConfig
+from megatron_gmai.layout import Chunk, Layout, Recompute, chunks_of_rank, encodes_ahead
 from megatron_gmai.layout import virtual_stages as virtual_stages_of
 from megatron_gmai.planner.cost import Load
 from megatron_gmai.planner.schedule import order
+from megatron_gmai.planner.share import HALF, SINGLE, Share
+from megatron_gmai.planner.vision import (
+    Ahead,
+    backward_bytes,
+    feature_bytes,
+    kept_bytes,
+    vision_trains,
+)
 from megatron_gmai.weights import Weight, local_shape, padded_vocab_size, weights
 
 LOSS_CHUNK = 2048  # tokens whose logits exist at once (gmai_kernels.linear_cross_entropy)
-HALF, SINGLE = 2, 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -39,39 +46,22 @@ class Memory:
         return self.static + self.activations
 
 
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of a micro-batch."""
-
-    config: Config
-    load: Load
-    layout: Layout
-
-    @property
-    def tokens(self) -> int:  # s
-        return self.config.train.micro_batch_size * self.load.length // self.layout.context
-
-    @property
-    def scattered(self) -> int:
-        """By how much norms and residuals are divided over the TP ranks."""
-        return self.layout.tensor if self.config.parallel.sequence_parallel else 1
-
-    @property
-    def images(self) -> int:
-        """Images that this rank encodes for a micro-batch, blanks included."""
-        whole = math.ceil(self.load.images * self.config.train.micro_batch_size)
-        return ImageShare(0, self.layout.tensor * self.layout.context).length(whole)
-
-
 def stage_memory(config: Config, layout: Layout, stage: int, load: Load) -> Memory:
     """The memory of the ranks of a pipeline stage."""
     chunks = chunks_of_rank(config.parallel, config.model.language.num_layers, stage)
     share = Share(config, load, layout)
     held, gradients, optimizer = static_bytes(config, layout, chunks)
-    step = max(_passes_peak(share, chunks, stage), _update_peak(config, layout, chunks))
-    constant = (SINGLE * config.model.language.max_position_embeddings) * _head(config)
-    if layout.tensor > 1 and config.parallel.sequence_parallel:
-        constant += HALF * share.tokens * config.model.language.hidden_size  # Megatron's buffer
+    ahead = Ahead.of(share, stage)
+    passes = max(ahead.before, _passes_peak(share, chunks, stage, ahead), ahead.after)
+    step = max(ahead.kept + passes, _update_peak(config, layout, chunks))
+    constant: float = (SINGLE * config.model.language.max_position_embeddings) * _head(config)
+    stream = HALF * share.tokens * config.model.language.hidden_size
+    if share.scattered > 1 and trains_language(config):
+        constant += stream  # Megatron's buffer, for inputs of trained linears
+    if layout.pipeline > 1:
+        # The gradient that was sent last; with overlapped transfers the one before it as well, and
+        # an input and a gradient that have come early.
+        constant += (4 if interleaves(config) else 1) * stream / share.scattered
     return Memory(held, gradients, optimizer, step + constant)
 
 
@@ -80,14 +70,14 @@ def static_bytes(
 ) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state."""
     held = gradients = optimizer = 0.0
-    sharded = config.parallel.use_distributed_optimizer
+    sharded, ahead = config.parallel.use_distributed_optimizer, encodes_ahead(config.parallel)
     for weight in weight_table(config.model, config.lora):
         copies = sum(weight.is_in(chunk) for chunk in chunks)
         size = copies * math.prod(local_shape(weight, layout.tensor))
         held += HALF * size
         if is_trained(config, weight):
             gradients += SINGLE * size
-            ranks = _copies(weight, layout) if sharded else 1
+            ranks = _copies(weight, layout, ahead) if sharded else 1
             optimizer += 3 * SINGLE * size / ranks  # master, two moments
     return held, gradients, optimizer
 
@@ -109,34 +99,38 @@ def is_trained(config: Config, weight: Weight) -> bool:
     }[weight.tower]
 
 
-def _copies(weight: Weight, layout: Layout) -> int:
+def _copies(weight: Weight, layout: Layout, ahead: bool) -> int:
     """Ranks over which its optimizer state is sharded."""
     copies = layout.data * layout.context
-    return copies * layout.tensor if weight.tower != "language_model" else copies
+    if weight.tower == "language_model":
+        return copies
+    return layout.world_size if ahead else copies * layout.tensor
 
 
 def _update_peak(config: Config, layout: Layout, chunks: tuple[Chunk, ...]) -> float:
     """The optimizer's temporaries: a square root of the second moments of one of its two parts."""
     sizes = {True: 0.0, False: 0.0}
-    sharded = config.parallel.use_distributed_optimizer
+    sharded, ahead = config.parallel.use_distributed_optimizer, encodes_ahead(config.parallel)
     for weight in weight_table(config.model, config.lora):
         if is_trained(config, weight) and any(weight.is_in(chunk) for chunk in chunks):
-            ranks = _copies(weight, layout) if sharded else 1
+            ranks = _copies(weight, layout, ahead) if sharded else 1
             size = math.prod(local_shape(weight, layout.tensor)) / ranks
             sizes[weight.tower == "language_model"] += SINGLE * size
     return max(sizes.values())
 
 
-def _passes_peak(share: Share, chunks: tuple[Chunk, ...], stage: int) -> float:
+def _passes_peak(share: Share, chunks: tuple[Chunk, ...], stage: int, ahead: Ahead) -> float:
     """The highest sum of saved and passing activations while micro-batches go through."""
     config, layout = share.config, share.layout
     stages = layout.pipeline
     virtual = virtual_stages_of(config.parallel, config.model.language.num_layers)
     saved = {i * stages + stage: saved_bytes(share, chunk) for i, chunk in enumerate(chunks)}
     passing = {i * stages + stage: passing_bytes(share, c) for i, c in enumerate(chunks)}
-    live = peak = 0.0
-    # Some rounds of the schedule are enough: then memory repeats.
-    count = min(layout.micro_batches(config.train), 2 * stages)
+    # Some rounds of the schedule are enough: then memory repeats, but for the features' gradients.
+    whole = layout.micro_batches(config.train)
+    count = min(whole, 2 * stages)
+    gradient = ahead.leaf if vision_trains(config.train) else 0.0
+    live = peak = whole * ahead.leaf + (whole - count) * gradient
     for work in order(stage, stages, virtual, count):
         if work.forward:
             live += saved[work.chunk]
@@ -144,7 +138,9 @@ def _passes_peak(share: Share, chunks: tuple[Chunk, ...], stage: int) -> float:
         else:
             peak = max(peak, live + passing[work.chunk])
             live -= saved[work.chunk]
-    return peak
+            if work.chunk == 0:
+                live += gradient
+    return max(peak, live + (ahead.gathered if gradient else 0.0))
 
 
 def saved_bytes(share: Share, chunk: Chunk) -> float:
@@ -162,10 +158,15 @@ def saved_bytes(share: Share, chunk: Chunk) -> float:
     whole += kept * layer_bytes(share, without_attention=recompute.granularity == "selective")
     whole += _first_bytes(share) if chunk.is_first else stream
     if chunk.is_last:
-        whole += 2 * stream if trains_language(share.config) else stream  # final norm and its input
-    elif count:
-        whole -= stream  # the output is sent away
+        whole += _final_norm_bytes(share)
+    elif count and not interleaves(share.config):
+        whole -= stream  # the output is sent away; Megatron's interleaved schedule keeps it
     return whole
+
+
+def interleaves(config: Config) -> bool:
+    """Whether a stage has several chunks."""
+    return virtual_stages_of(config.parallel, config.model.language.num_layers) > 1
 
 
 def trains_language(config: Config) -> bool:
@@ -192,7 +193,9 @@ def layer_bytes(share: Share, without_attention: bool = False) -> float:
         kept += queries + SINGLE * s * heads / tp
     kept += 2 * ffn  # gate and up
     if trains_language(share.config):  # inputs of the four products
-        kept += 2 * stream + queries + ffn
+        kept += 2 * stream + ffn
+        # The third one's is what attention keeps itself, but for an exchange between them.
+        kept += queries if without_attention or share.layout.context > 1 else 0.0
     lora = share.config.lora
     inputs = {"qkv": stream, "proj": queries, "fc1": stream, "fc2": ffn}
     for target in lora.targets:  # of A, what dropout made of it with its mask, and of B
@@ -202,42 +205,17 @@ def layer_bytes(share: Share, without_attention: bool = False) -> float:
 
 
 def _first_bytes(share: Share) -> float:
-    """Merged embeddings and the vision tower's activations."""
-    config, layout = share.config, share.layout
-    model, train = config.model, config.train
-    hidden, patches = model.language.hidden_size, model.vision.tokens_per_image
-    images, ranks = share.images, layout.tensor * layout.context
-    kept = HALF * share.tokens * hidden
-    vision_trains = not (train.freeze_vit and train.freeze_projector)
-    if share.load.images == 0 and not vision_trains:
+    """Merged embeddings, with the features that were merged, and the tower's activations."""
+    config, layout, images = share.config, share.layout, share.images
+    kept: float = HALF * share.tokens * config.model.language.hidden_size
+    if not vision_trains(config.train):
         return kept
-    features = HALF * images * patches * hidden
-    kept += ranks * features
-    if not vision_trains:
-        return kept
-    if recomputes_vision(train, images):  # only features are kept; one turn is computed again
-        frozen = HALF * images * patches * model.vision.hidden_size if train.freeze_vit else 0.0
-        return kept + features + frozen
-    return kept + vision_bytes(share, images)
-
-
-def recomputes_vision(train: TrainConfig, images: int) -> bool:
-    """Whether the tower runs again in the backward pass."""
-    return train.recompute_vit or images > train.vit_micro_batch_size
-
-
-def vision_bytes(share: Share, images: int) -> float:
-    """What tower and projector keep of so many images."""
-    config = share.config
-    vision, patches = config.model.vision, config.model.vision.tokens_per_image
-    projector = HALF * images * patches * 2 * config.model.language.hidden_size
-    if config.train.freeze_vit:
-        return projector + HALF * images * (patches + 1) * vision.hidden_size
-    tokens = images * (patches + 1)
-    layer = 16 * vision.hidden_size + 6 * vision.ffn_hidden_size
-    layer += 4 * SINGLE + SINGLE * vision.num_attention_heads
-    start = HALF * images * 3 * vision.image_size**2 + 2 * HALF * tokens * vision.hidden_size
-    return projector + start + vision.layers_used * tokens * layer
+    ahead = encodes_ahead(config.parallel)
+    if layout.tensor * layout.context > 1:  # gathered
+        kept += feature_bytes(share, share.all_images)
+    elif not ahead:
+        kept += feature_bytes(share, images)
+    return kept if ahead else kept + kept_bytes(share, images)
 
 
 def passing_bytes(share: Share, chunk: Chunk) -> float:
@@ -248,6 +226,12 @@ def passing_bytes(share: Share, chunk: Chunk) -> float:
     if chunk.is_first:
         candidates.append(_first_backward(share, chunk))
     return max(candidates)
+
+
+def _final_norm_bytes(share: Share) -> float:
+    """What the final norm hands to the loss; with sequence parallelism the loss gathers its own."""
+    stream: float = HALF * share.tokens * share.config.model.language.hidden_size
+    return stream if share.scattered == 1 else 0.0
 
 
 def _feed_forward_backward(share: Share, chunk: Chunk) -> float:
@@ -261,6 +245,8 @@ def _feed_forward_backward(share: Share, chunk: Chunk) -> float:
     matrix = HALF * 2 * language.ffn_hidden_size * hidden / tp if trains else 0.0
     product = stream + 2 * ffn + matrix + HALF * s * hidden - (3 * ffn if trains else 2 * ffn)
     highest = max(swiglu, product)
+    if chunk.is_last:  # final norm and loss are behind it, and with them the last layer's output
+        highest -= _final_norm_bytes(share) + stream
     recompute = Recompute.of(share.config, chunk)
     if recompute.granularity != "full":
         return highest
@@ -294,9 +280,8 @@ def _first_backward(share: Share, chunk: Chunk) -> float:
     gone = saved_bytes(share, chunk) - _first_bytes(share)
     rows = padded_vocab_size(language.vocab_size, tp) / tp
     embedding = HALF * rows * hidden if trains_language(share.config) else 0.0
-    train, tower = share.config.train, 0.0
-    if recomputes_vision(train, share.images) and not train.freeze_vit:
-        tower = vision_bytes(share, min(share.images, train.vit_micro_batch_size))
+    ahead = encodes_ahead(share.config.parallel)
+    tower = 0.0 if ahead else backward_bytes(share, share.images)
     return max(embedding, tower) + 2 * HALF * share.tokens * hidden - gone
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_gmai.config import Config, ParallelConfig
-from megatron_gmai.layout import Layout
+from megatron_gmai.layout import Layout, encodes_ahead
 from megatron_gmai.layout_rules import batch_problems, layout_problems
 from megatron_gmai.planner.cost import Load
 from megatron_gmai.planner.hardware import Gpu
@@ -17,6 +17,7 @@ from megatron_gmai.planner.speed import StepTime, step_time
 
 GIB = 2**30
 RECOMPUTED = (0.0, 0.5, 1.0)  # shares of the layers
+VISION_PHASES = ("first-stage", "all-ranks")
 
 
 class Sizes(NamedTuple):
@@ -27,6 +28,7 @@ class Sizes(NamedTuple):
     virtual: int
     context: int
     micro: int
+    vision: str = VISION_PHASES[0]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Plan:
             words.append(f"--cp {self.layout.context}")
         if parallel.pipeline_layout:
             words.append(f"--pipeline-layout {parallel.pipeline_layout}")
+        if encodes_ahead(parallel):
+            words.append("--vision-phase all-ranks")
         if parallel.sequence_parallel:
             words.append("--sequence-parallel")
         words.append("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
@@ -81,7 +85,7 @@ def search(config: Config, world_size: int, load: Load, gpu: Gpu) -> Search:
     Recomputation only costs where a layout fits without: of each the least that fits is kept.
     """
     found = Search([], [], 0)
-    for sizes in sizes_of(config, world_size, gpu):
+    for sizes in sizes_of(config, world_size, load, gpu):
         found = _judge(config, world_size, load, gpu, sizes, found)
     found.plans.sort(key=lambda made: made.time.seconds)
     found.too_large.sort(key=lambda made: made.peak_gib)
@@ -123,8 +127,9 @@ def plan(
     return Plan(config, layout, memory, step_time(config, layout, load, gpu))
 
 
-def sizes_of(config: Config, world_size: int, gpu: Gpu) -> Iterator[Sizes]:
-    """Every combination that divides the world."""
+def sizes_of(config: Config, world_size: int, load: Load, gpu: Gpu) -> Iterator[Sizes]:
+    """Every combination that divides the world; images on all ranks where that can pay, or
+    wherever the configuration asks for it."""
     powers = [2**k for k in range(11)]
     layers = config.model.language.num_layers
     tensors = [n for n in powers if n <= gpu.per_node]
@@ -136,7 +141,14 @@ def sizes_of(config: Config, world_size: int, gpu: Gpu) -> Iterator[Sizes]:
         interleaved = sizes.virtual == 1 or 1 < sizes.pipeline <= layers // sizes.virtual
         is_near = sizes.tensor * sizes.context <= gpu.per_node
         if world_size % model == 0 and interleaved and is_near:
-            yield sizes
+            for vision in _vision_phases(config, load, sizes.pipeline):
+                yield sizes._replace(vision=vision)
+
+
+def _vision_phases(config: Config, load: Load, stages: int) -> tuple[str, ...]:
+    if encodes_ahead(config.parallel):
+        return ("all-ranks",)
+    return VISION_PHASES if stages > 1 and load.images else VISION_PHASES[:1]
 
 
 def candidate_of(
@@ -148,6 +160,7 @@ def candidate_of(
         pipeline_model_parallel_size=sizes.pipeline,
         num_virtual_stages_per_pipeline_rank=sizes.virtual,
         context_parallel_size=sizes.context,
+        vision_phase=sizes.vision,
         sequence_parallel=sizes.tensor > 1,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,

@@ -4,14 +4,22 @@ A pass takes the longer of what the device computes and what the host needs to l
 between tensor- and context-parallel ranks are not hidden behind products, as in Megatron's plain
 linears. Gradients are reduced behind the backward pass of the last micro-batch with
 `--overlap-grad-reduce`, weights gathered behind the first forward pass with
-`--overlap-param-gather`; what does not fit behind them is added.
+`--overlap-param-gather`; what does not fit behind them is added. With `--vision-phase all-ranks`
+the images of a step are encoded before the pipeline's time, and their gradients taken after it.
 """
 
 import math
 from dataclasses import dataclass, field
 
 from megatron_gmai.config import Config
-from megatron_gmai.layout import Chunk, Layout, Recompute, chunks_of_rank, virtual_stages
+from megatron_gmai.layout import (
+    Chunk,
+    Layout,
+    Recompute,
+    chunks_of_rank,
+    encodes_ahead,
+    virtual_stages,
+)
 from megatron_gmai.planner.cost import (
     Load,
     Passes,
@@ -23,8 +31,10 @@ from megatron_gmai.planner.cost import (
     tower_flops,
 )
 from megatron_gmai.planner.hardware import Gpu
-from megatron_gmai.planner.memory import HALF, SINGLE, Share, recomputes_vision, static_bytes
+from megatron_gmai.planner.memory import static_bytes
 from megatron_gmai.planner.schedule import Timeline, simulate
+from megatron_gmai.planner.share import HALF, SINGLE, Share
+from megatron_gmai.planner.vision import feature_bytes, recomputes_vision
 
 SIMULATED, SPAN = 8, 4  # rounds of PP micro-batches; and of which the pace is taken
 LAUNCH = 5e-6  # seconds of the host for an operator in eager PyTorch
@@ -55,13 +65,13 @@ class StepTime:
 
 def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
     """Simulate the pipeline and add what is not hidden behind it."""
-    share = Share(config, load, layout)
+    share, parallel = Share(config, load, layout), config.parallel
     stages = layout.pipeline
-    virtual = virtual_stages(config.parallel, config.model.language.num_layers)
+    virtual = virtual_stages(parallel, config.model.language.num_layers)
     count = layout.micro_batches(config.train)
     chunks: list[Chunk] = []
     by_stage = [
-        chunks_of_rank(config.parallel, config.model.language.num_layers, p) for p in range(stages)
+        chunks_of_rank(parallel, config.model.language.num_layers, p) for p in range(stages)
     ]
     for index in range(stages * virtual):
         chunks.append(by_stage[index % stages][index // stages])
@@ -77,12 +87,13 @@ def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
     pace = max(slowest, (timeline.seconds - shorter.seconds) / (SPAN * stages))
     pipeline = timeline.seconds + (count - shown) * pace
     bubble = 1 - count * (sum(forward) + sum(backward)) / (stages * pipeline)
+    vision = [ahead_seconds(share, gpu, way) for way in ("forward", "backward")]
     exposed, update = [], []
     for stage, held in enumerate(by_stage):
         own = range(stage, len(chunks), stages)
         hidden = (
-            sum(backward[c] for c in own) if config.parallel.overlap_grad_reduce else 0.0,
-            sum(forward[c] for c in own) if config.parallel.overlap_param_gather else 0.0,
+            vision[1] + sum(backward[c] for c in own) if parallel.overlap_grad_reduce else 0.0,
+            vision[0] + sum(forward[c] for c in own) if parallel.overlap_param_gather else 0.0,
         )
         reduce, gather = state_messages(config, layout, held, gpu)
         end = timeline.last_end(stage) + max(0.0, reduce - hidden[0])
@@ -90,6 +101,7 @@ def step_time(config: Config, layout: Layout, load: Load, gpu: Gpu) -> StepTime:
         update.append(update_seconds(config, layout, held, gpu))
     parts = {
         "pipeline": pipeline,
+        "vision": sum(vision),
         "exposed": max(0.0, *exposed),
         "optimizer": max(update),
     }
@@ -116,8 +128,11 @@ def pass_seconds(share: Share, chunk: Chunk, gpu: Gpu, direction: str) -> float:
         if again.granularity == "full":
             count = layers if again.method == "uniform" else min(layers, again.num_layers or 0)
             seconds += count * layer_seconds(share, gpu, "forward")
-    if chunk.is_first:
-        seconds += vision_seconds(share, gpu, direction)
+    if chunk.is_first and share.load.images > 0:
+        if not encodes_ahead(share.config.parallel):
+            seconds += vision_seconds(share, gpu, direction, share.images)
+        if direction == "forward":
+            seconds += gather_seconds(share, gpu)
     if chunk.is_last:
         seconds += loss_seconds(share, gpu, direction)
     return seconds
@@ -183,25 +198,42 @@ def bandwidth(gpu: Gpu, reach: int, stride: int = 1) -> float:
     return min(gpu.nvlink_gb_s, gpu.network_gb_s * inside) * 1e9 * SENT
 
 
-def vision_seconds(share: Share, gpu: Gpu, direction: str) -> float:
-    """Tower and projector on this rank's images, and the exchange of features."""
+def vision_seconds(share: Share, gpu: Gpu, direction: str, images: int) -> float:
+    """Tower and projector on so many images of this rank."""
     config, passes, model = share.config, Passes.of(share.config), share.config.model
-    images, forward = share.images, direction == "forward"
-    if share.load.images == 0:
-        return 0.0
+    forward = direction == "forward"
     tower = (1 if forward else passes.tower) * tower_flops(model)
     projector = (1 if forward else passes.projector) * projector_flops(model)
     device = images * (tower + projector) / (gpu.product_flops * TOWER)
-    busy = forward or passes.tower
-    launches = TOWER_LAUNCHES[direction] * model.vision.layers_used * LAUNCH if busy else 0.0
+    turns = math.ceil(images / config.train.vit_micro_batch_size)
+    busy = turns if forward or passes.tower else 0
+    launches = busy * TOWER_LAUNCHES[direction] * model.vision.layers_used * LAUNCH
     seconds = max(device, launches)
-    again = not forward and passes.tower and recomputes_vision(config.train, images)
-    if again:
-        seconds += images * tower_flops(model) / (gpu.product_flops * TOWER)
+    if not forward and passes.tower and recomputes_vision(config.train, images):
+        seconds += vision_seconds(share, gpu, "forward", images)
+    return seconds
+
+
+def gather_seconds(share: Share, gpu: Gpu) -> float:
+    """Features of a micro-batch, gathered over TP x CP."""
     ranks = share.layout.tensor * share.layout.context
-    if ranks > 1 and forward:
-        features = HALF * images * ranks * model.vision.tokens_per_image
-        seconds += features * model.language.hidden_size / bandwidth(gpu, ranks) + LATENCY
+    if ranks == 1:
+        return 0.0
+    return feature_bytes(share, share.images * ranks) / bandwidth(gpu, ranks) + LATENCY
+
+
+def ahead_seconds(share: Share, gpu: Gpu, direction: str) -> float:
+    """A step's images where all pipeline ranks encode them, and their way to the first stage."""
+    if not encodes_ahead(share.config.parallel) or share.load.images == 0:
+        return 0.0
+    passes, images = Passes.of(share.config), share.step_images
+    if direction == "backward" and not passes.projector:
+        return 0.0
+    seconds = vision_seconds(share, gpu, direction, images)
+    others = share.layout.pipeline - 1
+    if others:  # the first stage receives, or sends, what is all others'
+        features = others * feature_bytes(share, images)
+        seconds += features / stage_bandwidth(share.layout, gpu) + LATENCY
     return seconds
 
 
@@ -225,9 +257,12 @@ def transfer(share: Share, gpu: Gpu) -> float:
     if layout.pipeline == 1:
         return 0.0
     size = HALF * share.tokens * share.config.model.language.hidden_size / share.scattered
-    per_stage = layout.world_size // layout.pipeline
-    # A message has one sender: one network card.
-    return size / bandwidth(gpu, 2 * per_stage, gpu.per_node) + LATENCY
+    return size / stage_bandwidth(layout, gpu) + LATENCY
+
+
+def stage_bandwidth(layout: Layout, gpu: Gpu) -> float:
+    """Bytes a second between ranks of neighbouring stages: one sender has one network card."""
+    return bandwidth(gpu, 2 * layout.world_size // layout.pipeline, gpu.per_node)
 
 
 def state_messages(

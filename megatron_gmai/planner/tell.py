@@ -10,8 +10,8 @@ from megatron_gmai.planner.search import GIB, Plan, Search
 # Samples of each training phase (GMAI-VL, arXiv 2411.14522).
 PHASE_SAMPLES = {1: 11.7e6, 2: 11.7e6, 3: 10.0e6}
 COLUMNS = (
-    "  #  TP  PP VPP  CP   DP  mb  recompute  GiB/rank  step s  bubble    MFU  tokens/s  "
-    "tokens/s/GPU   days"
+    "  #  TP  PP VPP  CP   DP  mb  recompute  vision phase  GiB/rank  step s  bubble    MFU    "
+    "tokens/s  tokens/s/GPU   days"
 )
 
 
@@ -34,9 +34,10 @@ def table(plans: list[Plan], load: Load, gpu: Gpu, samples: float, fill: float) 
         rows.append(
             f"{number:3}{layout.tensor:4}{layout.pipeline:4}"
             f"{parallel.num_virtual_stages_per_pipeline_rank:4}{layout.context:4}{layout.data:5}"
-            f"{train.micro_batch_size:4}{train.selective_recompute:11.0%}{made.peak_gib:10.1f}"
+            f"{train.micro_batch_size:4}{train.selective_recompute:11.0%}"
+            f"{parallel.vision_phase:>14}{made.peak_gib:10.1f}"
             f"{made.time.seconds:8.2f}{made.time.bubble:8.1%}{made.time.mfu(gpu):7.1%}"
-            f"{tokens:10,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, samples):7.2f}"
+            f"{tokens:12,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, samples):7.2f}"
         )
     return "\n".join(rows)
 
@@ -65,8 +66,10 @@ def why(found: Search, gpu: Gpu) -> str:
 
 def _shares(made: Plan) -> str:
     parts = made.time.parts
+    vision = f"the images take {parts['vision']:.2f} s beside it; " if parts["vision"] else ""
     return (
         f"the pipeline runs {parts['pipeline']:.2f} s, {made.time.bubble:.1%} of it waiting; "
+        f"{vision}"
         f"{parts['exposed']:.2f} s of messages between data-parallel ranks are not hidden; "
         f"the update takes {parts['optimizer']:.2f} s"
     )

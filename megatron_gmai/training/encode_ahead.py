@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_gmai.data.loading.batch import MicroBatch
 from megatron_gmai.layout import ImageShare
@@ -32,14 +32,18 @@ Place = tuple[int, int]  # of an image in its column: pipeline rank, number amon
 class EncodedStep:
     """The features of a step's images, and the way back for their gradients."""
 
-    own: Tensor  # [length, P, H], encoded here; with a graph if tower or projector is trained
+    # Of the features that were encoded here; None if neither tower nor projector is trained. The
+    # features themselves have gone to the first stage.
+    edge: GradientEdge | None
+    length: int  # of these
+    blank: Tensor  # [P, H] zeros
     leaves: list[Tensor | None]  # [share, P, H] of each micro-batch, on ranks of the first stage
     places: list[list[Place]]  # of each leaf's images
     groups: Groups
 
     def backward(self) -> None:
         """Run the backward pass of what was encoded here; every pipeline rank has to call it."""
-        if not self.own.requires_grad:
+        if self.edge is None:
             return
         pp = self.groups.pp
         parts = self._gradients_by_rank() if pp.rank() == 0 else None
@@ -47,16 +51,14 @@ class EncodedStep:
         if pp.size() == 1 and parts:
             gradient = parts[0]
         else:
-            gradient = torch.empty_like(self.own)
+            gradient = self.blank.new_empty(self.length, *self.blank.shape)
             dist.scatter(gradient, parts, src=dist.get_global_rank(pp, 0), group=pp)
-        # By its edge: given a tensor, torch hands the call to the mode that stands in for a GPU,
-        # which what is recomputed inside would then not see.
-        torch.autograd.backward(get_gradient_edge(self.own), gradient)
+        parts = None
+        torch.autograd.backward(self.edge, gradient)
 
     def _gradients_by_rank(self) -> list[Tensor]:
         """[length, P, H] for each pipeline rank of the column; zero for blank images."""
-        blank = self.own.new_zeros(self.own.shape[1:])
-        rows = [[blank] * len(self.own) for _ in range(self.groups.pp.size())]
+        rows = [[self.blank] * self.length for _ in range(self.groups.pp.size())]
         for leaf, places in zip(self.leaves, self.places, strict=True):
             assert leaf is not None and leaf.grad is not None
             for (rank, number), gradient in zip(places, leaf.grad, strict=False):
@@ -83,13 +85,16 @@ def encode_step(
     blank = torch.zeros(3, side, side, dtype=torch.uint8, device=device)
     stacked = torch.stack([*images, *[blank] * (length - len(images))])
     own_features = model.encode_own(stacked)
+    trains = own_features.requires_grad
     places = places_in_column(rest, world.groups)
     by_rank = gather_in_column(own_features.detach(), world.groups)
     leaves = [
-        leaf_of(by_rank, where, batch, world.groups, own_features.requires_grad)
+        leaf_of(by_rank, where, batch, world.groups, trains)
         for batch, where in zip(rest, places, strict=True)
     ]
-    return rest, EncodedStep(own_features, leaves, places, world.groups)
+    edge = get_gradient_edge(own_features) if trains else None
+    no_image = own_features.new_zeros(own_features.shape[1:])
+    return rest, EncodedStep(edge, length, no_image, leaves, places, world.groups)
 
 
 def images_of_each_rank(micro_batches: Sequence[tuple[int, int]], ranks: int) -> int:

@@ -194,7 +194,7 @@ class TrainStep:
     ) -> list[Tensor]:
         """Forward and backward passes of the micro-batches, and the reduction of gradients; the
         summed losses of each, on ranks of the last stage."""
-        inputs, encoded = self._inputs(drawn, num_microbatches)
+        inputs, encoded = self.inputs(drawn, num_microbatches)
         self.config.finalize_model_grads_func = partial(self._finish_gradients, encoded)
         losses = self.forward_backward(
             forward_step_func=partial(forward_step, world=self.world),
@@ -209,7 +209,7 @@ class TrainStep:
         self.config.finalize_model_grads_func = None  # it would keep the features in memory
         return losses
 
-    def _inputs(
+    def inputs(
         self, drawn: Iterator[MicroBatch], num_microbatches: int
     ) -> tuple[Iterator[Input], EncodedStep | None]:
         """The step's micro-batches, each with the features that were encoded ahead, if they are."""

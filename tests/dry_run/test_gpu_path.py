@@ -7,8 +7,10 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_gmai.dry_run import run
 from megatron_gmai.dry_run.report import as_json, as_text, typical_ranks
 from megatron_gmai.dry_run.run import RankReport, dry_run
+from megatron_gmai.layout import Layout
 from megatron_gmai.model.projector import Projector
 from tests.parallel.cases import Case
 from tests.parallel.test_parity import CASES
@@ -84,3 +86,20 @@ def test_more_images_cost_vision_memory_and_nothing_else_static() -> None:
     none, many = (dry_run(config, 0, 1, images) for images in (0, 3))
     assert none.static == many.static
     assert many.peak["vision"] > none.peak.get("vision", 0)
+
+
+@pytest.mark.parametrize("name", ["pp2-all-ranks-phase2", "vpp2-tp2-all-ranks-phase3"])
+def test_the_last_micro_batches_of_a_step_have_the_peak_of_all_of_them(name: str) -> None:
+    """Where the features of all of a step's images are in memory together."""
+    size, case = next((n, c) for n in CASES for c in CASES[n] if c.name == name)
+    train = dataclasses.replace(case.config.train, global_batch_size=16)
+    config = dataclasses.replace(case.config, train=train)
+    for rank in (0, size - 1):
+        few = dry_run(config, rank, size, IMAGES)
+        whole = Layout.of(config.parallel, size).micro_batches(train)
+        with mock.patch.object(run, "micro_batches", lambda *unused, count=whole: count):
+            all_of_them = dry_run(config, rank, size, IMAGES)
+        assert few.micro_batches < all_of_them.micro_batches == whole
+        assert (few.static, few.peak_place) == (all_of_them.static, all_of_them.peak_place)
+        # Each micro-batch leaves a loss, and how long its segments are: a few numbers.
+        assert few.peak == pytest.approx(all_of_them.peak, abs=16 * whole)

@@ -9,14 +9,16 @@ import pytest
 
 from megatron_gmai.cli import parse
 from megatron_gmai.config import Config, LoraConfig, ParallelConfig
+from megatron_gmai.dry_run.run import dry_run
 from megatron_gmai.layout import Layout, chunks_of_rank
 from megatron_gmai.planner.cost import Load, load_of, step_flops, typical_images, with_vocabulary
 from megatron_gmai.planner.figure import timeline_svg
 from megatron_gmai.planner.hardware import GPUS, gpu_called, gpu_of_driver
 from megatron_gmai.planner.layout import balanced_layers, imbalance, settle_layout
-from megatron_gmai.planner.memory import Share, is_trained, stage_memory
+from megatron_gmai.planner.memory import is_trained, stage_memory
 from megatron_gmai.planner.schedule import order, simulate
-from megatron_gmai.planner.search import plan, search
+from megatron_gmai.planner.search import Plan, plan, search
+from megatron_gmai.planner.share import Share
 from megatron_gmai.planner.speed import pass_seconds, transfer
 from megatron_gmai.presets import preset
 from megatron_gmai.weights import weights
@@ -154,6 +156,10 @@ def test_a_search_puts_the_fastest_that_fits_first() -> None:
     assert all(made.layout.world_size == 4 for made in found.plans)
 
 
+def plans_of(config: Config, images: float) -> list[Plan]:
+    return search(config, 4, load_of(config, images), gpu_called("h100-80gb")).plans
+
+
 def test_devices_are_known_by_their_drivers_names() -> None:
     assert gpu_of_driver("NVIDIA H100 80GB HBM3") == GPUS["h100-80gb"]
     assert gpu_of_driver("NVIDIA H100 PCIe") is None
@@ -209,12 +215,38 @@ def test_what_cannot_fit_is_told_with_the_smallest(capsys: pytest.CaptureFixture
     assert "use more GPUs" in capsys.readouterr().err
 
 
-def test_a_vision_phase_that_it_does_not_judge_is_refused(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    flags = ["--preset", "gmai-vl-7b", "--gpus", "8", "--vision-phase", "all-ranks"]
-    assert main(flags) == 2
-    assert "tools/dry_run.py" in capsys.readouterr().err
+@pytest.mark.parametrize(("phase", "at_once"), [(1, 4), (3, 64)])
+def test_images_on_all_ranks_take_what_a_dry_run_counts(phase: int, at_once: int) -> None:
+    """With more images a rank than go through the tower at once, and with fewer."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        vision_phase="all-ranks",
+    )
+    config = with_vocabulary(preset("gmai-vl-tiny"))
+    train = dataclasses.replace(
+        config.train,
+        global_batch_size=48,
+        freeze_llm=phase < 3,
+        freeze_vit=phase < 2,
+        vit_micro_batch_size=at_once,
+    )
+    config = dataclasses.replace(config, parallel=parallel, train=train)
+    for stage in (0, 1):
+        counted = dry_run(config, 2 * stage, 4, 2)
+        predicted = stage_memory(config, Layout(4, 2, 2), stage, load_of(config, 2))
+        assert predicted.peak == pytest.approx(counted.peak_bytes, rel=0.05)
+
+
+def test_both_vision_phases_are_judged_where_there_are_stages() -> None:
+    config = with_vocabulary(preset("gmai-vl-tiny"))
+    phases = {(p.layout.pipeline > 1, p.config.parallel.vision_phase) for p in plans_of(config, 3)}
+    assert phases == {(False, "first-stage"), (True, "first-stage"), (True, "all-ranks")}
+    assert {p.config.parallel.vision_phase for p in plans_of(config, 0)} == {"first-stage"}
+    ahead = with_parallel(config, vision_phase="all-ranks")
+    assert {p.config.parallel.vision_phase for p in plans_of(ahead, 3)} == {"all-ranks"}
 
 
 def test_the_picture_has_a_box_for_every_pass() -> None:
