@@ -1,6 +1,6 @@
 """Training steps against transformers, layouts against one process, attention against its length.
 
-    python benchmarks/train.py [--rounds 12] [--output runs/bench/train.json]
+    python benchmarks/train.py [--rounds 8] [--output runs/bench/train.json]
 
 Contenders take turns and ratios are medians over the turns. Bars are on time of the clock; times of
 the CPU (all threads, waiting ones asleep) stand beside them, for a machine with other work.
@@ -217,7 +217,7 @@ def attention_growth(rounds: int) -> list[Figure]:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    flags.add_argument("--rounds", type=int, default=12)
+    flags.add_argument("--rounds", type=int, default=8)
     flags.add_argument("--output", type=Path, default=Path("runs/bench/train.json"))
     given = flags.parse_args()
     # Threads that wait asleep: the time of the CPU is then that of the work.
