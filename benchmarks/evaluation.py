@@ -100,8 +100,8 @@ def question(rng: random.Random, index: int) -> tuple[list[str], str, str]:
     """Options, truth, and what is said."""
     if index % 5 < 3:
         options = rng.sample(MODALITIES, 4)
-        place = rng.randrange(4)
-        return options, "ABCD"[place], rng.choice(["ABCD"[rng.randrange(4)], options[place]])
+        position = rng.randrange(4)
+        return options, "ABCD"[position], rng.choice(["ABCD"[rng.randrange(4)], options[position]])
     if index % 5 == 3:
         return [""] * 4, rng.choice(["yes", "no"]), rng.choice(["yes", "no", "normal"])
     return [""] * 4, rng.choice(FINDINGS), rng.choice(FINDINGS)
@@ -115,7 +115,7 @@ def leakage_figures(images: int, hashes: int) -> list[Figure]:
     training["exact"] = rng.integers(0, 2**64, (hashes, 2), dtype=np.uint64)
     files = [picture(rng) for _ in range(64)]
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    both = [hash_image(files[place % len(files)]) for place in range(images)]
+    both = [hash_image(files[position % len(files)]) for position in range(images)]
     hashed = time.perf_counter()
     exact, looks = (np.stack([one[part] for one in both]) for part in (0, 1))
     Finder(exact, looks, 15).find(training)

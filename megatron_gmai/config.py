@@ -321,13 +321,13 @@ def scalar_type(hint: Any) -> type:
     return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
 
 
-def _problems(section: type, tree: Any, place: str) -> Iterator[str]:
+def _problems(section: type, tree: Any, path: str) -> Iterator[str]:
     if not isinstance(tree, dict):
-        yield f"{place or 'the whole'}: an object was expected, not {tree!r}"
+        yield f"{path or 'the whole'}: an object was expected, not {tree!r}"
         return
     hints = get_type_hints(section)
     for key, value in tree.items():
-        where = f"{place}.{key}" if place else key
+        where = f"{path}.{key}" if path else key
         if key not in hints:
             yield f"{where}: unknown key; known here: {', '.join(hints)}"
         elif is_dataclass(hints[key]):

@@ -155,9 +155,9 @@ def score_held_out(
     if first:
         print(f"{load} on {flags.data}, {report.seconds:.1f} s\n\n{report.to_text()}")
     if first and flags.output:
-        told = {"load": str(load), "data": str(flags.data), **report.to_json()}
+        content = {"load": str(load), "data": str(flags.data), **report.to_json()}
         flags.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(flags.output, (json.dumps(told, indent=1) + "\n").encode())
+        write_atomically(flags.output, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def predict_benchmark(

@@ -103,7 +103,7 @@ def plant(planted: Planted) -> None:
     from megatron_gmai.data.loading.dataset import PackDataset
     from megatron_gmai.training import checkpoint, loop, saving, step
 
-    for place, name, phase in (
+    for module, name, phase in (
         (PackDataset, "assemble", "load"),
         (step, "forward_step", "forward"),
         (step, "finalize_model_grads", "backward"),
@@ -114,7 +114,7 @@ def plant(planted: Planted) -> None:
         (checkpoint, "write_manifest", "manifest"),
         (saving, "forget_older", "tidy"),
     ):
-        setattr(place, name, _before(getattr(place, name), planted, phase))
+        setattr(module, name, _before(getattr(module, name), planted, phase))
     learning_rate, sum_losses = loop.learning_rate, step.sum_losses
 
     def begin(iteration: int, *rest: Any) -> float:

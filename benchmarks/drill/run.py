@@ -63,8 +63,8 @@ class Drill:
         for faults in [*attempts, *[[]] * most_unplanned]:
             ended = self._attempt(faults, len(done))
             done.append(ended)
-            told = "; ".join(map(str, faults)) or "no fault"
-            print(f"{self.name} {len(done)}/{len(attempts)}: {told}: status {ended.status} after "
+            text = "; ".join(map(str, faults)) or "no fault"
+            print(f"{self.name} {len(done)}/{len(attempts)}: {text}: status {ended.status} after "
                   f"{ended.ended - ended.began:.1f} s", flush=True)  # fmt: skip
             if ended.status == 0:
                 break

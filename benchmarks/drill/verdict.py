@@ -69,13 +69,13 @@ def account_figures(drill: Drill, faults: Sequence[Fault], damaged: Sequence[int
     rejected = {row["key"] for row in drill.rows("rejected.jsonl")}
     wrong = rejected ^ {location(sample) for sample in damaged}
     steps = {fault.step for fault in faults if fault.kind == "nan"}
-    told = {row["iteration"]: sorted(row["keys"]) for row in drill.rows("skipped.jsonl")}
+    found = {row["iteration"]: sorted(row["keys"]) for row in drill.rows("skipped.jsonl")}
     expected = {}
     for step in steps:
         samples = samples_of(packs, (step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)
         kept = (sample for sample in samples if sample not in damaged)
         expected[step] = sorted(packs.shards.read(sample).key for sample in kept)
-    unequal = sum(told.get(step) != expected.get(step) for step in {*told, *expected})
+    unequal = sum(found.get(step) != expected.get(step) for step in {*found, *expected})
     return [
         at_most(f"{drill.name}: rejected samples too many or too few", len(wrong), "", 0),
         at_most(f"{drill.name}: skipped steps wrongly accounted for", unequal, "", 0),

@@ -62,10 +62,10 @@ def build(output: Path, sizes: Sizes | None = None) -> DataSet:
     shutil.rmtree(output / "images", ignore_errors=True)
     (output / "images").mkdir(parents=True)
     train, held_out = {}, []
-    places: list[dict[str, Any]] = []
+    cut_out: list[dict[str, Any]] = []
     for kind in KINDS:
-        train[kind] = _image_samples(output, kind, TRAIN, sizes.train, places)
-        held_out += _image_samples(output, kind, HELD_OUT, sizes.held_out, places)
+        train[kind] = _image_samples(output, kind, TRAIN, sizes.train, cut_out)
+        held_out += _image_samples(output, kind, HELD_OUT, sizes.held_out, cut_out)
     with_images = [sample for made in train.values() for sample in made]
     train["pairs"] = pairs(with_images, TRAIN, sizes.train_pairs)
     held_out += pairs(held_out, HELD_OUT, sizes.held_out_pairs)
@@ -73,7 +73,7 @@ def build(output: Path, sizes: Sizes | None = None) -> DataSet:
     _write_lists(output, train)
     _dump(output / "held_out.json", held_out)
     guesses = guess_accuracy(held_out)
-    _dump(output / "data_set.json", _about(train, held_out, guesses, places))
+    _dump(output / "data_set.json", _about(train, held_out, guesses, cut_out))
     train_tokenizer(_text([*with_images, *train["text_only"], *train["pairs"]]), output)
     return DataSet(
         output / "quickstart.json",
@@ -94,19 +94,19 @@ def guess_accuracy(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _image_samples(
-    output: Path, kind: str, split: str, count: int, places: list[dict[str, Any]]
+    output: Path, kind: str, split: str, count: int, cut_out: list[dict[str, Any]]
 ) -> list[Sample]:
     """Writes the images, and appends where each was cut to `places`."""
     made = []
     for index, asked in enumerate(asked_crops(kind, split, count)):
         made.append(image_sample(output, split, index, asked))
-        places.append(_place(made[-1], split, asked.crop))
+        cut_out.append(_cut_out_of(made[-1], split, asked.crop))
     return made
 
 
-def _place(sample: Sample, split: str, crop: Crop) -> dict[str, Any]:
-    place = {"section": crop.section, "box": crop.box}
-    return {"image": sample["image"], "class": crop.kind, "split": split, **place}
+def _cut_out_of(sample: Sample, split: str, crop: Crop) -> dict[str, Any]:
+    region = {"section": crop.section, "box": crop.box}
+    return {"image": sample["image"], "class": crop.kind, "split": split, **region}
 
 
 def _write_lists(output: Path, train: dict[str, list[Sample]]) -> None:
@@ -134,13 +134,13 @@ def _about(
     train: dict[str, list[Sample]],
     held_out: list[Sample],
     guesses: dict[str, float],
-    places: list[dict[str, Any]],
+    cut_out: list[dict[str, Any]],
 ) -> dict[str, Any]:
     return {
         "train_questions": {name: _questions(made) for name, made in train.items()},
         "held_out_questions": Counter(sample["class"] for sample in held_out),
         "guess_accuracy": guesses,
-        "crops": places,
+        "crops": cut_out,
     }
 
 

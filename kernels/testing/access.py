@@ -45,13 +45,13 @@ class Access:
     """A load or store of a tile: where, how many bytes, and the narrowest instruction it became."""
 
     verb: str
-    place: str
+    source_line: str
     in_loop: bool
     tile_bytes: int
     bits: int
 
     def __str__(self) -> str:
-        return f"{self.verb} of {self.tile_bytes} bytes at {self.place}"
+        return f"{self.verb} of {self.tile_bytes} bytes at {self.source_line}"
 
 
 def find_accesses(dialect: str, assembly: str) -> tuple[Access, ...]:
@@ -73,7 +73,7 @@ def find_accesses(dialect: str, assembly: str) -> tuple[Access, ...]:
             found.append(
                 Access(
                     verb="store" if "store" in operation[1] else "load",
-                    place=position[0].rsplit(":", 1)[0],
+                    source_line=position[0].rsplit(":", 1)[0],
                     in_loop=in_loop,
                     tile_bytes=elements * _ELEMENT_BITS.get(tile[2], 8) // 8,
                     bits=min(widths[position]),
@@ -104,9 +104,13 @@ def _position(alias: str, aliases: dict[str, str]) -> Position:
 def _call_chain(alias: str, aliases: dict[str, str]) -> list[str]:
     """ "file:line:column" of an operation, then of the calls around it, innermost first."""
     text = aliases.get(alias, "")
-    if place := re.match(r'"([^"]*)":(\d+):(\d+)', text):
-        return [f"{place[1].rsplit('/', 1)[-1]}:{place[2]}:{place[3]}"]
-    return [place for part in re.findall(r"#loc\d*", text) for place in _call_chain(part, aliases)]
+    if source_line := re.match(r'"([^"]*)":(\d+):(\d+)', text):
+        return [f"{source_line[1].rsplit('/', 1)[-1]}:{source_line[2]}:{source_line[3]}"]
+    return [
+        source_line
+        for part in re.findall(r"#loc\d*", text)
+        for source_line in _call_chain(part, aliases)
+    ]
 
 
 def _instruction_widths(assembly: str) -> dict[Position, set[int]]:
@@ -120,10 +124,10 @@ def _instruction_widths(assembly: str) -> dict[Position, set[int]]:
         elif line.lstrip().startswith(".loc"):
             # Within inline assembly LLVM adds one to the line number for every instruction.
             if not inline:
-                place = re.search(r"(?://|;) ([\w.-]+:\d+:\d+)", line)
+                source_line = re.search(r"(?://|;) ([\w.-]+:\d+:\d+)", line)
                 caller = _CALLER.search(line)
                 position = (
-                    place[1] if place else "",
+                    source_line[1] if source_line else "",
                     f"{caller[1]}:{caller[2]}" if caller else "",
                 )
         elif bits := _bits(line):

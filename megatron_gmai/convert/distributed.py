@@ -30,11 +30,11 @@ class _Reader(CheckedReader):
             return self._chunk(name, stored.chunks[0])
         whole = torch.empty(stored.size, dtype=stored.properties.dtype)
         for chunk in stored.chunks:
-            place = tuple(
+            slices = tuple(
                 slice(start, start + size)
                 for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
             )
-            whole[place] = self._chunk(name, chunk)
+            whole[slices] = self._chunk(name, chunk)
         return whole
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:

@@ -120,7 +120,7 @@ class TensorFolder:
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder
-        self._places: dict[str, tuple[TensorFile, str]] = {}
+        self._holders: dict[str, tuple[TensorFile, str]] = {}
         for path in weight_files(folder):
             self._add(TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path), prefix)
 
@@ -129,27 +129,27 @@ class TensorFolder:
             name = respell(prefix + written)
             if _BUFFERS.fullmatch(written) or (prefix and _OTHER_HALF.match(written)):
                 continue
-            if name in self._places:
+            if name in self._holders:
                 raise ValueError(f"{self.folder} holds {name} twice (second as {written!r})")
-            self._places[name] = (file, written)
+            self._holders[name] = (file, written)
 
     def join(self, other: "TensorFolder") -> None:
         """Take in the tensors of another folder, whose names are different ones."""
-        assert not self._places.keys() & other._places.keys()
-        self._places |= other._places
+        assert not self._holders.keys() & other._holders.keys()
+        self._holders |= other._holders
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._holders
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._holders)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        file, written = self._places[name]
+        file, written = self._holders[name]
         return file.shape(written)
 
     def tensor(self, name: str) -> Tensor:
-        file, written = self._places[name]
+        file, written = self._holders[name]
         tensor = file.tensor(written)
         if tensor.dtype not in DTYPES:
             raise ValueError(
@@ -160,14 +160,14 @@ class TensorFolder:
         return tensor
 
 
-def check_finite(place: str, tensor: Tensor) -> None:
+def check_finite(where: str, tensor: Tensor) -> None:
     """Raises ValueError, naming the place, if the tensor holds NaN or infinity."""
     # Not isfinite().all(), which is thirty times slower in bf16; NaN wins every comparison here.
     smallest, largest = torch.aminmax(tensor)
     if not torch.isfinite(smallest) or not torch.isfinite(largest):
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(
-            f"{place} holds NaN or infinity in {bad} of {tensor.numel()} places; "
+            f"{where} holds NaN or infinity in {bad} of {tensor.numel()} places; "
             "use an earlier checkpoint, or download the file again"
         )
 

@@ -30,9 +30,9 @@ def literal_pattern(
     else:
         cuts = _unigram_cuts(model, literals)
     rests = defaultdict(list)
-    for name, place in zip(literals, cuts, strict=True):
-        if place:
-            rests[name[:place]].append(re.escape(name[place:]))
+    for name, cut in zip(literals, cuts, strict=True):
+        if cut:
+            rests[name[:cut]].append(re.escape(name[cut:]))
     # BPE finds a name only where it is all of a pre-token; a unigram model finds it anywhere.
     start, end = (r"\A", r"\z") if model.algorithm == "bpe" else ("", "")
     parts = [f"{re.escape(head)}(?=(?:{'|'.join(tails)}){end})" for head, tails in rests.items()]
@@ -51,9 +51,7 @@ def never_best(model: SentencePieceModel, names: Sequence[str]) -> dict[int, flo
     literals = _unmatched(model, names)
     cuts = _unigram_cuts(model, list(literals.values()))
     uncut = {
-        number: name
-        for (number, name), place in zip(literals.items(), cuts, strict=True)
-        if not place
+        number: name for (number, name), cut in zip(literals.items(), cuts, strict=True) if not cut
     }
     known = {piece.text for piece in model.pieces if piece.kind == "normal"}
     inside = {character for text in known for character in text}
@@ -91,12 +89,12 @@ def _bpe_cuts(model: SentencePieceModel, names: list[str]) -> list[int]:
     for name in names:
         parts = _bpe(name, scores)
         ends = accumulate(map(len, parts))
-        places = [
+        found = [
             end
             for end, (left, right) in zip(ends, pairwise(parts), strict=False)
             if not (unknown(left) and unknown(right))
         ]
-        cuts.append(places[0] if places else 0)
+        cuts.append(found[0] if found else 0)
     return cuts
 
 
@@ -105,14 +103,14 @@ def _bpe(text: str, scores: dict[str, float]) -> list[str]:
     parts = list(text)
     while True:
         joins = [
-            (scores[left + right], -place)
-            for place, (left, right) in enumerate(pairwise(parts))
+            (scores[left + right], -cut)
+            for cut, (left, right) in enumerate(pairwise(parts))
             if left + right in scores
         ]
         if not joins:
             return parts
-        place = -max(joins)[1]
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        cut = -max(joins)[1]
+        parts[cut : cut + 2] = [parts[cut] + parts[cut + 1]]
 
 
 def _unigram_cuts(model: SentencePieceModel, names: list[str]) -> list[int]:
@@ -124,8 +122,8 @@ def _unigram_cuts(model: SentencePieceModel, names: list[str]) -> list[int]:
     return [
         next(
             (
-                place
-                for place, (left, right) in enumerate(pairwise(name), start=1)
+                cut
+                for cut, (left, right) in enumerate(pairwise(name), start=1)
                 if (left, right) not in joined and not (unknown(left) and unknown(right))
             ),
             0,

@@ -159,14 +159,14 @@ def _metadata(root: Any) -> Metadata:
     }
     storage = {}
     for index, info in state["storage_data"].items():
-        place, where = _state(index, "MetadataIndex"), _state(info, "StorageInfo")
-        if place["fqn"] not in tensors:
+        key, where = _state(index, "MetadataIndex"), _state(info, "StorageInfo")
+        if key["fqn"] not in tensors:
             continue
         file = where["relative_path"]
         if not isinstance(file, str) or not _FILE.fullmatch(file):
             raise ValueError(f"{file!r} is no file of its folder")
         offset, length = _counts((where["offset"], where["length"]))
-        storage[MetadataIndex(place["fqn"], torch.Size(_size(place["offset"])))] = _StorageInfo(
+        storage[MetadataIndex(key["fqn"], torch.Size(_size(key["offset"])))] = _StorageInfo(
             file, offset, length
         )
     return Metadata(tensors, storage_data=storage)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def read_sentencepiece(path: Path, reserved: Collection[int] = ()) -> SentencePi
             Piece(p.piece, p.score, "control" if number in reserved else _KINDS[p.type])
             for number, p in enumerate(model.pieces)
         ),
-        unk_id=_place(model, "unknown", trainer.unk_id),
+        unk_id=_id_of_kind(model, "unknown", trainer.unk_id),
         bos_id=trainer.bos_id,
         eos_id=trainer.eos_id,
         pad_id=trainer.pad_id,
@@ -86,7 +86,7 @@ def read_sentencepiece(path: Path, reserved: Collection[int] = ()) -> SentencePi
     )
 
 
-def _place(model: Any, kind: Kind, default: int) -> int:
+def _id_of_kind(model: Any, kind: Kind, default: int) -> int:
     return next((i for i, p in enumerate(model.pieces) if _KINDS[p.type] == kind), default)
 
 

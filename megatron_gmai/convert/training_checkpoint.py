@@ -107,7 +107,7 @@ class _Writer:
     def __init__(self, folder: Path, advance: Advance) -> None:
         self._folder, self._advance = folder, advance
         self._tensors: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, Any] = {}
+        self._spans: dict[MetadataIndex, Any] = {}
         self.checksums: dict[str, int] = {}  # CRC-32 by the name of each file that is finished
         self._file = self._next_file()
 
@@ -120,7 +120,7 @@ class _Writer:
         with torch_files.patch("save.compute_crc32", False), _reason_of_torch():  # type: ignore[attr-defined]
             torch.save(tensor, self._file)  # type: ignore[arg-type]  # all that it asks of a file
         length = self._file.tell() - start
-        self._places[MetadataIndex(name, offsets)] = _StorageInfo(
+        self._spans[MetadataIndex(name, offsets)] = _StorageInfo(
             self._file.path.name, start, length
         )
         self._tensors[name] = TensorStorageMetadata(
@@ -132,7 +132,7 @@ class _Writer:
 
     def finish(self) -> None:
         self._close()
-        metadata = Metadata(self._tensors, storage_data=self._places)
+        metadata = Metadata(self._tensors, storage_data=self._spans)
         (self._folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
     def abandon(self) -> None:

@@ -115,14 +115,14 @@ def _announce(folder: Path, run: str, error: str) -> None:
 def _wait(folder: Path, run: str, log: Log) -> None:
     """Returns when the builder of this run is done. Raises ValueError with its error, and when
     nobody has built for long."""
-    told = heard = time.monotonic()
+    reported = heard = time.monotonic()
     sign: object = None
     while (error := _outcome(folder, run)) is None:
         now = time.monotonic()
         if (seen := _sign(folder)) != sign:
             sign, heard = seen, now
-        if now - told > MESSAGE_S:
-            told = now
+        if now - reported > MESSAGE_S:
+            reported = now
             log(f"waiting for the data in {folder}: {read_holder(folder)}")
         if now - heard > SILENCE_S:
             raise ValueError(

@@ -89,17 +89,17 @@ def world_of(
     """
     dtype = config.run.dtype
     name = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
-    place = device_of(kind)
+    device_type = device_of(kind)
     join_absent_processes(rank, world_size)
     with (
-        stand_in(place, synchronize),
+        stand_in(device_type, synchronize),
         # Compiled functions run as they are written: nothing is compiled for an absent device.
         torch.compiler.set_stance("force_eager"),
         # Backward passes in this thread, so that the host's waits in them have a place.
         torch.autograd.set_multithreading_enabled(False),
     ):
         try:
-            device = Device(kind, place, "fake", DTYPES[name])
+            device = Device(kind, device_type, "fake", DTYPES[name])
             yield lay_out(device, config, implementation_of(device))
         finally:
             destroy_groups()

@@ -149,8 +149,8 @@ def _judge(flags: argparse.Namespace) -> Judge | None:
 
 def _read_leaks(path: Path, benchmark: Benchmark) -> set[str]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        name, matches = told["benchmark"], told["matches"]
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        name, matches = loaded["benchmark"], loaded["matches"]
         indices = {str(index) for match in matches for index in match["indices"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a result of `leakage`: {error}") from error

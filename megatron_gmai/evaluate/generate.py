@@ -50,15 +50,15 @@ def generate(
     chosen = under_way.admit(prompts, most, sampling or [GREEDY] * len(prompts))
     while True:
         going_on = []
-        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        for row_index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             if token != stop_id:
                 answers[row].append(token)
             if token != stop_id and len(answers[row]) < max_new_tokens:
-                going_on.append(place)
+                going_on.append(row_index)
         if not going_on:
             return answers
         under_way.keep(going_on)
-        rows = [rows[place] for place in going_on]
+        rows = [rows[row_index] for row_index in going_on]
         chosen = under_way.advance()
 
 

@@ -107,7 +107,7 @@ def choose_cases(cases: Mapping[str, Case]) -> list[str]:
     for name in _CLASSES:
         members = [index for index, case in cases.items() if _class(case) == name]
         count = min(CASES, len(members))
-        chosen += [members[place * len(members) // count] for place in range(count)]
+        chosen += [members[position * len(members) // count] for position in range(count)]
     return chosen
 
 

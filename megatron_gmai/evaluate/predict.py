@@ -74,8 +74,8 @@ class BenchmarkQuestions:
             )
         side = self.vision.image_size
         pixels = torch.empty(len(asking.images), 3, side, side, dtype=torch.uint8)
-        for image, place in zip(pixels, asking.images, strict=True):
-            square = to_square(decode(files[place]), side, self.pad_to_square)
+        for image, position in zip(pixels, asking.images, strict=True):
+            square = to_square(decode(files[position]), side, self.pad_to_square)
             image.copy_(torch.from_numpy(square))
         return Prompt(
             torch.from_numpy(rendered.tokens), torch.from_numpy(rendered.image_starts), pixels
@@ -141,14 +141,14 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes the folder of answers, for these settings only. Raises ValueError if what is there was
     answered with others: answers of two models must not be mixed."""
     path = folder / "settings.json"
-    told = json.dumps(settings, indent=1, sort_keys=True)
-    if path.exists() and path.read_text(encoding="utf-8") != told:
+    content = json.dumps(settings, indent=1, sort_keys=True)
+    if path.exists() and path.read_text(encoding="utf-8") != content:
         raise ValueError(
             f"{folder} holds answers of a run with other settings; delete it, or give another "
             "--output"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, told.encode())
+    write_atomically(path, content.encode())
 
 
 def append_answers(path: Path, answers: Predicted) -> None:

@@ -103,8 +103,8 @@ def questions_hash(benchmark: Benchmark) -> str:
     """SHA-256 of what is asked and what is right, whatever else the file holds."""
     digest = hashlib.sha256()
     for item in benchmark.items:
-        told = [item.index, item.hint, item.question, item.options, item.answer, item.image_key]
-        digest.update(json.dumps(told).encode())
+        fields = [item.index, item.hint, item.question, item.options, item.answer, item.image_key]
+        digest.update(json.dumps(fields).encode())
     return digest.hexdigest()
 
 

@@ -67,9 +67,9 @@ def _by_image(
     scores: Sequence[float] | np.ndarray, images: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of scores and number of questions of each image."""
-    _, places = np.unique(np.asarray(images), return_inverse=True)
-    counts = np.bincount(places)
-    return np.bincount(places, weights=np.asarray(scores, dtype=np.float64)), counts
+    _, groups = np.unique(np.asarray(images), return_inverse=True)
+    counts = np.bincount(groups)
+    return np.bincount(groups, weights=np.asarray(scores, dtype=np.float64)), counts
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -70,8 +70,8 @@ def random_pack(config: Config, seed: int, images: int) -> MicroBatch:
         1, config.model.language.vocab_size, (length,), generator=generator, dtype=torch.int64
     )
     starts = bounds[:images].long() + 3
-    places = (starts[:, None] + torch.arange(vision.tokens_per_image)).flatten()
-    tokens[places] = config.model.image_token_id
+    positions = (starts[:, None] + torch.arange(vision.tokens_per_image)).flatten()
+    tokens[positions] = config.model.image_token_id
     labels = tokens.roll(-1)
     labels[labels == config.model.image_token_id] = IGNORE_INDEX
     labels[bounds[1:] - 1] = IGNORE_INDEX

@@ -47,10 +47,10 @@ def order(stage: int, stages: int, virtual: int, count: int) -> list[Pass]:
 def _nth(forward: bool, k: int, stage: int, stages: int, virtual: int) -> Pass:
     """The k-th forward (backward) pass of a stage."""
     group, within = divmod(k, stages * virtual)
-    index, place = divmod(within, stages)
+    index, offset = divmod(within, stages)
     if not forward:
         index = virtual - 1 - index
-    return Pass(forward, index * stages + stage, group * stages + place)
+    return Pass(forward, index * stages + stage, group * stages + offset)
 
 
 @dataclass(frozen=True)

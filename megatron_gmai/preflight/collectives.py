@@ -39,9 +39,9 @@ def collectives(config: Config, device: Device, groups: Groups) -> Iterator[Chec
         ok = one.right()
         speed = one.moved / seconds
         status = FAIL if not ok else WARN if device.is_cuda and speed < SLOW[one.group] else PASS
-        told = f"{seconds * 1e3:,.2f} ms, {one.moved / 1e6:,.1f} MB at {speed / 1e9:,.2f} GB/s"
+        detail = f"{seconds * 1e3:,.2f} ms, {one.moved / 1e6:,.1f} MB at {speed / 1e9:,.2f} GB/s"
         remedy = "NCCL_DEBUG=INFO shows the links; see docs/cluster.md"
-        yield Check(one.name, status, told if ok else "wrong result", remedy)
+        yield Check(one.name, status, detail if ok else "wrong result", remedy)
 
 
 def _time(call: Callable[[], Any], device: Device) -> float:

@@ -58,12 +58,14 @@ def driver(device: Device) -> Iterator[Check]:
 
 def _driver_fits(name: str, newest: str, build: str) -> Check:
     """A driver runs builds of its own major version, and of earlier ones."""
-    told = f"driver for CUDA {newest}, torch built for {build}"
+    detail = f"driver for CUDA {newest}, torch built for {build}"
     if _numbers(newest)[0] < _numbers(build)[0]:
-        return Check(name, FAIL, told, f"update the driver, or use a torch for CUDA {newest}")
+        return Check(name, FAIL, detail, f"update the driver, or use a torch for CUDA {newest}")
     if _numbers(newest) < _numbers(build):
-        return Check(name, WARN, told, "kernels compiled at run time (Triton) may need a newer one")
-    return Check(name, PASS, told)
+        return Check(
+            name, WARN, detail, "kernels compiled at run time (Triton) may need a newer one"
+        )
+    return Check(name, PASS, detail)
 
 
 def device_memory(device: Device) -> Iterator[Check]:
@@ -72,10 +74,10 @@ def device_memory(device: Device) -> Iterator[Check]:
         yield Check("device", PASS, f"CPU, {torch.get_num_threads()} thread(s) a process")
         return
     free, total = torch.cuda.mem_get_info(device.torch_device)
-    told = f"{torch.cuda.get_device_name(device.torch_device)}, {free / 2**30:.0f} of "
-    told += f"{total / 2**30:.0f} GiB free"
+    detail = f"{torch.cuda.get_device_name(device.torch_device)}, {free / 2**30:.0f} of "
+    detail += f"{total / 2**30:.0f} GiB free"
     status = PASS if free > FREE_MEMORY * total else WARN
-    yield Check("device", status, told, "end the processes that nvidia-smi shows")
+    yield Check("device", status, detail, "end the processes that nvidia-smi shows")
 
 
 def shared_memory() -> Iterator[Check]:

@@ -26,8 +26,8 @@ def fits_memory(config: Config, device: Device, rank: int, world_size: int) -> I
     stage = rank // (world_size // layout.pipeline)
     needed = stage_memory(config, layout, stage, load_of(config, _images(config))).peak
     if not device.is_cuda:
-        told = f"{needed / 2**30:.2f} GiB a rank on GPUs in bf16, by the planner; there is none"
-        yield Check(NAME, PASS, told)
+        detail = f"{needed / 2**30:.2f} GiB a rank on GPUs in bf16, by the planner; there is none"
+        yield Check(NAME, PASS, detail)
         return
     _, total = torch.cuda.mem_get_info(device.torch_device)
     yield judge(needed, total)
@@ -36,8 +36,8 @@ def fits_memory(config: Config, device: Device, rank: int, world_size: int) -> I
 def judge(needed: float, total: float) -> Check:
     """Bytes that the planner expects beside those of a GPU."""
     status = FAIL if needed > total else WARN if needed > USABLE * total else PASS
-    told = f"{needed / 2**30:.1f} GiB expected, the GPU has {total / 2**30:.1f} GiB"
-    return Check(NAME, status, told, PLAN)
+    detail = f"{needed / 2**30:.1f} GiB expected, the GPU has {total / 2**30:.1f} GiB"
+    return Check(NAME, status, detail, PLAN)
 
 
 def _images(config: Config) -> float:

@@ -58,13 +58,15 @@ def checkpoints_kept(config: Config) -> int:
 def room(folder: Path, size: int, count: int = KEPT) -> Iterator[Check]:
     """Free space beside what `count` checkpoints of `size` bytes take."""
     free = shutil.disk_usage(_existing(folder)).free
-    told = f"{_size_text(free)} free, a checkpoint has {_size_text(size)}"
+    detail = f"{_size_text(free)} free, a checkpoint has {_size_text(size)}"
     if free < size:
-        yield Check("room for checkpoints", FAIL, told, f"free space, or set --save (now {folder})")
+        yield Check(
+            "room for checkpoints", FAIL, detail, f"free space, or set --save (now {folder})"
+        )
     else:
         status = PASS if free >= count * size else WARN
         remedy = f"{count} of this run do not fit: free space, or lower --keep-last"
-        yield Check("room for checkpoints", status, told, remedy)
+        yield Check("room for checkpoints", status, detail, remedy)
 
 
 def write_speed(folder: Path, size: int, rank: int) -> Iterator[Check]:
@@ -83,9 +85,9 @@ def write_speed(folder: Path, size: int, rank: int) -> Iterator[Check]:
     finally:
         file.unlink(missing_ok=True)
     seconds = size / speed
-    told = f"{speed / 1e6:,.0f} MB/s by one process, a checkpoint takes {seconds:,.0f} s"
+    detail = f"{speed / 1e6:,.0f} MB/s by one process, a checkpoint takes {seconds:,.0f} s"
     remedy = "use a faster disk for --save, or save less often (--checkpoint-interval)"
-    yield Check("speed of checkpoints", PASS if seconds < SLOW_SAVE else WARN, told, remedy)
+    yield Check("speed of checkpoints", PASS if seconds < SLOW_SAVE else WARN, detail, remedy)
 
 
 def put_token(folder: Path, token: str) -> Iterator[Check]:
@@ -99,8 +101,8 @@ def same_folder(folder: Path, token: str, host: str) -> Iterator[Check]:
     """Whether this process sees the folder that the first rank sees."""
     file = folder / TOKEN_FILE
     seen = file.is_file() and file.read_text(encoding="utf-8") == token
-    told = f"{folder} is the same for all" if seen else f"{host} sees another {folder}"
-    yield Check("shared folder", PASS if seen else FAIL, told, "put --work-dir on shared storage")
+    detail = f"{folder} is the same for all" if seen else f"{host} sees another {folder}"
+    yield Check("shared folder", PASS if seen else FAIL, detail, "put --work-dir on shared storage")
 
 
 def shards(folder: str | None, rank: int, world: int) -> Iterator[Check]:
@@ -124,13 +126,13 @@ def shards(folder: str | None, rank: int, world: int) -> Iterator[Check]:
         except BadSample:
             damaged.append(found.location(int(sample)))
     speed = read / (time.monotonic() - began) / 1e6
-    told = (
+    detail = (
         f"{len(found)} samples in {len(found.manifest.shards)} shard(s), read at {speed:,.0f} MB/s"
     )
     if damaged:
-        told = f"{len(damaged)} of {len(chosen)} samples are damaged: {damaged[0]}"
+        detail = f"{len(damaged)} of {len(chosen)} samples are damaged: {damaged[0]}"
     remedy = "copy the shard again; damaged samples are rejected and counted as a run meets them"
-    yield Check("shards", FAIL if damaged else PASS, told, remedy)
+    yield Check("shards", FAIL if damaged else PASS, detail, remedy)
 
 
 def shard_files(folder: str, rank: int = 0, world: int = 1) -> Iterator[Check]:
@@ -141,8 +143,8 @@ def shard_files(folder: str, rank: int = 0, world: int = 1) -> Iterator[Check]:
         if not is_url(folder) and _size(Path(folder) / file.name) not in (file.size, None)
     ]
     if missing:
-        told = f"{missing[0]} is absent or of another size ({len(missing)} such)"
-        yield Check("shards", FAIL, told, "copy them again, or make them again")
+        detail = f"{missing[0]} is absent or of another size ({len(missing)} such)"
+        yield Check("shards", FAIL, detail, "copy them again, or make them again")
 
 
 def _size(path: Path) -> int | None:

@@ -44,7 +44,7 @@ class Scale:
         margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
         return cls(low - margin if low < 0 or low > margin else 0.0, high + margin, False)
 
-    def place(self, value: float) -> float:
+    def fraction(self, value: float) -> float:
         """0 at `low` to 1 at `high`."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
@@ -83,27 +83,27 @@ def chart(
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        return TOP + (1 - scale.place(value)) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (1 - scale.fraction(value)) * (HEIGHT - TOP - BOTTOM)
 
     parts = [_grid(scale, y), *(_mark(mark, x(mark.step)) for mark in marks)]
     parts += [_steps(first, last)]
     for line in lines:
         parts.append(_drawn(line, [(x(step), y(value)) for step, value in line.points]))
     newest = [line.points[-1][1] for line in lines if line.points and line.style == "line"][-1:]
-    told = number(newest[0]) if newest else ""
+    caption = number(newest[0]) if newest else ""
     return (
-        f"<figure><figcaption>{html.escape(title)} <b>{told}</b></figcaption>"
+        f"<figure><figcaption>{html.escape(title)} <b>{caption}</b></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
 
-def _drawn(line: Line, places: Sequence[tuple[float, float]]) -> str:
+def _drawn(line: Line, corners: Sequence[tuple[float, float]]) -> str:
     """The mean of each column as a line, and its range behind it, so that no spike is lost."""
     columns: dict[int, list[tuple[float, float]]] = {}
-    for place in places:
-        columns.setdefault(int((place[0] - LEFT) / (WIDTH - LEFT - RIGHT) * COLUMNS), []).append(
-            place
+    for fraction in corners:
+        columns.setdefault(int((fraction[0] - LEFT) / (WIDTH - LEFT - RIGHT) * COLUMNS), []).append(
+            fraction
         )
     means, ranges = [], []
     for column in columns.values():
@@ -113,7 +113,7 @@ def _drawn(line: Line, places: Sequence[tuple[float, float]]) -> str:
         if len(heights) > 1:
             ranges.append(f"M{across:.1f} {min(heights):.1f}V{max(heights):.1f}")
     if len(means) == 1:
-        x, y = places[0]
+        x, y = corners[0]
         return f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2"/>'
     behind = f'<path class="range" d="{"".join(ranges)}"/>' if ranges else ""
     return f'{behind}<polyline class="{line.style}" points="{" ".join(means)}"/>'

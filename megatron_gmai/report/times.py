@@ -34,9 +34,11 @@ def stage_times(run: RunRecord) -> str:
     whole = statistics.median(row["step_time_s"] for row in rows)
     bars = []
     for stage in range(len(rows[-1]["stages"])):
-        told = [row["stages"][stage] for row in rows if stage < len(row["stages"])]
+        parts_of_stage = [row["stages"][stage] for row in rows if stage < len(row["stages"])]
         parts = {
-            name: statistics.median(one[name] for one in told) for name in PARTS if name != "rest"
+            name: statistics.median(one[name] for one in parts_of_stage)
+            for name in PARTS
+            if name != "rest"
         }
         parts["rest"] = max(0.0, whole - sum(parts.values()))
         bars.append(f"<p>stage {stage}</p><div class=bar>{''.join(_parts(parts))}</div>")
@@ -59,8 +61,8 @@ def _parts(parts: dict[str, float]) -> Iterator[str]:
 
 def _stragglers(rows: list[dict[str, Any]]) -> str:
     counts = Counter(rank for row in rows for rank in row["stragglers"])
-    told = ", ".join(f"rank {rank} in {n} of {len(rows)}" for rank, n in counts.most_common(5))
-    return f"<p>Stragglers (steps): {told or 'none'}.</p>"
+    ranks = ", ".join(f"rank {rank} in {n} of {len(rows)}" for rank, n in counts.most_common(5))
+    return f"<p>Stragglers (steps): {ranks or 'none'}.</p>"
 
 
 def planned_mfu(run: RunRecord) -> float | None:

@@ -126,8 +126,8 @@ class MetricsLog:
         losses = {f"valid_loss/{name}": result.loss for name, result in found.items()}
         self.events.add(losses, iteration)
         self.sinks.log(losses, iteration)
-        told = ", ".join(f"{name} {result.loss:.4f}" for name, result in found.items())
-        print(f"validation at step {iteration}: {told}", flush=True)
+        text = ", ".join(f"{name} {result.loss:.4f}" for name, result in found.items())
+        print(f"validation at step {iteration}: {text}", flush=True)
 
     def line(self, row: Row) -> str:
         done = row.iteration - self.start

@@ -55,11 +55,11 @@ def _held(inner: Any, parameter: Parameter) -> tuple[int, Tensor] | None:
     """The run of a parameter's elements that this optimizer updates here: where it begins and its
     fp32 master; None if it updates none of them."""
     if isinstance(inner, DistributedOptimizer):
-        place = inner.model_param_group_index_map.get(parameter)
-        if place is None:
+        index = inner.model_param_group_index_map.get(parameter)
+        if index is None:
             return None
         begin = inner._get_model_param_range_map(parameter)["param"].start
-        return begin, inner.optimizer.param_groups[place[0]]["params"][place[1]]
+        return begin, inner.optimizer.param_groups[index[0]]["params"][index[1]]
     master = getattr(parameter, "main_param", parameter)
     groups = inner.optimizer.param_groups
     is_here = any(master is own for group in groups for own in group["params"])

@@ -19,8 +19,8 @@ def rng_piece(groups: Groups) -> Piece:
     pp, tp, replicas = groups.pp, groups.tp, groups.dp_cp
     shape = (pp.size(), tp.size(), replicas.size(), states.numel())
     name = f"rng.{'x'.join(map(str, shape))}"
-    place = (pp.rank(), tp.rank(), replicas.rank(), 0)
-    return Piece(name, shape, place, states.view(1, 1, 1, -1))
+    offset = (pp.rank(), tp.rank(), replicas.rank(), 0)
+    return Piece(name, shape, offset, states.view(1, 1, 1, -1))
 
 
 def restore_rng(saved: Tensor) -> None:

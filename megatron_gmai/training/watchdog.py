@@ -120,7 +120,7 @@ class Watchdog:
 
     def _publish(self) -> None:
         self.looks += 1
-        does = f"{place(sys._current_frames()[self.main])} in step {self.step}"
+        does = f"{where(sys._current_frames()[self.main])} in step {self.step}"
         status = json.dumps({"looks": self.looks, "does": does})
         self._ask(lambda: self.store.set(_key(self.rank), status))
 
@@ -132,8 +132,8 @@ class Watchdog:
 
     def _statuses(self) -> dict[int, dict[str, Any]]:
         """What the ranks have told last."""
-        told = [rank for rank in range(self.size) if self.store.check([_key(rank)])]
-        return {rank: json.loads(self.store.get(_key(rank))) for rank in told}
+        present = [rank for rank in range(self.size) if self.store.check([_key(rank)])]
+        return {rank: json.loads(self.store.get(_key(rank))) for rank in present}
 
     def _end(self) -> None:
         """Dump this rank's stacks; the first of all ranks also tells what each of them does."""
@@ -172,16 +172,16 @@ class Watchdog:
 
     def line(self, silent: set[int], statuses: dict[int, Any]) -> str:
         """Which ranks wait where, and which do not answer."""
-        own = {"does": f"{place(sys._current_frames()[self.main])} in step {self.step}"}
-        places: dict[str, list[int]] = {}
+        own = {"does": f"{where(sys._current_frames()[self.main])} in step {self.step}"}
+        ranks_by_action: dict[str, list[int]] = {}
         for rank in range(self.size):
             status = own if rank == self.rank else statuses.get(rank, {"does": "unknown"})
             does = "does not answer" if rank in silent else status["does"]
-            places.setdefault(does, []).append(rank)
-        told = "; ".join(f"{spans(ranks)}: {does}" for does, ranks in places.items())
+            ranks_by_action.setdefault(does, []).append(rank)
+        actions = "; ".join(f"{spans(ranks)}: {does}" for does, ranks in ranks_by_action.items())
         return (
             f"[rank {self.rank}] step {self.step} made no progress for {self.patience:.0f} s "
-            f"(--distributed-timeout-minutes {self.timeout / 60:g}), the run ends. {told}. "
+            f"(--distributed-timeout-minutes {self.timeout / 60:g}), the run ends. {actions}. "
             f"Stacks: {self.stacks.with_name('stacks.RANK.txt')}"
         )
 
@@ -195,7 +195,7 @@ def silent_ranks(before: dict[int, Any], after: dict[int, Any], size: int) -> se
     }
 
 
-def place(frame: FrameType | None) -> str:
+def where(frame: FrameType | None) -> str:
     """Where a thread is, in words: the collective, if it is in one, and the function around it."""
     collective = ""
     while frame is not None:

@@ -245,7 +245,7 @@ class TestCharts:
     def test_an_axis_has_round_values_in_its_range(self, values: tuple[float, float]) -> None:
         scale = Scale.of(values, may_be_log=True)
         assert 2 <= len(scale.ticks()) <= 10
-        assert all(0 <= scale.place(value) <= 1 for value in (*values, *scale.ticks()))
+        assert all(0 <= scale.fraction(value) <= 1 for value in (*values, *scale.ticks()))
 
     def test_numbers_are_short(self) -> None:
         numbers = [0, 0.00012, 0.5, 1234.5, 12345, 2.5e6, 7e9, 3e12]

@@ -53,16 +53,16 @@ def jpeg_2000_head(data: bytes) -> int:
 
 def jpeg_2000_size(data: bytes) -> tuple[int, int]:
     """Width and height by the SIZ segment."""
-    place = jpeg_2000_head(data) + 8
-    right, lower, left, upper = struct.unpack_from(">IIII", data, place)
+    start = jpeg_2000_head(data) + 8
+    right, lower, left, upper = struct.unpack_from(">IIII", data, start)
     return right - left, lower - upper
 
 
 def _jpeg_2000(data: bytes) -> np.ndarray | None:
-    place = jpeg_2000_head(data)
-    if place < 0:
+    start = jpeg_2000_head(data)
+    if start < 0:
         return None
-    samples, depth = struct.unpack_from(">HB", data, place + 40)
+    samples, depth = struct.unpack_from(">HB", data, start + 40)
     bits = (depth & 0x7F) + 1
     if bits <= 8 or samples == 1:
         return None

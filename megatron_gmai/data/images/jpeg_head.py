@@ -22,24 +22,24 @@ def frame_size(data: bytes) -> tuple[int, int]:
     there is none or another, or if bytes lie between the segments."""
     if not data.startswith(bytes((0xFF, START))):
         raise BadSample("a frame that is no JPEG")
-    found, place = None, 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    found, offset = None, 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker == START_OF_SCAN and found is not None:
             return found
         if marker == FILL:
-            place += 1
+            offset += 1
             continue
         if marker in WITHOUT_LENGTH:
-            place += 2
+            offset += 2
             continue
         if marker in STARTS_OF_FRAME:
             if found is not None:
                 raise BadSample("a JPEG of two sizes")
-            height, width = struct.unpack_from(">HH", data, place + 5)
+            height, width = struct.unpack_from(">HH", data, offset + 5)
             found = width, height
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    raise BadSample(f"a JPEG whose segments end at byte {place}, before its first scan")
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+    raise BadSample(f"a JPEG whose segments end at byte {offset}, before its first scan")
 
 
 def decoders_size(data: bytes) -> tuple[int, int] | None:

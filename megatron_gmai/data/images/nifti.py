@@ -81,9 +81,9 @@ def _plane(
 ) -> np.ndarray:
     """[h, w] along the other two of R, A, S in this order. Only these values are read."""
     along, backwards = stored[dimension]
-    place: list[Any] = [slice(None)] * 3
-    place[along] = volume.shape[along] - 1 - number if backwards else number
-    values = np.asarray(volume.dataobj[tuple(place)])
+    cut: list[Any] = [slice(None)] * 3
+    cut[along] = volume.shape[along] - 1 - number if backwards else number
+    values = np.asarray(volume.dataobj[tuple(cut)])
     values = values.reshape(np.delete(volume.shape[:3], along))
     (first, flip_first), (second, flip_second) = (
         axis for world, axis in enumerate(stored) if world != dimension

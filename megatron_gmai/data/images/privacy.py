@@ -99,21 +99,21 @@ def _strip_jpeg(data: bytes) -> bytes:
     Of EXIF the orientation is kept, in a block of 34 bytes: pixels cannot be turned without loss in
     a JPEG, and take ten times the space in a PNG.
     """
-    kept, place = [data[:2], _orientation_block(jpeg_orientation(data))], 2
-    while data[place + 1] != 0xDA:
-        marker = data[place + 1]
-        if data[place] != 0xFF:
+    kept, offset = [data[:2], _orientation_block(jpeg_orientation(data))], 2
+    while data[offset + 1] != 0xDA:
+        marker = data[offset + 1]
+        if data[offset] != 0xFF:
             raise BadSample("cannot remove metadata: a JPEG marker is missing")
         if marker == 0xFF:  # fill byte
-            place += 1
+            offset += 1
             continue
-        size = 2 + struct.unpack_from(">H", data, place + 2)[0]
+        size = 2 + struct.unpack_from(">H", data, offset + 2)[0]
         if marker not in JPEG_TEXTS:
-            kept.append(data[place : place + size])
-        place += size
+            kept.append(data[offset : offset + size])
+        offset += size
     # Scans escape this mark, so it ends the picture; thumbnails and more may follow.
-    end = data.find(b"\xff\xd9", place)
-    return b"".join([*kept, data[place : end if end >= 0 else len(data)], b"\xff\xd9"])
+    end = data.find(b"\xff\xd9", offset)
+    return b"".join([*kept, data[offset : end if end >= 0 else len(data)], b"\xff\xd9"])
 
 
 def _orientation_block(orientation: int) -> bytes:
@@ -127,27 +127,27 @@ def _orientation_block(orientation: int) -> bytes:
 
 
 def _strip_png(data: bytes) -> bytes:
-    kept, place = [PNG_MAGIC], len(PNG_MAGIC)
-    while place < len(data):
-        size, kind = struct.unpack_from(">I4s", data, place)
-        chunk = data[place : place + 12 + size]
+    kept, offset = [PNG_MAGIC], len(PNG_MAGIC)
+    while offset < len(data):
+        size, kind = struct.unpack_from(">I4s", data, offset)
+        chunk = data[offset : offset + 12 + size]
         if kind in PNG_CHUNKS:
             kept.append(chunk)
         if kind == b"IEND":
             break
-        place += len(chunk)
+        offset += len(chunk)
     return b"".join(kept)
 
 
 def _strip_webp(data: bytes) -> bytes:
-    kept, place = [], 12
-    while place + 8 <= len(data):
-        kind, size = struct.unpack_from("<4sI", data, place)
-        chunk = data[place : place + 8 + size + size % 2]
+    kept, offset = [], 12
+    while offset + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, offset)
+        chunk = data[offset : offset + 8 + size + size % 2]
         if kind == b"VP8X":
             chunk = chunk[:8] + bytes([chunk[8] & ~WEBP_TEXT_FLAGS]) + chunk[9:]
         if kind not in WEBP_TEXTS:
             kept.append(chunk)
-        place += 8 + size + size % 2
+        offset += 8 + size + size % 2
     body = b"WEBP" + b"".join(kept)
     return b"RIFF" + struct.pack("<I", len(body)) + body

@@ -92,8 +92,8 @@ def _and_more(count: int, what: str) -> str:
 def render_rejected(line: Rejection, finder: Finder) -> str:
     """One rejected sample: where it stands and its images on the left, reason and text beside."""
     found = finder.look(line)
-    place = f"{line.file}, record {line.record}" if line.record else line.file
-    names = [line.key, line.id and f"id {line.id}", place, line.image and f"image {line.image}"]
+    origin = f"{line.file}, record {line.record}" if line.record else line.file
+    names = [line.key, line.id and f"id {line.id}", origin, line.image and f"image {line.image}"]
     label = "<br>".join(text(name) for name in names if name)
     shown = found.text[:MOST_TEXT]
     rest = len(found.text) - len(shown)
@@ -141,11 +141,11 @@ def _boxed(tokens: Sequence[int], encoder: Encoder) -> str:
     tokenizer = encoder.tokenizer
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     parts, start = [], 0
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if token in names:
-            parts.append(text(tokenizer.decode(tokens[start:place])))
+            parts.append(text(tokenizer.decode(tokens[start:position])))
             parts.append(f"<b class=token title='token {token}'>{text(names[token])}</b>")
-            start = place + 1
+            start = position + 1
     return "".join([*parts, text(tokenizer.decode(tokens[start:]))])
 
 
@@ -155,11 +155,11 @@ def histogram(values: np.ndarray) -> str:
         return "<p>none</p>"
     counts, edges = np.histogram(values, BARS)
     bars = []
-    for place, count in enumerate(counts):
+    for position, count in enumerate(counts):
         height = 100 * count / counts.max()
         bars.append(
-            f"<rect x={place * 15} y={100 - height:.1f} width=14 height={height:.1f}>"
-            f"<title>{edges[place]:.0f} to {edges[place + 1]:.0f}: {count}</title></rect>"
+            f"<rect x={position * 15} y={100 - height:.1f} width=14 height={height:.1f}>"
+            f"<title>{edges[position]:.0f} to {edges[position + 1]:.0f}: {count}</title></rect>"
         )
     label = f"{edges[0]:.0f} to {edges[-1]:.0f} tokens, mean {values.mean():.0f}"
     return f"<svg viewBox='0 0 {BARS * 15} 100'>{''.join(bars)}</svg><p>{label}</p>"

@@ -88,10 +88,10 @@ class Finder:
         source = self._sources[line.list_file][line.source]
         if not source.is_local:
             return Evidence()
-        place = (line.list_file, line.source)
-        if place not in self._records:
-            self._records[place] = Records(source.annotation_files)
-        span = self._records[place].spans[int(line.key.rpartition("/")[2])]
+        pair = (line.list_file, line.source)
+        if pair not in self._records:
+            self._records[pair] = Records(source.annotation_files)
+        span = self._records[pair].spans[int(line.key.rpartition("/")[2])]
         with RecordReader(source.annotation_files) as reader:
             text = reader.text(span)
         try:

@@ -144,5 +144,5 @@ class Plan:
         else:
             size = int(counts[mark.window])
         last = mark.window + 1 == self.windows.per_epoch
-        place = (mark.epoch + 1, 0) if last else (mark.epoch, mark.window + 1)
-        return Mark(mark.pack + size, *place)
+        following = (mark.epoch + 1, 0) if last else (mark.epoch, mark.window + 1)
+        return Mark(mark.pack + size, *following)

@@ -209,12 +209,12 @@ def _small_jpeg(data: bytes) -> np.ndarray | None:
 
 def _is_bare_jpeg(data: bytes) -> bool:
     """Whether there is nothing to strip: no text among the segments, nothing behind the picture."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] not in JPEG_TEXTS:
-        if data[place + 1] == 0xDA:
-            end = END.search(data, place)
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF and data[offset + 1] not in JPEG_TEXTS:
+        if data[offset + 1] == 0xDA:
+            end = END.search(data, offset)
             return end is not None and end.end() == len(data)
-        place += 2 + data[place + 2] * 256 + data[place + 3]
+        offset += 2 + data[offset + 2] * 256 + data[offset + 3]
     return False
 
 

@@ -21,41 +21,41 @@ def at_hand(source: Source, folder: Path) -> Source:
     version = digest(annotations_of([source]))
     images = folder / f"{version}.images"
     files: list[Path] = []
-    places: list[Path | str] = [*source.annotation_files, *source.annotation_urls]
-    for place in places:
+    origins: list[Path | str] = [*source.annotation_files, *source.annotation_urls]
+    for origin in origins:
         local = folder / f"{version}-{len(files):05d}.annotations"
-        if isinstance(place, Path) and not _is_parquet(place) and not _is_gzip(place):
-            local = place
+        if isinstance(origin, Path) and not _is_parquet(origin) and not _is_gzip(origin):
+            local = origin
         elif not local.exists():
-            _copy(place, local, images)
+            _copy(origin, local, images)
         files.append(local)
     return dataclasses.replace(
         source,
         annotation_files=tuple(files),
         annotation_urls=(),
-        originals=tuple(map(str, places)),
+        originals=tuple(map(str, origins)),
         embedded_images=images if images.exists() else None,
         version=version if images.exists() else "",
     )
 
 
-def _copy(place: Path | str, local: Path, images: Path) -> None:
+def _copy(origin: Path | str, local: Path, images: Path) -> None:
     partial, fetched = local.with_suffix(".partial"), local.with_suffix(".fetched")
-    if isinstance(place, str):
-        remote.copy(place, str(fetched))
-    file = fetched if isinstance(place, str) else place
-    if _is_parquet(place):
+    if isinstance(origin, str):
+        remote.copy(origin, str(fetched))
+    file = fetched if isinstance(origin, str) else origin
+    if _is_parquet(origin):
         parquet.unpack(file, partial, images, MAX_IMAGE_BYTES)
     elif _is_gzip(file):
-        _unpack_gzip(file, partial, str(place))
+        _unpack_gzip(file, partial, str(origin))
     else:
         shutil.copyfile(file, partial)
     fetched.unlink(missing_ok=True)
     partial.replace(local)
 
 
-def _is_parquet(place: Path | str) -> bool:
-    return str(place).lower().endswith(parquet.SUFFIX)
+def _is_parquet(origin: Path | str) -> bool:
+    return str(origin).lower().endswith(parquet.SUFFIX)
 
 
 def _is_gzip(file: Path) -> bool:

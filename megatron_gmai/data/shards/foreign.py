@@ -118,13 +118,13 @@ def index_file(source: str, file: Path, report: Report) -> Found:
                 keys.add(key)
                 rows.append(_row(sample, stream))
             except BadSample as error:
-                place = f"{file.name}@{sample[0].offset}"
-                rejections.append(Rejection(place, source, str(error), id=key, image=error.image))
+                origin = f"{file.name}@{sample[0].offset}"
+                rejections.append(Rejection(origin, source, str(error), id=key, image=error.image))
     report(len(rows) + len(rejections), file.stat().st_size)
     lost = members.lost()
     if lost is not None:
-        place = f"{file.name}@{members.end}+"
-        rejections.append(Rejection(place, source, lost))
+        origin = f"{file.name}@{members.end}+"
+        rejections.append(Rejection(origin, source, lost))
     return np.array(rows, dtype=ROW), rejections
 
 

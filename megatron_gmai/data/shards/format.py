@@ -200,18 +200,18 @@ def padded_size(header: bytes) -> int:
 def plain_members(span: bytes) -> list[tuple[str, bytes]] | None:
     """Name and data of each member, or None if a header is not of the plain kind (POSIX ustar:
     name at 0, size in octal at 124, type at 156, prefix at 345)."""
-    members, place = [], 0
-    while place + BLOCK <= len(span):
-        header = span[place : place + BLOCK]
+    members, position = [], 0
+    while position + BLOCK <= len(span):
+        header = span[position : position + BLOCK]
         if not header.rstrip(b"\0"):
             break
         size_field = header[124:136].rstrip(b"\0 ")
         if header[156:157] not in b"0\0" or header[345] or not OCTAL.fullmatch(size_field):
             return None
         size = int(size_field, 8)
-        data = span[place + BLOCK : place + BLOCK + size]
+        data = span[position + BLOCK : position + BLOCK + size]
         if len(data) != size:
             return None
         members.append((header[:100].rstrip(b"\0").decode("utf-8", "replace"), data))
-        place += BLOCK + size + -size % BLOCK
+        position += BLOCK + size + -size % BLOCK
     return members

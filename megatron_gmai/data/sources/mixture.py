@@ -159,24 +159,24 @@ def _source(name: str, entry: Any, file: Path) -> Source:
     image_dir = entry.get("image_dir", "")
     files: tuple[Path, ...] = ()
     urls: tuple[str, ...] = ()
-    place: Path | None = None
+    location: Path | None = None
     if is_url(annotations):
         beside = annotations.rpartition("/")[0]
         urls = tuple(list_files(annotations, ANNOTATION_SUFFIXES))
         image_dir = image_dir or (annotations if urls != (annotations,) else beside)
     else:
-        place = _resolve(annotations, file)
-        if place is None:
+        location = _resolve(annotations, file)
+        if location is None:
             raise ValueError(
                 f"annotations {annotations!r} not found, neither from {Path.cwd()} "
                 f"nor from {file.parent}"
             )
-        files = _annotation_files(place)
+        files = _annotation_files(location)
     remote = is_url(image_dir)
     return Source(
         name=name,
         annotation_files=files,
-        image_roots=() if remote else _image_roots(image_dir, place, file),
+        image_roots=() if remote else _image_roots(image_dir, location, file),
         sample_ratio=ratio,
         data_augment=_augment(entry),
         annotation_urls=urls,
@@ -224,15 +224,15 @@ def _resolve(name: str, file: Path) -> Path | None:
     return None
 
 
-def _annotation_files(place: Path) -> tuple[Path, ...]:
-    if place.is_file():
-        return (place,)
-    files = sorted(f for f in _walk(place) if f.name.lower().endswith(ANNOTATION_SUFFIXES))
+def _annotation_files(location: Path) -> tuple[Path, ...]:
+    if location.is_file():
+        return (location,)
+    files = sorted(f for f in _walk(location) if f.name.lower().endswith(ANNOTATION_SUFFIXES))
     for file in files:
         if not file.is_file():  # reading a pipe or a device would never end
             raise ValueError(f"{file} is no file, or a link to none")
     if not files:
-        raise ValueError(f"folder {place} holds no {' or '.join(ANNOTATION_SUFFIXES)} file")
+        raise ValueError(f"folder {location} holds no {' or '.join(ANNOTATION_SUFFIXES)} file")
     return tuple(files)
 
 
@@ -240,14 +240,14 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Files below a folder, through links, each folder once; without hidden ones, which editors
     leave behind (`.ipynb_checkpoints` holds copies), and without folders of shards."""
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(place)
+    for location, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(location)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if real in seen or LOCK_FILE in files:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(place) / name for name in files if not name.startswith("."))
+        yield from (Path(location) / name for name in files if not name.startswith("."))
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -261,8 +261,8 @@ def _image_roots(image_dir: Any, annotations: Path | None, file: Path) -> tuple[
     if image_dir == "" and annotations is not None:
         beside = annotations if annotations.is_dir() else annotations.parent
         return (Path(), beside)
-    place = _resolve(image_dir, file)
-    if place is None or not place.is_dir():
-        problem = "not found" if place is None else "is no folder"
+    location = _resolve(image_dir, file)
+    if location is None or not location.is_dir():
+        problem = "not found" if location is None else "is no folder"
         raise ValueError(f"'image_dir' {image_dir!r} {problem}; give a folder, or \"\"")
-    return (place,)
+    return (location,)

@@ -73,10 +73,10 @@ def _names(value: Any, blob: BinaryIO, most: int) -> Any:
         data = value.get("bytes")
         return value.get("path") if data is None else _names(data, blob, most)
     if isinstance(value, bytes):
-        place = blob.tell()
+        start = blob.tell()
         if len(value) <= most:
             blob.write(value)
-        return f"@{place}+{len(value)}"
+        return f"@{start}+{len(value)}"
     return value
 
 
@@ -89,16 +89,16 @@ def _parsed(text: str) -> Any:
 
 def embedded_size(name: str) -> int | None:
     """Bytes of an embedded image by its name, None if the name is not of that kind."""
-    place = _EMBEDDED.fullmatch(name)
-    return None if place is None else int(place[2])
+    match = _EMBEDDED.fullmatch(name)
+    return None if match is None else int(match[2])
 
 
 def read_embedded(images: Path, name: str, most: int) -> bytes | None:
     """An embedded image by its name, None if the name is not of that kind. Raises BadSample."""
-    place = _EMBEDDED.fullmatch(name)
-    if place is None:
+    match = _EMBEDDED.fullmatch(name)
+    if match is None:
         return None
-    start, size = map(int, place.groups())
+    start, size = map(int, match.groups())
     if size > most:
         raise BadSample(f"image {name}: larger than {most} bytes")
     with images.open("rb") as file:

@@ -14,9 +14,9 @@ from megatron_gmai.data.ledger import BadSample
 MOST_REASON = 200  # characters of what a server says
 
 
-def is_url(place: object) -> bool:
+def is_url(address: object) -> bool:
     """Whether a name is a URL and not a path."""
-    return isinstance(place, str) and "://" in place
+    return isinstance(address, str) and "://" in address
 
 
 def filesystem(url: str) -> tuple[Any, str]:

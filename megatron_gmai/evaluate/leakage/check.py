@@ -83,8 +83,8 @@ def find_leaks(
         training_images=int(readable.sum()),
         unreadable_training_samples=int((~readable).sum()),
         matches=[
-            _match(images[place][0], found, training, shards)
-            for place, found in sorted(near.items())
+            _match(images[position][0], found, training, shards)
+            for position, found in sorted(near.items())
         ],
     )
 

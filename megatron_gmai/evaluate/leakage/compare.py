@@ -58,8 +58,8 @@ class Finder:
                 np.minimum.at(best, mine, rank.astype(np.int64) * _ROWS + first + theirs)
                 np.add.at(counts, mine, 1)
         return {
-            int(place): _near(int(best[place]), int(counts[place]))
-            for place in np.flatnonzero(counts)
+            int(position): _near(int(best[position]), int(counts[position]))
+            for position in np.flatnonzero(counts)
         }
 
     def _matches(

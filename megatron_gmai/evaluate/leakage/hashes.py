@@ -73,8 +73,8 @@ def hashes_of_shards(
 
 
 def _fingerprint(shards: Shards) -> str:
-    told = [shards.manifest.inputs, [asdict(shard) for shard in shards.manifest.shards], SIDE]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    content = [shards.manifest.inputs, [asdict(shard) for shard in shards.manifest.shards], SIDE]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _parts(

@@ -30,10 +30,10 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: must be a list of objects, not {_kind(records)}")
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(
-                f"{path}: element {place} (counted from 0) is {_kind(record)}, not an object"
+                f"{path}: element {index} (counted from 0) is {_kind(record)}, not an object"
             )
     return records
 

@@ -34,10 +34,10 @@ def boxed(text: str) -> str:
     """What stands in the last box of LaTeX."""
     start = text.rfind(_BOXED)
     depth = 0
-    for place in range(start + len(_BOXED), len(text) if start >= 0 else 0):
-        if text[place] == "}" and depth == 0:
-            return text[start + len(_BOXED) : place].strip()
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for position in range(start + len(_BOXED), len(text) if start >= 0 else 0):
+        if text[position] == "}" and depth == 0:
+            return text[start + len(_BOXED) : position].strip()
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
     return _NOT_BOXED
 
 
@@ -64,7 +64,7 @@ def _from_box_or_tag(text: str) -> str:
 
 def choose(options: list[str], answer: str) -> tuple[int, bool]:
     """Index of the option that is taken, and whether it is the most similar one, as a fallback."""
-    letters = [chr(ord("a") + place) for place in range(len(options))]
+    letters = [chr(ord("a") + position) for position in range(len(options))]
     options = [option.lower() for option in options]
     text = answer.lower()
     paragraphs = text.split("\n\n")
@@ -90,12 +90,12 @@ def _choice(item: Item, answer: str, benchmark: str) -> Verdict:
     elif benchmark.lower().startswith("pmc"):
         # The published choices carry their letters.
         texts = [f"{letter}:{text}" for letter, text in item.options.items()]
-    place, fallback = choose(texts, answer)
+    position, fallback = choose(texts, answer)
     # Options of the same text are one.
     right = item.answer in letters and (
-        letters[place] == item.answer or texts[place] == texts[letters.index(item.answer)]
+        letters[position] == item.answer or texts[position] == texts[letters.index(item.answer)]
     )
-    return Verdict.of(right, letters[place], fallback)
+    return Verdict.of(right, letters[position], fallback)
 
 
 def _rule(item: Item, answer: str, benchmark: str) -> Verdict | None:

@@ -30,13 +30,17 @@ def parse_choice(answer: str, options: dict[str, str]) -> str | None:
         text = text.strip(sign)
     text = f" {text} "
     for form in ("({})", " {} "):
-        places = {letter: text.rfind(form.format(letter)) for letter in options}
-        if max(places.values()) >= 0:
-            return max(places, key=lambda letter: places[letter])
+        positions = {letter: text.rfind(form.format(letter)) for letter in options}
+        if max(positions.values()) >= 0:
+            return max(positions, key=lambda letter: positions[letter])
     if len(text.split()) <= _MOST_WORDS_OF_A_LETTER:
         return None
-    places = {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
-    return max(places, key=lambda letter: places[letter]) if max(places.values()) >= 0 else None
+    positions = {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
+    return (
+        max(positions, key=lambda letter: positions[letter])
+        if max(positions.values()) >= 0
+        else None
+    )
 
 
 def choice(item: Item, answer: str) -> Verdict:

@@ -15,10 +15,10 @@ def _rule(item: Item, answer: str, benchmark: str) -> Verdict | None:
     if not item.options:
         return None
     options = dict(list(item.options.items())[:_MOST_OPTIONS])
-    place = most_similar(list(options.values()), answer)
-    if place is None:
+    position = most_similar(list(options.values()), answer)
+    if position is None:
         return Verdict.none()
-    letter = list(options)[place]
+    letter = list(options)[position]
     return Verdict.of(options[letter] == item.options.get(item.answer), letter)
 
 

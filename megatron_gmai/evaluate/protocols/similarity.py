@@ -11,12 +11,12 @@ def most_similar(options: Sequence[str], answer: str) -> int | None:
     """
     matcher = SequenceMatcher(None, "", answer)
     best, highest = None, 0.0
-    for place, option in enumerate(options):
+    for position, option in enumerate(options):
         matcher.set_seq1(option)
         # Upper bounds first: most options need no comparison of blocks.
         if matcher.real_quick_ratio() <= highest or matcher.quick_ratio() <= highest:
             continue
         ratio = matcher.ratio()
         if ratio > highest:
-            best, highest = place, ratio
+            best, highest = position, ratio
     return best

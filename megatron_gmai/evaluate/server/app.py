@@ -113,8 +113,8 @@ class _Server:
         """The picture of an uploaded file as the model sees it, and its window."""
         _check_type(request, "application/octet-stream")
         async with self.bodies.read(request) as data, self._decoding:
-            told = await asyncio.to_thread(preview, data, request.query_params)
-        return JSONResponse(told)
+            shown = await asyncio.to_thread(preview, data, request.query_params)
+        return JSONResponse(shown)
 
     def _examples(self) -> dict[str, Path]:
         folder = self.settings.examples

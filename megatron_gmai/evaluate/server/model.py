@@ -68,8 +68,8 @@ class ModelGenerator:
         rendered = self._render(request)
         side = self.vision.image_size
         pixels = torch.empty(len(request.images), 3, side, side, dtype=torch.uint8)
-        for place, image in enumerate(request.images):
-            pixels[place] = torch.from_numpy(image)
+        for position, image in enumerate(request.images):
+            pixels[position] = torch.from_numpy(image)
         return Prompt(
             torch.from_numpy(rendered.tokens), torch.from_numpy(rendered.image_starts), pixels
         )

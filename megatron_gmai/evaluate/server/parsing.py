@@ -111,8 +111,8 @@ def _conversation(messages: Any, generator: Generator) -> tuple[dict[str, Any], 
         raise BadRequest(f"more than {MAX_MESSAGES} messages", "messages")
     turns: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise BadRequest(f"{where} must be an object", where)
         text = _content(message.get("content"), images, generator, where)

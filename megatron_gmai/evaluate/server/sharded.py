@@ -30,9 +30,9 @@ class Calls:
         dist.broadcast_object_list([name, arguments], src=0, group=self._group)
 
     def hear(self) -> tuple[str, tuple[Any, ...]]:
-        told: list[Any] = [None, None]
-        dist.broadcast_object_list(told, src=0, group=self._group)
-        return told[0], told[1]
+        call: list[Any] = [None, None]
+        dist.broadcast_object_list(call, src=0, group=self._group)
+        return call[0], call[1]
 
 
 class Leader:
