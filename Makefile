@@ -13,7 +13,7 @@ CORE := tests/kernels tests/runtime tests/model \
 
 # Whole files go to a process each, one more than cores: many tests wait for programs and time-outs.
 # `make test ARGS='-n 0 ...'` runs all in one process, as a debugger needs it.
-SIDE_BY_SIDE = -n $$(( $$(nproc) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE = -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help train chat test test-slurm test-latest test-lowest lint verify clean
