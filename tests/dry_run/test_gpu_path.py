@@ -1,4 +1,4 @@
-"""The code that GPUs run, without one: every layout of the matrix in bf16."""
+"""The code that GPUs run, without one: what a dry run finds, and layouts of one and two ranks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,35 +8,20 @@ import pytest
 import torch
 
 from megatron_gmai.dry_run import run
-from megatron_gmai.dry_run.report import as_json, as_text, typical_ranks
-from megatron_gmai.dry_run.run import RankReport, dry_run
+from megatron_gmai.dry_run.report import as_json, as_text
+from megatron_gmai.dry_run.run import dry_run
 from megatron_gmai.layout import Layout
 from megatron_gmai.model.projector import Projector
+from tests.dry_run.gpu_path import IMAGES, check_gpu_path, unexpected
 from tests.parallel.cases import Case
 from tests.parallel.test_parity import CASES
 
-IMAGES = 2
-# Where the host may wait for the device: once a step, for numbers that decide something.
-EXPECTED = {
-    "megatron_gmai/training/step.py",  # what the step's line shows
-    "megatron/core/distributed/finalize_model_grads.py",  # whether there are tokens
-    "megatron/core/optimizer/clip_grads.py",  # the gradient norm
-    "megatron/core/utils.py",  # the norm of each parameter, without Transformer Engine and Apex
-}
-EVERY_CASE = [pytest.param(size, case, id=case.name) for size in CASES for case in CASES[size]]
-
-
-def unexpected(report: RankReport) -> list[str]:
-    return [f"{w.file}:{w.line}" for w, _ in report.waits if w.file not in EXPECTED]
+EVERY_CASE = [pytest.param(size, case, id=case.name) for size in (1, 2) for case in CASES[size]]
 
 
 @pytest.mark.parametrize(("size", "case"), EVERY_CASE)
 def test_the_gpu_path_neither_waits_nor_computes_in_fp32(size: int, case: Case) -> None:
-    for rank in typical_ranks(case.config, size):
-        report = dry_run(case.config, rank, size, IMAGES)
-        assert report.single_precision == []
-        assert unexpected(report) == []
-        assert report.peak_bytes > report.static_bytes > 0
+    check_gpu_path(size, case)
 
 
 def projector_with(change: Callable[[torch.Tensor], torch.Tensor]):

@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     return run
 
 
+# The stand-ins have what the pinned Megatron-Core imports of the packages; others import more.
+@pytest.mark.pinned
 @pytest.mark.parametrize("name", RUNS)
 def test_layers_by_a_gpu_package_train_as_plain_ones(name: str, folder: Callable[[], Path]) -> None:
     load = lambda of: Outcome(**torch.load(folder() / f"{of}.pt"))  # noqa: E731
@@ -42,6 +44,7 @@ def test_layers_by_a_gpu_package_train_as_plain_ones(name: str, folder: Callable
         torch.testing.assert_close(found.weights[weight], value, rtol=1e-4, atol=1e-5, msg=weight)
 
 
+@pytest.mark.pinned
 def test_every_call_fits_every_published_version(folder: Callable[[], Path]) -> None:
     calls: list[tuple[str, int, tuple[str, ...]]] = torch.load(folder() / "calls.pt")
     assert {name for name, _, _ in calls} == SIGNATURES.keys()
