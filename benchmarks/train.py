@@ -175,6 +175,7 @@ def start_world(size: int, weights: Path) -> list[Worker]:
 
 def attention(pipe: Connection) -> None:
     """Answer a length with (CPU seconds, bytes) of packed attention over segments of SEGMENT."""
+    quiet_libraries()
     from megatron_gmai.model.attention import SegmentAttention, Segments
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -192,6 +193,15 @@ def attention(pipe: Connection) -> None:
         pipe.send((time.process_time() - start, resident("VmHWM") - before))
 
 
+def attention_of(tokens: int) -> tuple[float, float]:
+    """In a new process: memory that an earlier pack left would serve the next one unseen."""
+    worker = Worker(attention)
+    worker.ask(SEGMENT)  # buffers of threads and libraries
+    answer: tuple[float, float] = worker.ask(tokens)
+    worker.process.kill()
+    return answer
+
+
 def resident(key: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -200,10 +210,8 @@ def resident(key: str) -> float:
 
 def attention_growth(rounds: int) -> list[Figure]:
     """Segments of one length: their squares grow with the pack, by 4 from size to size."""
-    worker, sizes = Worker(attention), (LENGTH, 4 * LENGTH, 16 * LENGTH)
-    worker.ask(LENGTH)
-    answers = {size: [worker.ask(size) for _ in range(rounds)] for size in sizes}
-    worker.process.kill()
+    sizes = (LENGTH, 4 * LENGTH, 16 * LENGTH)
+    answers = {size: [attention_of(size) for _ in range(rounds)] for size in sizes}
     found = []
     for index, (kind, unit) in enumerate((("CPU time", "s"), ("memory", "bytes"))):
         value = {size: median(a[index] for a in answers[size]) for size in sizes}
