@@ -13,18 +13,21 @@ if TYPE_CHECKING:
 # Threads that wait by spinning make several processes on few cores very slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tiers, by folder: what starts worlds of processes or whole programs, and what compiles kernels.
+# Tiers, by folder: what starts worlds of processes or whole programs, what compiles kernels, and what
+# takes steps on devices that do not exist.
 TIERS = {
     "parallel": "worlds",
     "training": "worlds",
     "cluster": "worlds",
     "evaluate": "worlds",
     "kernels": "kernels",
+    "dry_run": "dry",
+    "planner": "dry",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its tier: `quick` needs neither processes nor a compiler.
+    """Mark every test with its tier: `quick` needs neither of these.
 
     Dry runs come last: the device type that they register stays in the process, and torch would
     ask it for streams in other tests.
