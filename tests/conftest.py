@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Threads that wait by spinning make several processes on few cores very slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tiers, by folder: what starts worlds of processes or whole programs, what compiles kernels, and what
+# Tiers, by folder: what starts worlds of processes or whole programs, what compiles kernels, what
 # takes steps on devices that do not exist.
 TIERS = {
     "parallel": "worlds",
