@@ -22,6 +22,9 @@ _LOST_PEER = (
 # rank 0's, or is only the echo of another's, is ended before it speaks.
 _ECHO_SECONDS = 3.0
 _LOST_PEER_SECONDS = 15.0
+# A user's mistake is mostly the same on all ranks, and is found while they start: on a busy machine
+# some do so long before rank 0.
+_MISTAKE_SECONDS = 20.0
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -39,7 +42,7 @@ def run_guarded(main: Callable[[], None]) -> None:
         lost_peer = any(sign in str(error) for sign in _LOST_PEER)
         if lost_peer or rank:
             obey_stop_signals()  # so that torchrun can
-            time.sleep(_LOST_PEER_SECONDS if lost_peer else _ECHO_SECONDS)
+            time.sleep(_seconds_before_speaking(error, lost_peer))
         if lost_peer:
             message = "another rank is gone; its own message tells why"
         elif is_users_mistake(error):
@@ -49,6 +52,12 @@ def run_guarded(main: Callable[[], None]) -> None:
         where = f"[rank {rank}] " if rank or "RANK" in os.environ else ""
         print(f"{where}{message}", file=sys.stderr, flush=True)
         _leave(2 if is_users_mistake(error) else 1)
+
+
+def _seconds_before_speaking(error: Exception, lost_peer: bool) -> float:
+    if lost_peer:
+        return _LOST_PEER_SECONDS
+    return _MISTAKE_SECONDS if is_users_mistake(error) else _ECHO_SECONDS
 
 
 def is_users_mistake(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from tests.training.command import STEPS, finish, launcher, losses, run, start, 
 from tests.training.faulty import faulty
 
 TP2 = ("--tp", "2")
-ENDS_WITHIN = 60  # seconds after a rank is gone
+ENDS_WITHIN = 150  # seconds after a rank is gone, on a machine with other work
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def killed(
     second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
     second.send_signal(signal.SIGKILL)
     finish(process, timeout=ENDS_WITHIN)
-    _, alive = psutil.wait_procs(ranks, timeout=1)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
     assert alive == []
     return work_dir, process.returncode
 

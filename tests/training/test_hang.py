@@ -17,7 +17,7 @@ from tests.training.faulty import faulty
 
 MINUTES = 0.5
 LIMIT = ("--distributed-timeout-minutes", str(MINUTES))
-MORE = 15  # seconds for the report, and for torchrun to notice
+MORE = 90  # seconds for the report, and for torchrun to notice, on a machine with other work
 
 
 def ended(work_dir: Path, output: str, speaker: int) -> None:
@@ -43,7 +43,7 @@ def test_a_stopped_process_is_named_and_all_ranks_end(
         if rank.is_running():
             rank.kill()
     assert time.monotonic() - began > MINUTES * 60 / 2
-    _, alive = psutil.wait_procs(ranks, timeout=1)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
     assert process.returncode != 0 and not alive
     ended(tmp_path, output, speaker=1 - stopped)
     assert f"rank {stopped}: does not answer" in output
