@@ -10,14 +10,15 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import json
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from kernel_figures import Figure, at_least, show, write
 
 from megatron_gmai.config import Config, ParallelConfig
 from megatron_gmai.layout import Layout
@@ -249,18 +250,21 @@ def main() -> int:
     near = sum(abs(row["ratio"] - 1) <= WITHIN for row in memory)
     same = sum(row["same"] for row in choices)
     exact = sum(math.isclose(row["simulated"], row["exact"]) for row in waiting)
-    bars = {
-        f"memory within {WITHIN:.0%} of the dry run": (near, len(memory), len(memory)),
-        "the best layout is also the dry runs' best": (same, len(choices), 0.9 * len(choices)),
-        "bubble of uniform stages is the closed form": (exact, len(waiting), len(waiting)),
-        "dry run counts the bytes of real tensors": (sum(equal.values()), len(equal), len(equal)),
-    }
-    for name, (found, of, needed) in bars.items():
-        print(f"{name}: {found} of {of}{'' if found >= needed else '  MISSED'}")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"memory": memory, "choices": choices, "bubbles": waiting, "real_tensors": equal}
-    given.output.write_text(json.dumps(result, indent=2) + "\n")
-    return int(any(found < needed for found, _, needed in bars.values()))
+    figures = [
+        share(f"memory within {WITHIN:.0%} of the dry run", near, memory),
+        share("the best layout is also the dry runs' best", same, choices, 0.9),
+        share("bubble of uniform stages is the closed form", exact, waiting),
+        share("dry run counts the bytes of real tensors", sum(equal.values()), equal),
+    ]
+    show(figures)
+    rows = {"memory": memory, "choices": choices, "bubbles": waiting, "real_tensors": equal}
+    write(given.output, figures, [], **rows)
+    return int(any(figure.holds is False for figure in figures))
+
+
+def share(name: str, count: int, cases: Sized, needed: float = 1.0) -> Figure:
+    """So many of the cases, of which a share is needed."""
+    return at_least(name, count, f"of {len(cases)}", needed * len(cases))
 
 
 if __name__ == "__main__":

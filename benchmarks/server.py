@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import psutil
-import sentencepiece
 import torch
 from kernel_figures import Figure, at_least, at_most, show, write
 from PIL import Image
+from small_tokenizer import train_tokenizer
 
 from megatron_gmai.convert.huggingface import write_pretrained
 from megatron_gmai.convert.seeded import SeededWeights
@@ -60,18 +60,7 @@ def main() -> int:
 
 def random_model(folder: Path) -> Path:
     """A Hugging Face folder of the quick start's sizes, untrained."""
-    prefix = folder / "tokenizer"
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(["which modality is shown in this image"] * 50),
-        model_prefix=str(prefix),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
-        minloglevel=2,
-    )
-    file = prefix.with_suffix(".model")
+    file = train_tokenizer(folder)
     tokenizer = load_tokenizer(file)
     config = preset("gmai-vl-tiny")
     language = dataclasses.replace(config.model.language, vocab_size=tokenizer.vocab_size)

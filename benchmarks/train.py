@@ -9,7 +9,7 @@ the CPU (all threads, waiting ones asleep) stand beside them, for a machine with
 import argparse
 import multiprocessing
 import os
-import socket
+import sys
 import tempfile
 import time
 from functools import partial
@@ -33,6 +33,7 @@ from train_rivals import (
 )
 
 from megatron_gmai.config import IGNORE_INDEX, ParallelConfig
+from megatron_gmai.runtime.processes import free_port
 from megatron_gmai.runtime.quiet import quiet_libraries
 
 CONTENDERS = {
@@ -167,9 +168,7 @@ def against_one_process(weights: Path, rounds: int) -> list[Figure]:
 
 
 def start_world(size: int, weights: Path) -> list[Worker]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [Worker(member, rank, size, port, weights) for rank in range(size)]
 
 
@@ -223,7 +222,8 @@ def attention_growth(rounds: int) -> list[Figure]:
     return found
 
 
-def main() -> None:
+def main() -> int:
+    """Returns 1 if a bar is missed."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     flags.add_argument("--rounds", type=int, default=8)
     flags.add_argument("--output", type=Path, default=Path("runs/bench/train.json"))
@@ -241,7 +241,8 @@ def main() -> None:
     figures += attention_growth(max(3, given.rounds // 3))
     show(figures)
     write(given.output, figures, [f"{os.cpu_count()} cores, torch {torch.__version__}"])
+    return int(any(figure.holds is False for figure in figures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from megatron_gmai.config import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_gmai.convert.export_configs import transformers_config
 from megatron_gmai.data.loading.batch import MicroBatch
 
 MODEL = ModelConfig(
@@ -218,35 +219,12 @@ def _normalised(samples: Sequence[Sample]) -> torch.Tensor | None:
 
 def save_start(folder: Path) -> None:
     """Random weights that all contenders start from, in transformers' format."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration as Llava
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    vision, language = MODEL.vision, MODEL.language
     torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            num_hidden_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            num_attention_heads=vision.num_attention_heads,
-            intermediate_size=vision.ffn_hidden_size,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
-        ),
-        text_config=LlamaConfig(
-            num_hidden_layers=language.num_layers,
-            hidden_size=language.hidden_size,
-            num_attention_heads=language.num_attention_heads,
-            num_key_value_heads=language.num_query_groups,
-            intermediate_size=language.ffn_hidden_size,
-            vocab_size=language.vocab_size,
-            rms_norm_eps=language.rmsnorm_eps,
-            rope_theta=language.rope_theta,
-            max_position_embeddings=language.max_position_embeddings,
-        ),
-        image_token_index=MODEL.image_token_id,
-        image_seq_length=vision.tokens_per_image,
-    )
-    Llava(config).save_pretrained(folder)
+    tokens = dict(bos=None, eos=None, pad=None)
+    config = LlavaConfig.from_dict(transformers_config(MODEL, "float32", tokens))
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
 def peak_flops(size: int = 1024, repeats: int = 8) -> tuple[float, float]:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from benchmarks.drill.data import MAX_LENGTH
 from benchmarks.drill.faults import Fault
 from benchmarks.drill.hosts import ADDRESSES, TwoHosts
+from megatron_gmai.runtime.processes import free_port
 
 PROGRAM = Path(__file__).with_name("plant.py")
 RANKS = 2
@@ -177,12 +177,6 @@ class Drill:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON Lines; a file that is not there has none."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:

@@ -74,8 +74,8 @@ def dry_run(
     began = time.monotonic()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = DeviceCounter(device_of(kind), fake)
-    place = world_of(config, rank, world_size, kind, counter.note_synchronize)
-    with place as world, fake, counter:
+    opened = world_of(config, rank, world_size, kind, counter.note_synchronize)
+    with opened as world, fake, counter:
         report = count_step(config, world, counter, images_per_pack)
     report.seconds = time.monotonic() - began
     return report

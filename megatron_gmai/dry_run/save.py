@@ -50,8 +50,8 @@ def rank_share(config: Config, rank: int, world_size: int, kind: str = "cuda") -
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = DeviceCounter(device_of(kind), fake)
-    place = world_of(config, rank, world_size, kind, counter.note_synchronize)
-    with place as world, fake, counter:
+    opened = world_of(config, rank, world_size, kind, counter.note_synchronize)
+    with opened as world, fake, counter:
         chunks, step = build(config, world, counter)
         return _counted(rank, saved_pieces(chunks, step.optimizer, config))
 

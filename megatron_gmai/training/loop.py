@@ -117,7 +117,7 @@ def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None, floa
 
 def predicted(config: Config, layout: Layout, result: StepResult, gpu: Gpu) -> float | None:
     """Seconds that the planner gives a step with so many samples and images; None with adapters,
-    which it does not know."""
+    whose products and launches it does not time."""
     if config.lora.llm_use_lora:
         return None
     packs = config.train.global_batch_size

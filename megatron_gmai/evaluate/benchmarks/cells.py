@@ -41,13 +41,13 @@ def split_cell(cell: str) -> list[str]:
 
 def _literals(listed: str) -> Iterator[str]:
     """The literals between the brackets of a list."""
-    place = 0
-    while place < len(listed):
-        found = _ENTRY.match(listed, place)
+    position = 0
+    while position < len(listed):
+        found = _ENTRY.match(listed, position)
         if found is None:
             raise BadSample("the image cell is not a list of texts")
         yield found[1]
-        place = found.end()
+        position = found.end()
 
 
 def to_bytes(cell: str) -> bytes:
