@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,10 @@ from megatron_gmai.dry_run.run import RankReport, count_step
 from tests.parallel.cases import Case, Processes
 
 IMAGES = 2
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
-COLLECTIVES += ("broadcast", "gather", "scatter", "send", "recv")
+COLLECTIVES = (
+    *("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"),
+    *("broadcast", "gather", "scatter", "send", "recv"),
+)
 
 
 def count_cases(cases: list[Case], folder: Path) -> None:
@@ -64,10 +67,10 @@ def let_go_at_once() -> Iterator[None]:
 def _until_let_go(collective: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
-        before = [x._use_count() for x in tensors]
+        before = _holders(tensors)
         work = collective(*args, **kwargs)
         deadline = time.monotonic() + 10
-        while work is None and _more(tensors, before):
+        while work is None and any(map(operator.gt, _holders(tensors), before)):
             assert time.monotonic() < deadline, f"{collective.__name__} kept its tensors"
             time.sleep(0.0001)
         return work
@@ -75,8 +78,8 @@ def _until_let_go(collective: Callable) -> Callable:
     return call
 
 
-def _more(tensors: list[torch.Tensor], holders: list[int]) -> bool:
-    return any(x._use_count() > n for x, n in zip(tensors, holders, strict=True))
+def _holders(tensors: list[Any]) -> list[int]:
+    return [tensor._use_count() for tensor in tensors]
 
 
 def compared(report: RankReport) -> dict[str, Any]:
