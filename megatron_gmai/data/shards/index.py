@@ -12,7 +12,7 @@ import numpy as np
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.schema import from_json
 from megatron_gmai.data.sources.mixture import MAX_RATIO
-from megatron_gmai.data.sources.remote import copy, filesystem, is_url
+from megatron_gmai.data.sources.remote import copy, exists, is_url
 
 INDEX_FILE = "index.npy"
 MANIFEST_FILE = "index.json"
@@ -128,8 +128,7 @@ def copy_index(origin: str, folder: Path, extras: Sequence[str] = ()) -> None:
     url = origin if is_url(origin) else Path(origin).resolve().as_uri()
     folder.mkdir(parents=True, exist_ok=True)
     for name in (INDEX_FILE, REJECTED_FILE, *extras):
-        files, path = filesystem(f"{url}/{name}")
-        if files.exists(path):
+        if exists(f"{url}/{name}"):
             copy(f"{url}/{name}", str(folder / name))
     write_atomically(folder / ORIGIN_FILE, origin.encode())
     copy(f"{url}/{MANIFEST_FILE}", str(folder / MANIFEST_FILE))

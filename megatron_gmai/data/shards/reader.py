@@ -27,7 +27,7 @@ from megatron_gmai.data.shards.index import (
     check_rows,
     read_manifest,
 )
-from megatron_gmai.data.sources.remote import filesystem, is_url
+from megatron_gmai.data.sources.remote import is_url, read_span
 
 HEAD = 16_384  # bytes in which most annotations end
 OPEN_FILES = 64  # per process
@@ -137,11 +137,7 @@ class Shards:
         if not is_url(self._origin):
             return os.pread(self._open(shard).fileno(), size, offset)
         name = f"{self._origin}/{self.manifest.shards[shard].name}"
-        files, path = filesystem(name)
-        try:
-            return files.cat_file(path, offset, offset + size)
-        except Exception as error:  # each scheme has its own kinds
-            raise ValueError(f"cannot read shard {name}: {error}") from error
+        return read_span(name, offset, size)
 
     def _open(self, shard: int) -> BinaryIO:
         if shard not in self._files:

@@ -52,6 +52,27 @@ def stored_images(shards: Shards) -> list[tuple[bytes, ...]]:
     return [sample.images for sample in samples]
 
 
+class Refused(Exception):
+    """As aiohttp's, which are no OSErrors."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def failing(errors: list[Any]) -> Any:
+    """A method of fsspec's that raises one error after another, then does what it did before."""
+    left = iter(errors)
+
+    def method(files: MemoryFileSystem, path: str, *rest: Any, **more: Any) -> Any:
+        for error in left:
+            raise error
+        name = next(n for n, value in vars(type(files)).items() if value is method)
+        return getattr(super(MemoryFileSystem, files), name)(path, *rest, **more)
+
+    return method
+
+
 class TestParquet:
     def rows(self) -> list[dict[str, Any]]:
         hub = [{"bytes": data, "path": "lost.png"} for data in PICTURES]
@@ -157,33 +178,69 @@ class TestUrls:
         with pytest.raises(BadSample, match="outside"):
             read_below(f"{memory}/images", name, 10**9)
 
-    def test_a_server_that_fails_is_quoted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Refused(Exception):
-            """As aiohttp's, which are no OSErrors."""
-
-        class Server(MemoryFileSystem):
-            def size(self, path: str) -> None:
-                raise FileNotFoundError(path) from Refused("503,\n try later")
-
-        monkeypatch.setattr(remote, "filesystem", lambda url: (Server(), "/images"))
-        with pytest.raises(BadSample, match="cannot be read from x://images: 503, try later") as e:
-            read_below("x://images", "a.png", 10)
+    def test_what_a_store_says_about_one_image_is_quoted(
+        self, memory: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(f"{memory}/a.png", PICTURES[0])
+        monkeypatch.setattr(MemoryFileSystem, "size", failing([Refused("403,\n forbidden", 403)]))
+        with pytest.raises(BadSample, match=f"cannot be read from {memory}: 403, forbidden") as e:
+            read_below(memory, "a.png", 10)
         assert e.value.image == "a.png"
 
-    def test_shards_behind_a_server_that_fails_are_one_error(
+    def test_an_outage_is_waited_for_and_told(
+        self, memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        put(f"{memory}/a.png", PICTURES[0])
+        not_found = FileNotFoundError("a.png")  # as fsspec's HTTP calls all of its errors
+        not_found.__cause__ = Refused("503, try later", 503)
+        outages = [not_found, ConnectionResetError("reset"), TimeoutError(), Refused("slow", 429)]
+        monkeypatch.setattr(remote, "PAUSES_S", (0.0,) * len(outages))
+        for name in ("size", "cat_file", "info"):
+            with monkeypatch.context() as patch:
+                patch.setattr(MemoryFileSystem, name, failing(outages))
+                assert read_below(memory, "a.png", 10**9) == PICTURES[0]
+                assert remote.read_span(f"{memory}/a.png", 1, 3) == PICTURES[0][1:4]
+                assert remote.exists(f"{memory}/a.png") and not remote.exists(f"{memory}/b.png")
+        told = capsys.readouterr().err
+        assert all(told.count(text) >= 3 for text in ("503, try later; trying again", "TimeoutErr"))
+
+    def test_an_outage_that_lasts_ends_the_run_and_rejects_nothing(
         self, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(f"{memory}/a.png", PICTURES[0])
+        put(f"{memory}/one.json", json.dumps([record("<image>what", "yes", "a.png")]).encode())
+        monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "cat_file", failing([OSError("no route")] * 9))
+            with pytest.raises(
+                remote.Outage, match=r"cannot read memory://.*a\.png: no route, 3 t"
+            ):
+                build(tmp_path, annotations=f"{memory}/one.json")
+        assert stored_images(build(tmp_path, annotations=f"{memory}/one.json")) == [(PICTURES[0],)]
+
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [(RuntimeError("payload is not complete"), "not complete, 1 times"),  # aiohttp's: no OSError
+         (b"", "0 of 1024 bytes"), (bytes(9999), "reads files whole only")],
+    )  # fmt: skip
+    def test_shards_behind_a_server_that_fails_are_one_error(
+        self, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, answer: Any, reason: str
     ) -> None:
         (tmp_path / "a.json").write_text(json.dumps([record("what", "yes")]))
         built = build(tmp_path, annotations="a.json").folder
         (built / "origin").write_text(memory)
         put(f"{memory}/index.json", b"")
+        monkeypatch.setattr(remote, "PAUSES_S", ())
 
-        def fail(*_: object) -> None:
-            raise RuntimeError("payload is not complete")  # aiohttp's are no OSErrors either
+        def cat_file(*_: object) -> bytes:
+            if isinstance(answer, Exception):
+                raise answer
+            return bytes(answer)
 
-        monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
-        with pytest.raises(ValueError, match="cannot read shard memory://.*not complete"):
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+        with pytest.raises(ValueError, match=f"cannot read memory://.*tar: .*{reason}") as e:
             Shards(built).read(0)
+        assert not isinstance(e.value, BadSample)
 
     def test_a_size_that_is_not_told_is_measured(
         self, memory: str, monkeypatch: pytest.MonkeyPatch
