@@ -3,8 +3,8 @@
     python tools/inspect_shards.py DIR [--html PAGE.html] [--samples 24]
 
 The page has a picture of each image, the conversation as the model sees it with the supervised
-tokens coloured, the tokens' lengths, and the samples that were rejected with their reasons. DIR may
-be a URL or a folder that cannot be written to.
+tokens coloured, the tokens' lengths, and the samples that were rejected with their reasons, as far
+as --datasets LIST.json says where they are. DIR may be a URL or a folder that cannot be written to.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gmai.config import DataConfig, VisionConfig
+from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.inspection.page import render_page
 from megatron_gmai.data.inspection.rejected import group
 from megatron_gmai.data.ledger import Rejection, read_ledger, visible
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", help="folder of shards, or its URL")
     parser.add_argument("--html", help="page to write (default: DIR/inspect.html, or one here)")
     parser.add_argument("--samples", type=int, default=24, help="samples on the page of each kind")
+    parser.add_argument(
+        "--datasets", help="list file of the shards: shows text and images of what it has rejected"
+    )
     parser.add_argument("--tokenizer", help="default: the one in the folder")
     parser.add_argument("--chat-template", default="internlm2")
     parser.add_argument("--max-length", type=int, default=2048)
@@ -75,9 +79,17 @@ def _inspect(data: DataConfig, vision: VisionConfig, cache: str, flags: argparse
     chosen = np.sort(permutation(len(shards), 0)[: flags.samples])
     page = Path(flags.html) if flags.html else _page_place(flags.folder)
     text = render_page(
-        shards, encoder, flags.folder, table, lengths, rejections, chosen, flags.samples
+        shards,
+        encoder,
+        flags.folder,
+        table,
+        lengths,
+        rejections,
+        chosen,
+        flags.samples,
+        flags.datasets,
     )
-    page.write_text(text, "utf-8")
+    write_atomically(page, text.encode())  # never through a link that lies in the folder
     return page
 
 

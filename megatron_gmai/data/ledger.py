@@ -96,10 +96,12 @@ def visible(text: str) -> str:
 def read_ledger(path: str | os.PathLike[str]) -> list[Rejection]:
     """Reads a ledger; a last line cut off by a crash is left out. A missing file is empty.
 
-    Raises ValueError with the line that is none.
+    Raises ValueError with the line that is none, and for a pipe or a folder.
     """
     if not Path(path).exists():
         return []
+    if not Path(path).is_file():  # a pipe would wait for ever
+        raise ValueError(f"{path} is no file; delete it")
     *lines, rest = Path(path).read_bytes().split(b"\n")
     ledger = []
     for number, text in enumerate(lines, 1):

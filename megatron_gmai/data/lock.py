@@ -5,9 +5,11 @@ who it is and how far it has come into the lock's file, and touches the file whi
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,33 +25,71 @@ Log = Callable[[str], None]
 class Holder:
     """What the holder of a lock tells those who wait."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, handle: int | None) -> None:
+        self._handle = handle
         self.name = f"process {os.getpid()} on {socket.gethostname()}"
 
     def tell(self, progress: str) -> None:
-        with contextlib.suppress(OSError):
-            self._file.write_text(f"{self.name}: {progress}\n")
+        self._write(f"{self.name}: {progress}\n".encode())
+
+    def end(self) -> None:
+        self._write(b"")
+
+    def _write(self, line: bytes) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._handle, 0)
+                os.pwrite(self._handle, line, 0)
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether the folder is there and cannot be written to."""
+    return folder.is_dir() and not os.access(folder, os.W_OK)
 
 
 @contextlib.contextmanager
 def building(folder: Path, log: Log) -> Iterator[Holder]:
-    """Holds the folder's lock, after waiting for another holder with a message now and then."""
+    """Holds the folder's lock, after waiting for another holder with a message now and then.
+
+    A folder that cannot be written to has no lock and needs none: nobody builds there. Raises
+    ValueError for a lock that is no file.
+    """
+    if is_read_only(folder):
+        yield Holder(None)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
-    with file.open("a") as handle:
-        _acquire(handle.fileno(), file, log)
+    handle = _open(file)
+    try:
+        _acquire(handle, file, log)
         ended = threading.Event()
-        beat = threading.Thread(target=_beat, args=(file, ended), daemon=True)
+        beat = threading.Thread(target=_beat, args=(handle, ended), daemon=True)
         beat.start()
-        holder = Holder(file)
+        holder = Holder(handle)
         holder.tell("begins")
         try:
             yield holder
         finally:
             ended.set()
             beat.join()
-            file.write_text("")
+            holder.end()
+    finally:
+        os.close(handle)
+
+
+def _open(file: Path) -> int:
+    """Strangers' folders are indexed too: a link would have us write to whatever it names, and a
+    pipe would wait for ever."""
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{file} is a link; delete it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{file} is no file; delete it")
+    return handle
 
 
 def _acquire(handle: int, file: Path, log: Log) -> None:
@@ -68,10 +108,10 @@ def _acquire(handle: int, file: Path, log: Log) -> None:
             return
 
 
-def _beat(file: Path, ended: threading.Event) -> None:
+def _beat(handle: int, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         with contextlib.suppress(OSError):
-            os.utime(file)
+            os.utime(handle)
 
 
 def read_holder(folder: Path) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from megatron_gmai.config import DataConfig, VisionConfig
 from megatron_gmai.data.files import write_atomically
-from megatron_gmai.data.lock import LOCK_FILE, MESSAGE_S, POLL_S, read_holder
+from megatron_gmai.data.lock import LOCK_FILE, MESSAGE_S, POLL_S, is_read_only, read_holder
 from megatron_gmai.data.pool import available_cores
 from megatron_gmai.data.shards.build import build_shards
 from megatron_gmai.data.shards.index import (
     MANIFEST_FILE,
+    ORIGIN_FILE,
     copy_index,
     read_manifest,
 )
@@ -86,6 +87,7 @@ def _build(data: DataConfig, vision: VisionConfig, folder: Path, log: Log) -> No
     if data.shards is not None:
         if not is_url(data.shards):
             read_manifest(Path(data.shards))
+            _check_own(Path(data.shards))
         if folder != Path(data.shards):
             copy_index(_origin(data.shards), folder, (MODEL_FILE, CONFIG_FILE))
     # Before anything is built: a tokenizer that is none is a matter of seconds, building of hours.
@@ -104,6 +106,16 @@ def _build(data: DataConfig, vision: VisionConfig, folder: Path, log: Log) -> No
             log,
         )
     token_lengths(Shards(folder), encoder, available_cores(), log)
+
+
+def _check_own(shards: Path) -> None:
+    """Raises ValueError for a folder whose tar files lie elsewhere: only copies of an index that
+    this program has made do so, and a stranger's folder may name whatever it likes."""
+    if os.path.lexists(shards / ORIGIN_FILE):
+        raise ValueError(
+            f"{shards} holds a copy of an index, whose tar files its {ORIGIN_FILE!r} file names; "
+            "give --shards the place of the tar files itself"
+        )
 
 
 def _announce(folder: Path, run: str, error: str) -> None:
@@ -162,6 +174,8 @@ def copy_tokenizer(tokenizer: str | os.PathLike[str], folder: str | os.PathLike[
     """Puts a tokenizer into a folder of shards, so that they can be trained on as they are."""
     load_tokenizer(tokenizer)
     file = tokenizer_file(tokenizer)
+    if is_read_only(Path(folder)):
+        return  # complete, and somebody else's
     write_atomically(Path(folder) / MODEL_FILE, file.read_bytes())
     if (file.parent / CONFIG_FILE).is_file():
         shutil.copyfile(file.parent / CONFIG_FILE, Path(folder) / CONFIG_FILE)

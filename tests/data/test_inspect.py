@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gmai.data.inspection.rejected import group
-from megatron_gmai.data.ledger import Rejection, read_ledger
+from megatron_gmai.data.ledger import Rejection, dump_line, read_ledger
 from megatron_gmai.data.loading.dataset import _reasons
 from tests.data.world import encoded, mixed_records, picture, record
 from tools import inspect_shards, make_shards
@@ -68,7 +68,9 @@ def test_a_token_and_its_letters_look_different(
 
 
 def test_rejected_samples_are_shown_with_ids_reasons_and_pictures(shards: Path) -> None:
-    page = inspect(shards)
+    hidden = inspect(shards)
+    assert "B/00000001<br>id case-7<br>" in hidden and "&lt;b&gt;bold" not in hidden
+    page = inspect(shards, "--datasets", str(shards.parent / "LIST.json"))
     part = page[page.index("<h2>Rejected") : page.index("<h2>Samples")]
     assert "<p>2 samples</p>" in part
     assert "B/00000001<br>id case-7<br>" in part and "B.json, record 2<br>image lost.png" in part
@@ -153,6 +155,28 @@ def test_rejected_samples_of_a_foreign_tar_file(
     flags = ["--tokenizer", str(tokenizer_file), "--html", str(place), "--image-size", "28"]
     assert inspect_shards.main([str(tmp_path / "tars"), *flags]) == 0
     assert place.read_text().count("<img ") == page.count("<img ")
+
+
+def test_strangers_shards_name_no_files_of_mine(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ledger and `origin` come with the shards; the page is a link into a folder of mine."""
+    (tmp_path / "letter").write_text("mine")
+    (shards / "inspect.html").symlink_to(tmp_path / "letter")
+    lines = read_ledger(shards / "rejected.jsonl")
+    far = f"A-00000.tar@{10**30}"
+    (shards / "rejected.jsonl").write_text(
+        "".join(
+            map(dump_line, [*lines, Rejection(far, "A", "far"), Rejection("x.tar@0", "A", "-")])
+        )
+    )
+    os.mkfifo(shards / "x.tar")
+    page = inspect(shards)
+    assert "case-7" in page and "&lt;b&gt;bold" not in page and far in page
+    assert (tmp_path / "letter").read_text() == "mine"
+    (shards / "origin").write_text(str(tmp_path))
+    assert inspect_shards.main([str(shards)]) == 2
+    assert "give --shards the place of the tar files itself" in capsys.readouterr().err
 
 
 def test_a_folder_without_shards_is_one_clear_line(

@@ -1,10 +1,13 @@
 """One builder a folder: a second one waits, and says for whom."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+
+import pytest
 
 from megatron_gmai.data.lock import LOCK_FILE, building
 
@@ -44,3 +47,13 @@ def test_a_builder_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     with building(tmp_path, lambda line: None):
         assert time.monotonic() - start < 30
     first.wait()
+
+
+def test_a_lock_that_is_no_file_is_refused_and_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("mine")
+    for plant in (lambda at: at.symlink_to(tmp_path / "letter"), os.mkfifo):
+        plant(tmp_path / LOCK_FILE)
+        with pytest.raises(ValueError, match="delete it"), building(tmp_path, print):
+            pass
+        (tmp_path / LOCK_FILE).unlink()
+    assert (tmp_path / "letter").read_text() == "mine"

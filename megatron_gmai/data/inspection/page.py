@@ -47,8 +47,10 @@ def render_page(
     rejections: Sequence[Rejection],
     chosen: Sequence[int] | np.ndarray,
     most_rejected: int,
+    list_file: str | None = None,
 ) -> str:
-    """The page: counts, lengths, rejected samples, `chosen` samples."""
+    """The page: counts, lengths, rejected samples, `chosen` samples. Rejected samples of the data
+    sets of `list_file` are shown as they are there."""
     sources = enumerate(shards.manifest.sources)
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{text(title)}</title>",
@@ -62,7 +64,7 @@ def render_page(
             for number, source in sources
         ),
         "</div>",
-        *_render_rejections(shards, rejections, most_rejected),
+        *_render_rejections(Finder(shards, list_file), rejections, most_rejected),
         "<h2>Samples</h2><p><mark>Green</mark> is what the model learns to say. "
         "<b class=token>Boxed</b> is one special token; the same letters without a box are text.",
         *(render_sample(shards, encoder, int(sample)) for sample in chosen),
@@ -71,10 +73,9 @@ def render_page(
     return "\n".join(parts)
 
 
-def _render_rejections(shards: Shards, rejections: Sequence[Rejection], most: int) -> list[str]:
+def _render_rejections(finder: Finder, rejections: Sequence[Rejection], most: int) -> list[str]:
     if not rejections:
         return ["<h2>Rejected</h2><p>none</p>"]
-    finder = Finder(shards)
     reasons = [["reason (of several alike, the first)", "samples"]]
     reasons += [[reason, str(count)] for reason, count in group(rejections)]
     return [

@@ -1,7 +1,8 @@
 """What a rejected sample looked like: its text and its images, from wherever they still are.
 
-A sample that is too long lies in the shards, one of a foreign tar file at its place there, and one
-that never got into a shard is read again from its data set.
+A sample that is too long lies in the shards, one of a foreign tar file at its place there. One that
+never got into a shard is read again from its data set, if the user says which list file that is in:
+a stranger's shards may name any file as theirs.
 """
 
 import json
@@ -37,22 +38,26 @@ class Evidence(NamedTuple):
 class Finder:
     """Finds the samples that ledger lines speak of. Anything may have gone since: never raises."""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, list_file: str | None = None) -> None:
+        """`list_file` is the user's. Raises ValueError if it cannot be used."""
         self._shards = shards
-        self._sources: dict[str, dict[str, Source]] = {}
-        self._records: dict[tuple[str, str], Records] = {}
+        self._list_name = None if list_file is None else Path(list_file).name
+        sources = [] if list_file is None else read_list(list_file)
+        self._sources = {source.name: source for source in sources}
+        self._records: dict[str, Records] = {}
 
     def look(self, line: Rejection) -> Evidence:
         """What can still be seen of a rejected sample."""
         try:
             if line.list_file:
-                return self._in_data_set(line)
+                is_known = Path(line.list_file).name == self._list_name
+                return self._in_data_set(line) if is_known else Evidence()
             sample = self._sample(line.key)
             if sample is None:
                 return self._in_tar_file(line)
             stored = self._shards.read(sample)
             return Evidence(_text(stored.record), stored.images)
-        except (LookupError, *TAR_ERRORS):
+        except (LookupError, OverflowError, *TAR_ERRORS):
             return Evidence()
 
     def _sample(self, key: str) -> int | None:
@@ -67,9 +72,10 @@ class Finder:
 
     def _in_tar_file(self, line: Rejection) -> Evidence:
         name, _, offset = line.key.rpartition("@")
-        if "/" in name or not offset.isdecimal():
+        file = Path(self._shards.origin) / name
+        if "/" in name or file.suffix != ".tar" or not offset.isdecimal() or not file.is_file():
             return Evidence()
-        with (Path(self._shards.origin) / name).open("rb") as stream:
+        with file.open("rb") as stream:
             stream.seek(int(offset))
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 end = 0
@@ -82,16 +88,12 @@ class Finder:
         return Evidence(_text(stored.record), stored.images)
 
     def _in_data_set(self, line: Rejection) -> Evidence:
-        if line.list_file not in self._sources:
-            sources = {source.name: source for source in read_list(line.list_file)}
-            self._sources[line.list_file] = sources
-        source = self._sources[line.list_file][line.source]
+        source = self._sources[line.source]
         if not source.is_local:
             return Evidence()
-        pair = (line.list_file, line.source)
-        if pair not in self._records:
-            self._records[pair] = Records(source.annotation_files)
-        span = self._records[pair].spans[int(line.key.rpartition("/")[2])]
+        if line.source not in self._records:
+            self._records[line.source] = Records(source.annotation_files)
+        span = self._records[line.source].spans[int(line.key.rpartition("/")[2])]
         with RecordReader(source.annotation_files) as reader:
             text = reader.text(span)
         try:

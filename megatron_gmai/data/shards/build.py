@@ -20,7 +20,7 @@ import numpy as np
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.images.nifti import parse_rule
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line, read_ledger
-from megatron_gmai.data.lock import building
+from megatron_gmai.data.lock import building, is_read_only
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
 from megatron_gmai.data.progress import Progress
 from megatron_gmai.data.shards.check import check_record
@@ -110,6 +110,7 @@ class _Build:
         self.sources, self.output, self.workers = sources, output, workers
         self.encoder, self.log, self.progress = encoder, log, progress
         self.annotations, self.means = annotations_of(sources), means_of(sources)
+        self.is_read_only = is_read_only(output)
 
     def run(self) -> Manifest:
         complete = (self.output / MANIFEST_FILE).exists()
@@ -118,6 +119,11 @@ class _Build:
         if old is not None and not lost and self._is_unchanged(old):
             self.log(f"shards in {self.output}: reused, their inputs are unchanged")
             return self._with_uses(read_manifest(self.output))
+        if self.is_read_only:
+            raise ValueError(
+                f"{self.output} cannot be written to, and its shards are not those of this list "
+                "as it is now; choose another folder (--dset-from-cache takes them as they are)"
+            )
         (self.output / PARTS).mkdir(exist_ok=True)
         sources = [at_hand(source, self.output / PARTS) for source in self.sources]
         units = [unit for source in sources for unit in cut_units(source)]
@@ -145,7 +151,8 @@ class _Build:
             check_rows(rows, read_manifest(self.output))
         except Exception as error:  # numpy raises anything on damaged headers
             self.log(f"shards in {self.output}: {error}; all are made anew")
-            (self.output / MANIFEST_FILE).unlink()
+            if not self.is_read_only:
+                (self.output / MANIFEST_FILE).unlink()
             return None
         return old
 
@@ -165,7 +172,7 @@ class _Build:
                 self.log(f"{info.name}: ratio {info.sample_ratio:g} before, {ratio:g} now")
             infos.append(dataclasses.replace(info, sample_ratio=ratio, data_augment=augment))
         updated = dataclasses.replace(manifest, sources=tuple(infos))
-        if updated != manifest:
+        if updated != manifest and not self.is_read_only:
             write_manifest(self.output, updated)
         return updated
 
@@ -175,7 +182,8 @@ class _Build:
         rejected = any(unit.rejected for unit in old.units.values())
         if old.annotations != self.annotations or (rejected and old.means != self.means):
             return False
-        with tempfile.TemporaryDirectory(dir=self.output) as folder:  # for what gzip packs
+        place = None if self.is_read_only else self.output
+        with tempfile.TemporaryDirectory(dir=place) as folder:  # for what gzip packs
             local = [at_hand(s, Path(folder)) for s in self.sources if s.is_local]
             units = [unit for source in local for unit in cut_units(source)]
             return self._unchanged(units, old.units) == len(units)

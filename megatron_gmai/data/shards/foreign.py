@@ -20,7 +20,7 @@ import numpy as np
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample, Rejection, dump_line
-from megatron_gmai.data.lock import building
+from megatron_gmai.data.lock import building, is_read_only
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
 from megatron_gmai.data.progress import Progress
 from megatron_gmai.data.shards.format import BLOCK, TAR_ERRORS, check_size, parse_sample, split_name
@@ -45,12 +45,16 @@ def index_shards(
 
     Every annotation is checked and every image decoded once, by `workers` processes (0: this one);
     unusable samples, and parts of tar files that are lost, go to the ledger. Returns at once if the
-    folder has an index of the same files. Raises ValueError if there are no tar files.
+    folder has an index of the same files. Raises ValueError if there are no tar files, or pipes and
+    folders of such a name.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.tar"))
     if not files:
         raise ValueError(f"{folder} holds no .tar files")
+    for file in files:
+        if not file.is_file():  # reading a pipe or a device would never end
+            raise ValueError(f"{file} is no file, or a link to none; take it out of the folder")
     with building(folder, log) as holder:
         inputs = _fingerprint(files)
         if (folder / MANIFEST_FILE).exists():
@@ -61,6 +65,8 @@ def index_shards(
                 )
             log(f"index of {folder}: reused, its tar files are unchanged")
             return manifest
+        if is_read_only(folder):
+            raise ValueError(f"{folder} cannot be written to: the index has to lie beside its tars")
         found = _index(folder, files, workers, Progress(log, holder.tell))
         return _finish(folder, files, found, inputs)
 

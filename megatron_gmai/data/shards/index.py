@@ -142,5 +142,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def save_index(folder: Path, rows: np.ndarray) -> None:
     """Writes `index.npy` atomically."""
     partial = folder / "index.partial.npy"
+    partial.unlink(missing_ok=True)  # a link, in a stranger's folder, would be followed
     np.save(partial, rows)
     partial.replace(folder / INDEX_FILE)

@@ -54,6 +54,8 @@ class Shards:
     def rows(self) -> np.ndarray:
         """The index, mapped and not loaded: all processes of a node share its memory."""
         try:
+            if not (self.folder / INDEX_FILE).is_file():  # a pipe would wait for ever
+                raise ValueError("it is no file")
             rows = np.load(self.folder / INDEX_FILE, mmap_mode="r")
         except Exception as error:  # numpy raises anything on damaged headers
             raise ValueError(f"cannot read {self.folder / INDEX_FILE}: {error}") from error

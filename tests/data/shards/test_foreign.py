@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_gmai.config import DataConfig
 from megatron_gmai.data.ledger import read_ledger
 from megatron_gmai.data.loading.dataset import open_dataset
 from megatron_gmai.data.loading.loader import iterate
+from megatron_gmai.data.lock import LOCK_FILE
 from megatron_gmai.data.shards.foreign import index_shards
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.tokenizer import load_tokenizer
@@ -84,6 +86,38 @@ def test_links_devices_and_leaving_names_are_refused(tmp_path: Path) -> None:
     reasons = [line.reason for line in read_ledger(tmp_path / "rejected.jsonl")]
     assert sum("link or a device" in reason for reason in reasons) == 3
     assert sum("leaves its folder" in reason for reason in reasons) == 2
+
+
+def test_what_is_named_like_a_tar_file_and_is_none_is_refused(folder: Path) -> None:
+    for plant in (os.mkfifo, Path.mkdir, lambda at: at.symlink_to("/dev/zero")):
+        plant(folder / "x.tar")
+        with pytest.raises(ValueError, match=r"x\.tar is no file"):
+            index_shards(folder)
+        (folder / "x.tar").rename(folder / f"x{len(list(folder.iterdir()))}")
+    (folder / "index.partial.npy").symlink_to(folder / "mine")
+    index_shards(folder)
+    assert not (folder / "mine").exists()
+
+
+def test_a_complete_folder_that_cannot_be_written_to_is_used_as_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_file: Path
+) -> None:
+    notes = tmp_path / "a.json"
+    notes.write_text(json.dumps([record("what", "yes")]))
+    (tmp_path / "LIST.json").write_text(json.dumps({"A": {"annotations": str(notes)}}))
+    built = ["--datasets", str(tmp_path / "LIST.json"), "--output", str(tmp_path / "built")]
+    commands = [["--index", str(folder)], [*built, "--tokenizer", str(tokenizer_file)]]
+    for command in commands:
+        assert main(command) == 0
+    folders = (folder, tmp_path / "built")
+    for place in folders:
+        (place / LOCK_FILE).unlink()
+    before = [sorted((f, f.stat().st_mtime_ns) for f in place.iterdir()) for place in folders]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in folders)
+    assert [main(command) for command in commands] == [0, 0]
+    notes.write_text(json.dumps([record("what", "no")]))
+    assert main(built) == 2
+    assert before == [sorted((f, f.stat().st_mtime_ns) for f in at.iterdir()) for at in folders]
 
 
 def test_a_folder_without_tar_files_is_refused(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ class TestUrls:
 
     @pytest.mark.parametrize(
         ("answer", "reason"),
-        [(RuntimeError("payload is not complete"), "not complete, 1 times"),  # aiohttp's: no OSError
+        [(RuntimeError("payload is not complete"), "not complete, 1 times"),
          (b"", "0 of 1024 bytes"), (bytes(9999), "reads files whole only")],
     )  # fmt: skip
     def test_shards_behind_a_server_that_fails_are_one_error(
