@@ -21,8 +21,7 @@ from megatron_gmai.data.ledger import BadSample
 
 # What pydicom gives as RGB, whatever the file holds.
 COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}
-CHUNK = 2**24
-DEFLATED = b"1.2.840.10008.1.2.1.99"
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax
 
 
 def frames(data: bytes) -> Iterator[Picture]:
@@ -48,7 +47,7 @@ def _read(data: bytes) -> Any:
     except ImportError as error:
         raise needs("DICOM", "pydicom", "dicom") from error
     if DEFLATED in data:
-        _check_deflated(data)
+        data = _inflated(data)
     file = pydicom.dcmread(io.BytesIO(data), force=True)  # force: also without a preamble
     if "Rows" not in file or "Columns" not in file:
         raise BadSample("a DICOM file without an image")
@@ -62,26 +61,24 @@ def _read(data: bytes) -> Any:
     return file
 
 
-def _check_deflated(data: bytes) -> None:
-    """pydicom unpacks the whole data set at once: see before whether there is room (PS3.5, A.5)."""
-    # Its own readers, lest a file with a false length show us another data set than pydicom.
-    from pydicom.filereader import (
-        _read_command_set_elements,
-        _read_file_meta_info,
-        read_preamble,
-    )
+def _inflated(data: bytes) -> bytes:
+    """The data set of a deflated file (PS3.5, A.5). pydicom would unpack it whole, however large it
+    is, so what it gets here never has this syntax, and is plain explicit little endian instead."""
+    from pydicom.filereader import read_dataset, read_preamble
 
     file = io.BytesIO(data)
     read_preamble(file, True)
-    if _read_file_meta_info(file).get("TransferSyntaxUID") != DEFLATED.decode():
-        return
-    _read_command_set_elements(file)
-    packed, size, unpacker = data[file.tell() :], 0, zlib.decompressobj(-zlib.MAX_WBITS)
-    while packed and not unpacker.eof:
-        size += len(unpacker.decompress(packed, CHUNK))
-        packed = unpacker.unconsumed_tail
-        if size > MAX_VOLUME:
-            raise BadSample(f"unpacks to more than {MAX_VOLUME} bytes")
+    # Elements of group 2 name the syntax; the data set begins behind them (PS3.10, 7.1).
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+    if meta.get("TransferSyntaxUID") != DEFLATED.decode():
+        raise BadSample("a DICOM file that is deflated, or not, by how its head is read")
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    plain = unpacker.decompress(data[file.tell() :], MAX_VOLUME + 1)
+    if len(plain) > MAX_VOLUME:
+        raise BadSample(f"unpacks to more than {MAX_VOLUME} bytes")
+    if not unpacker.eof or DEFLATED in plain:
+        raise BadSample("a damaged deflated DICOM file")
+    return plain
 
 
 def _frame(file: Any, number: int) -> Picture:
