@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_gmai.data.ledger import BadSample
+from megatron_gmai.data.sources.parquet_pages import check_pages
 
 SUFFIX = ".parquet"
 # A page of some bytes may stand for a large value as often as it likes, so rows are unpacked one by
 # one, and all together to no more than images that were compressed before can grow to.
 LEAST_BOUND = 2**28  # bytes
+MAX_PAGE = 2**29  # bytes unpacked; a page holds a value at least, and so an image
+BUFFER = 2**22
 MAX_GROWTH = 100  # real files reach about 20, where many questions share an image
 _EMBEDDED = re.compile(r"@(\d{1,19})\+(\d{1,19})")  # first byte and size in the file of images
 
@@ -50,14 +53,43 @@ def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     unpacked = 0
     try:
         most = most_unpacked(file)
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for row in table.iter_batches(batch_size=1):
-                unpacked += row.nbytes
+        metadata = pyarrow.parquet.read_metadata(file)
+        check_pages(file, metadata, min(most, MAX_PAGE))
+        # Lists stay numbers of values until their size is known: one row can name a value a million
+        # times. The buffer, so that a column of a row group, maybe the file, is not read at once.
+        with pyarrow.parquet.ParquetFile(
+            file, metadata=metadata, read_dictionary=_lists_of_bytes(metadata), buffer_size=BUFFER
+        ) as table:
+            for row in table.iter_batches(batch_size=1, use_threads=False):
+                unpacked += sum(map(_full_size, row.columns))
                 if unpacked > most:
                     raise ValueError(f"it unpacks to more than {most} bytes")
                 yield from row.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"cannot read annotations {file}: {error}") from error
+
+
+def _lists_of_bytes(metadata: Any) -> list[str]:
+    """Columns of which a row may hold many values of any length."""
+    columns = map(metadata.schema.column, range(metadata.num_columns))
+    return [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
+
+
+def _full_size(array: Any) -> int:
+    """Bytes of an Arrow array, each value as often as it is named."""
+    import pyarrow.compute
+
+    kind = pyarrow.types
+    if kind.is_list(array.type) or kind.is_large_list(array.type):
+        return _full_size(array.flatten())
+    if kind.is_map(array.type):
+        return _full_size(array.keys) + _full_size(array.items)
+    if kind.is_struct(array.type):
+        return sum(map(_full_size, array.flatten()))
+    if kind.is_dictionary(array.type):
+        sizes = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return array.indices.nbytes + (pyarrow.compute.sum(sizes).as_py() or 0)
+    return int(array.nbytes)
 
 
 def most_unpacked(file: Path) -> int:

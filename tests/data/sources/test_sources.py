@@ -134,6 +134,33 @@ class TestParquet:
             parquet.unpack(file, tmp_path / "records", images, 2**30)
         assert images.stat().st_size <= 2**22
 
+    def test_no_page_and_no_list_is_unpacked_that_is_too_large(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Files of a few hundred bytes."""
+        monkeypatch.setattr(parquet, "LEAST_BOUND", 2**22)
+        file = tmp_path / "data.parquet"
+        values = pyarrow.array([bytes(2**20)], pyarrow.binary())
+        many = pyarrow.DictionaryArray.from_arrays([0] * 500, values)
+        hub = pyarrow.StructArray.from_arrays([many], names=["bytes"])
+        before = pyarrow.default_memory_pool().max_memory()
+        for items in (many, hub):  # one row
+            table = pyarrow.table({"images": pyarrow.ListArray.from_arrays([0, 500], items)})
+            pyarrow.parquet.write_table(table, file, compression="zstd", store_schema=False)
+            with pytest.raises(ValueError, match="it unpacks to more than 4194304"):
+                list(parquet.parquet_rows(file))
+        for version in ("1.0", "2.0"):
+            table = pyarrow.table({"image": pyarrow.array([bytes(2**23)], pyarrow.binary())})
+            pyarrow.parquet.write_table(
+                table, file, compression="zstd", use_dictionary=False, data_page_version=version
+            )
+            with pytest.raises(
+                ValueError, match=r"a page of image of 83886\d\d bytes, at most 4194"
+            ):
+                list(parquet.parquet_rows(file))
+        # The writer's copies count too: 500 MB would be the list's.
+        assert pyarrow.default_memory_pool().max_memory() < max(before, 2**27)
+
     def test_one_row_is_held_at_a_time(self, tmp_path: Path) -> None:
         self.repeated(tmp_path / "data.parquet", 2**20)
         before = pyarrow.total_allocated_bytes()
