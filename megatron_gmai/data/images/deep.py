@@ -34,11 +34,18 @@ def read_deep(kind: str, data: bytes) -> np.ndarray | None:
     return reader(data) if reader else None
 
 
+def _cost(samples: int) -> int:
+    """Bytes a pixel that decoding 16-bit samples holds at once: levels and, where alpha is one of
+    the samples, copies without it."""
+    colours = samples - 1 + samples % 2
+    return 3 * samples if samples % 2 else 2 * samples + 2 * colours + 2 * max(colours, 3)
+
+
 def _png(data: bytes) -> np.ndarray | None:
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
     if bits != 16 or colours not in (2, 4, 6):  # 0 is grey, which Pillow reads whole
         return None
-    check_size(width, height, 8)
+    check_size(width, height, _cost({4: 2, 2: 3, 6: 4}[colours]))
     codec = imagecodecs("a PNG of 16-bit colours or alpha")
     # libpng does not look behind the last row that it needs, and cut files have no end.
     if b"IEND" not in data[-64:] and b"IEND" not in data:
@@ -68,7 +75,7 @@ def _jpeg_2000(data: bytes) -> np.ndarray | None:
         return None
     if samples > 4:
         raise BadSample(f"a JPEG 2000 of {samples} samples a pixel")
-    check_size(*jpeg_2000_size(data), 4 * samples)
+    check_size(*jpeg_2000_size(data), 4 * samples + _cost(samples))  # OpenJPEG's own 32 bits
     codec = imagecodecs(f"a JPEG 2000 of {bits}-bit colours")
     return flatten(codec.jpeg2k_decode(data), 2**bits - 1)
 
@@ -79,7 +86,7 @@ def _ppm(data: bytes) -> np.ndarray | None:
     if head is None or int(head[3]) < 256:
         return None
     width, height = int(head[1]), int(head[2])
-    check_size(width, height, 6)
+    check_size(width, height, _cost(3))
     values = np.frombuffer(data, ">u2", offset=head.end())
     if values.size < width * height * 3:
         raise BadSample("a truncated PPM")

@@ -82,10 +82,12 @@ def _inflated(data: bytes) -> bytes:
 
 
 def _frame(file: Any, number: int) -> Picture:
-    from pydicom.pixels import apply_color_lut, apply_modality_lut
+    from pydicom.pixels import apply_color_lut
 
     height, width = int(file.Rows), int(file.Columns)
-    check_size(width, height, int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8))
+    samples, value = int(file.SamplesPerPixel), -(-int(file.BitsAllocated) // 8)
+    # Stored, then as an array; grey ones rescaled, colours perhaps converted; levels.
+    check_size(width, height, value + 9 if samples == 1 and value > 1 else 2 * samples * value + 1)
     pixels, colours = stored_values(file, number), file.PhotometricInterpretation
     if colours == "PALETTE COLOR":
         return _upper_8_bits(apply_color_lut(pixels, file))
@@ -98,7 +100,20 @@ def _frame(file: Any, number: int) -> Picture:
     window, inverted = _window(file), colours == "MONOCHROME1"
     if pixels.dtype == np.uint8 and file.BitsStored == 8 and window is None:
         return 255 - pixels if inverted else pixels
-    return Grey(apply_modality_lut(pixels, file), window, inverted)
+    return Grey(_rescaled(pixels, file), window, inverted)
+
+
+def _rescaled(pixels: np.ndarray, file: Any) -> np.ndarray:
+    """By the file's table or its straight line (C.11.1.1.2), the latter in place."""
+    from pydicom.pixels import apply_modality_lut
+
+    slope, intercept = file.get("RescaleSlope"), file.get("RescaleIntercept")
+    if file.get("ModalityLUTSequence") or slope is None or intercept is None:
+        return apply_modality_lut(pixels, file)
+    values = pixels.astype(np.float64)
+    values *= float(slope)
+    values += float(intercept)
+    return values
 
 
 def _upper_8_bits(colours: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from megatron_gmai.data.images.window import flatten
 from megatron_gmai.data.ledger import BadSample
 
 KIND, WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES = 254, 256, 257, 258, 262, 277
+STRIP_ROWS, TILE_WIDTH, TILE_HEIGHT = 278, 322, 323
 COLOUR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT, IMAGE_DEPTH = 320, 338, 339, 32997
 NO_PICTURE = 1 | 4  # bits of KIND for a smaller copy and for the mask of another page
 WHITE_IS_ZERO, PALETTE = 0, 3
@@ -73,13 +74,25 @@ def _page(data: bytes, number: int, tags: Directory) -> Picture:
     bits = _numbers(tags, BITS, 1)
     samples = _first(tags, SAMPLES, 1)
     size = (_first(tags, WIDTH, 0), _first(tags, HEIGHT, 0))
-    check_size(*size, samples * -(-max(bits) // 8))
+    check_size(*size, _cost(tags, samples, max(bits)))
+    check_size(_first(tags, TILE_WIDTH, 1), _first(tags, TILE_HEIGHT, 1), samples * max(bits) // 8)
     if max(bits) <= 8 or (samples == 1 and _first(tags, PHOTOMETRIC, 1) != PALETTE):
         image = _open(data, number)
         if image is not None:
             return _by_pillow(image, tags)
     picture, upright = _by_imagecodecs(data, number, tags), _first(tags, orientation.TAG, 1)
     return picture.turned(upright) if isinstance(picture, Grey) else turn(picture, upright)
+
+
+def _cost(tags: Directory, samples: int, bits: int) -> int:
+    """Bytes a pixel that decoding holds at once, by the reader that `_page` takes."""
+    value = -(-bits // 8)
+    if value > 1 and (samples > 1 or _first(tags, PHOTOMETRIC, 1) == PALETTE):
+        return 3 * samples * value + 3
+    decoded = 2 * value + 1 if value > 1 else 1 if samples == 1 else 4
+    # libtiff unpacks a strip whole, and one strip may be the picture.
+    is_whole = 2 * _first(tags, STRIP_ROWS, 2**32 - 1) > _first(tags, HEIGHT, 0)
+    return decoded + samples * value * is_whole
 
 
 def _open(data: bytes, number: int) -> Image.Image | None:
@@ -101,7 +114,7 @@ def _by_pillow(image: Image.Image, tags: Directory) -> Picture:
             # Pillow takes signed bytes for unsigned ones: the upper half of the order comes first.
             return picture ^ 0x80
         return picture
-    values = np.asarray(image)
+    values = pictures.values_of(image)
     if image.mode == "I" and not signed and _first(tags, BITS, 1) == 32:
         values = values.view(np.uint32)  # Pillow has no unsigned mode; the bits are right
     return Grey(values, inverted=_first(tags, PHOTOMETRIC, 1) == WHITE_IS_ZERO)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import RLELossless
 
+from megatron_gmai.data.images import sizes
 from megatron_gmai.data.images.decode import count_pages, decode, decode_pages, decode_slices
 from megatron_gmai.data.images.formats import is_volume
 from megatron_gmai.data.images.pages import split_pages
@@ -121,6 +122,17 @@ def test_damaged_files(name: str) -> None:
         assert time.process_time() - start < TIME_LIMIT_S
     assert refused
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_LIMIT_KB
+
+
+def test_what_decoding_holds_is_bounded_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colours take 3 bytes a pixel at least, and deep values have copies, in every format."""
+    of_one_byte = {name for name in FILES if "JPEG" in name.split() or "palette" in name}
+    for name in FILES.keys() - of_one_byte - {"NIfTI", "packed NIfTI"}:
+        height, width, _ = decode(FILES[name]).shape
+        with monkeypatch.context() as patch:
+            patch.setattr(sizes, "MAX_BYTES", 2 * height * width)
+            with pytest.raises(BadSample, match="bytes a pixel takes more than"):
+                print(name, decode(FILES[name]).shape)
 
 
 def test_these_are_enough() -> None:
