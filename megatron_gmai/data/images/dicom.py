@@ -86,8 +86,9 @@ def _frame(file: Any, number: int) -> Picture:
 
     height, width = int(file.Rows), int(file.Columns)
     samples, value = int(file.SamplesPerPixel), -(-int(file.BitsAllocated) // 8)
-    # Stored, then as an array; grey ones rescaled, colours perhaps converted; levels.
-    check_size(width, height, value + 9 if samples == 1 and value > 1 else 2 * samples * value + 1)
+    # As stored and as an array, in which colours are converted; rescaled; levels.
+    rescaled = 8 if "RescaleSlope" in file else 0
+    check_size(width, height, 2 * samples * value + rescaled + samples)
     pixels, colours = stored_values(file, number), file.PhotometricInterpretation
     if colours == "PALETTE COLOR":
         return _upper_8_bits(apply_color_lut(pixels, file))
