@@ -38,7 +38,10 @@ def count_frames(data: bytes) -> int:
 
 
 def _count(file: Any) -> int:
-    return int(file.get("NumberOfFrames", 1) or 1)
+    count = int(file.get("NumberOfFrames", 1) or 1)
+    if count < 1:
+        raise BadSample(f"a DICOM file of {count} frames")
+    return count
 
 
 def _read(data: bytes) -> Any:

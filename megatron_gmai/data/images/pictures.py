@@ -136,5 +136,6 @@ def heic(data: bytes) -> Iterator[Picture]:
     except ImportError as error:
         raise needs("HEIC", "pillow-heif", "heic") from error
     file = pillow_heif.open_heif(data, convert_hdr_to_8bit=True)
-    check_size(*file.size, OF_FORMATS["HEIC"])
+    width, height = file.size
+    check_size(width, height, OF_FORMATS["HEIC"])
     yield to_picture(file.to_pillow())

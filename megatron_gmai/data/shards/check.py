@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
@@ -134,7 +135,16 @@ def locate(name: str, source: Source) -> Located:
         state = f"{status.st_size} {status.st_mtime_ns} {status.st_mode:o} {status.st_uid}"
         return Located(path, status.st_size, state)
     roots = " or ".join(str(root) for root in source.image_roots)
-    raise BadSample(f"image {name}: {problem} in {roots}", name)
+    raise BadSample(f"image {name}: {problem} in {roots}{_other_spelling(name, source)}", name)
+
+
+def _other_spelling(name: str, source: Source) -> str:
+    """macOS takes letters with accents apart, so that two names look alike and are not."""
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, name)
+        if other != name and any(os.path.lexists(f"{root}/{other}") for root in source.real_roots):
+            return f"; the file's name is there in Unicode's form {form}, which is another name"
+    return ""
 
 
 def _find(path: str) -> tuple[str, os.stat_result] | None:

@@ -7,6 +7,7 @@ with conversations, or a text that becomes the caption of the image, and image f
 
 import hashlib
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,14 @@ from megatron_gmai.data.ledger import BadSample, Rejection, dump_line
 from megatron_gmai.data.lock import building, is_read_only
 from megatron_gmai.data.pool import Report, WorkerDied, run_jobs
 from megatron_gmai.data.progress import Progress
-from megatron_gmai.data.shards.format import BLOCK, TAR_ERRORS, check_size, parse_sample, split_name
+from megatron_gmai.data.shards.format import (
+    BLOCK,
+    TAR_ERRORS,
+    check_size,
+    is_resource_fork,
+    parse_sample,
+    split_name,
+)
 from megatron_gmai.data.shards.index import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -36,6 +44,9 @@ from megatron_gmai.data.shards.index import (
     write_manifest,
 )
 from megatron_gmai.data.text.conversation import image_names, parse_conversation
+
+# Tar files by name that are not indexed: what is packed cannot be read at random.
+PASSED_OVER = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|t[gbx]z2?|TAR)$")
 
 
 def index_shards(
@@ -55,6 +66,8 @@ def index_shards(
     for file in files:
         if not file.is_file():  # reading a pipe or a device would never end
             raise ValueError(f"{file} is no file, or a link to none; take it out of the folder")
+    if packed := sorted(file.name for file in folder.iterdir() if PASSED_OVER.search(file.name)):
+        log(f"{folder}: {len(packed)} file(s) passed over, as {packed[0]}: unpack them to .tar")
     with building(folder, log) as holder:
         inputs = _fingerprint(files)
         if (folder / MANIFEST_FILE).exists():
@@ -135,7 +148,8 @@ def index_file(source: str, file: Path, report: Report) -> Found:
 
 
 class _Members:
-    """All members of a tar file but folders, which are no part of any sample.
+    """All members of a tar file but folders and macOS's resource forks, which are no part of any
+    sample.
 
     `tarfile` takes a header that it cannot read for the end, so what follows has to be looked at.
     """
@@ -154,7 +168,7 @@ class _Members:
                         self._error = f" (a member of {member.size} bytes)"
                         return
                     self.end = archive.offset
-                    if not member.isdir():
+                    if not (member.isdir() or is_resource_fork(member.name)):
                         yield member
         except TAR_ERRORS as error:
             self._error = f" ({error})"

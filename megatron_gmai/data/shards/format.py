@@ -20,6 +20,7 @@ import numpy as np
 from megatron_gmai.data.images.formats import IMAGE_SUFFIXES
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.index import ROW
+from megatron_gmai.data.sources.json_text import Repeated, unique
 
 MAX_SAMPLE = 2**30  # bytes
 MAX_IMAGES = 2**16 - 1  # of a sample, as many as a row of the index counts
@@ -107,14 +108,19 @@ def parse_sample(span: bytes) -> StoredSample:
     conversations but with a `txt` member is an image and its caption, as img2dataset writes them.
     """
     record: dict[str, Any] = {}
-    images, caption, keys = [], None, set()
+    images, caption, keys, suffixes = [], None, set(), set()
     for name, data in tar_members(span):
+        if is_resource_fork(name):
+            continue
         key, suffix = split_name(name)
         keys.add(key)
         first, kind = _image_kind(suffix)
-        if suffix == "json":
+        if suffix.lower() in suffixes:  # one of the two would be lost
+            raise BadSample(f"the tar member {name!r} stands twice")
+        suffixes.add(suffix.lower())
+        if suffix.lower() == "json":
             record = parse_record(data)
-        elif suffix == "txt":
+        elif suffix.lower() == "txt":
             caption = _caption(data)
         elif kind in IMAGE_SUFFIXES:
             images.append((int(first) if first.isdecimal() else 0, suffix, data))
@@ -149,6 +155,11 @@ def _caption_turns(caption: str, images: int) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
 
 
+def is_resource_fork(name: str) -> bool:
+    """Whether it is what macOS puts beside each file of an archive; no part of any sample."""
+    return name.rpartition("/")[2].startswith("._")
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Key and suffix of a tar member, as WebDataset splits them: at the first dot of the last
     part of the path."""
@@ -159,7 +170,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def parse_record(data: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(data)
+        record = json.loads(data, object_pairs_hook=unique)
+    except Repeated as error:
+        raise BadSample(f"in the annotation {error}") from error
     except (ValueError, RecursionError) as error:
         raise BadSample(f"the annotation is not valid JSON: {error}") from error
     if not isinstance(record, dict):

@@ -119,7 +119,7 @@ class Shards:
         members = plain_members(head[: BLOCK + padded_size(head)])
         if members:
             key, suffix = split_name(members[0][0])
-            record = parse_record(members[0][1]) if suffix == "json" else {}
+            record = parse_record(members[0][1]) if suffix.lower() == "json" else {}
             if "conversations" in record:
                 return key, record
         stored = self.read(sample)

@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from megatron_gmai.data.ledger import visible
 from megatron_gmai.data.lock import LOCK_FILE
 from megatron_gmai.data.sources.encodings import check_encoding
-from megatron_gmai.data.sources.json_text import without_trailing_commas
+from megatron_gmai.data.sources.json_text import Repeated, unique, without_trailing_commas
 from megatron_gmai.data.sources.remote import is_url, list_files
 
 MAX_RATIO = 1000
@@ -121,9 +120,11 @@ def _parse(file: Path) -> dict[str, Any]:
         raise ValueError(f"list file {file} is empty; it must be a JSON object of data sets")
     mended, commas = without_trailing_commas(text)
     try:
-        entries = json.loads(mended, object_pairs_hook=_unique)
-    except _Repeated as error:
-        raise ValueError(f"list file {file}: {error}") from error
+        entries = json.loads(mended, object_pairs_hook=unique)
+    except Repeated as error:
+        raise ValueError(
+            f"list file {file}: {error}; each data set and key needs its own name"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"list file {file} is not valid JSON: {error}") from error
     if not isinstance(entries, dict) or not entries:
@@ -131,18 +132,6 @@ def _parse(file: Path) -> dict[str, Any]:
     if commas:
         warnings.warn(f"list file {file}: ignored {commas} trailing comma(s)", stacklevel=3)
     return entries
-
-
-class _Repeated(ValueError):
-    """A name that stands twice in one object."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON leaves open: of two entries with one name the first would be lost."""
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise _Repeated(f"{name!r} stands twice; each data set and key needs its own name")
-    return dict(pairs)
 
 
 def _source(name: str, entry: Any, file: Path) -> Source:

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.sources.encodings import check_encoding
-from megatron_gmai.data.sources.json_text import without_trailing_commas
+from megatron_gmai.data.sources.json_text import Repeated, unique, without_trailing_commas
 
 MAX_RECORD = 16 * 2**20  # bytes
 CHUNK = 2**22
@@ -80,16 +80,18 @@ def read_record(file: Path, start: int, size: int) -> Any:
 
 def parse_record(text: bytes) -> Any:
     """The record of these bytes. A comma before a closing bracket is passed over. Raises BadSample
-    if they are not one JSON value in UTF-8."""
+    if they are not one JSON value in UTF-8, or name a key twice."""
     if len(text) > MAX_RECORD:
         raise BadSample(f"a record of more than {MAX_RECORD} bytes")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
+    except Repeated as error:
+        raise BadSample(str(error)) from error
     except (ValueError, RecursionError) as error:
         with contextlib.suppress(ValueError, RecursionError):
             mended, commas = without_trailing_commas(text.decode())
             if commas:
-                return json.loads(mended)
+                return json.loads(mended, object_pairs_hook=unique)
         raise BadSample(f"not valid JSON: {error}") from error
 
 
@@ -192,7 +194,8 @@ class _Text:
     def __init__(self, content: mmap.mmap, start: int, file: Path) -> None:
         self.content, self.first, self.at, self.file = content, start, 0, file
         self.text = ""
-        self.decoder = json.JSONDecoder(strict=False)
+        # Numbers are not needed here, and one that is too long is the matter of its record.
+        self.decoder = json.JSONDecoder(strict=False, parse_int=len)
         self._load(CHUNK)
 
     @property

@@ -219,3 +219,30 @@ def test_headers_that_lead_nowhere_end_the_file(tmp_path: Path, damage: bytes, t
     with pytest.raises(BadSample):
         list(tar_members(damage))
     assert Finder(Shards(tmp_path)).look(Rejection("a.tar@1024", "A", "", id="b")) == Evidence()
+
+
+def test_what_other_systems_put_into_tar_files(tmp_path: Path) -> None:
+    """macOS puts a resource fork before each member, Windows writes endings in capitals."""
+    members = [
+        *(("._k.json", b"\0\5\x16\7"), ("k.json", TURNS), ("._k.png", b"\0\5"), ("k.png", PICTURE)),
+        *(("w.JSON", TURNS), ("w.PNG", PICTURE), ("t.TXT", b"a scan"), ("t.JPG", PICTURE)),
+    ]
+    assert index(tmp_path, tar(members)) == (3, [])
+    shards = Shards(tmp_path)
+    assert [len(shards.read(row).images) for row in range(3)] == [1, 1, 1]
+    assert shards.read_record(1)[1] == json.loads(TURNS)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("k.json", TURNS), ("k.json", TURNS), ("k.png", PICTURE)], "'k.json' stands twice"),
+        ([("k.txt", b"one"), ("k.txt", b"two"), ("k.png", PICTURE)], "'k.txt' stands twice"),
+        ([("k.json", b'{"id": 1, "id": 2,' + TURNS[1:]), ("k.png", PICTURE)], "'id' stands twice"),
+    ],
+)
+def test_what_stands_twice_is_not_lost_in_silence(
+    tmp_path: Path, members: list[tuple[str, bytes]], reason: str
+) -> None:
+    count, (line,) = index(tmp_path, tar([*members, *samples(0, 1)]))
+    assert count == 1 and reason in line.reason

@@ -62,6 +62,13 @@ def test_they_can_be_trained_on(folder: Path, tokenizer_file: Path) -> None:
     assert sum(len(batch.pixel_values) for batch in batches) == 4 * 2 + 3
 
 
+def test_packed_tar_files_are_not_passed_over_in_silence(folder: Path) -> None:
+    (folder / "c.tar.gz").write_bytes(b"")
+    lines: list[str] = []
+    index_shards(folder, log=lines.append)
+    assert lines == [f"{folder}: 1 file(s) passed over, as c.tar.gz: unpack them to .tar"]
+
+
 def test_a_second_run_finds_the_index_and_other_files_are_noticed(folder: Path) -> None:
     assert index_shards(folder) == index_shards(folder)
     (folder / "b.tar").unlink()

@@ -1,7 +1,9 @@
 """Records that nobody would write by hand: each is stored or told, and none ends the build."""
 
 import errno
+import json
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +56,26 @@ def test_what_is_no_file_is_called_by_its_name(strange: dict[str, Rejection]) ->
 
 def test_images_that_the_index_cannot_count_are_refused(strange: dict[str, Rejection]) -> None:
     assert strange["many"].reason == "70000 images, more than 65535"
+
+
+def test_keys_numbers_and_names_that_look_right_and_are_not(tmp_path: Path) -> None:
+    accent = "\u00e9.png"  # in one letter; the file has it in two, as macOS writes it
+    picture().save(tmp_path / unicodedata.normalize("NFD", accent))
+    texts = [
+        json.dumps(record("<image>", "yes", accent)),
+        '{"image": "a.png", "image": "b.png", ' + json.dumps(record("what", "yes"))[1:],
+        '{"id": ' + "9" * 5000 + ", " + json.dumps(record("what", "yes"))[1:],
+        json.dumps(record("what", "yes")),
+    ]
+    (tmp_path / "a.json").write_text(f"[{', '.join(texts)}]")
+    (tmp_path / "LIST.json").write_text(
+        json.dumps({"A": {"annotations": str(tmp_path / "a.json")}})
+    )
+    assert build_shards(tmp_path / "LIST.json", tmp_path / "shards").samples == 1
+    ledger = read_ledger(tmp_path / "shards" / "rejected.jsonl")
+    reasons = [line.reason for line in sorted(ledger, key=lambda line: line.record)]
+    assert "; the file's name is there in Unicode's form NFD" in reasons[0]
+    assert reasons[1] == "'image' stands twice" and "4300 digits" in reasons[2]
 
 
 def test_a_sample_that_no_reader_takes_is_not_written(
