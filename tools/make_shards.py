@@ -11,7 +11,6 @@ the same command.
 import argparse
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         manifest = _make(flags, folder)
     except (ValueError, OSError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
+        print(f"make_shards: {_shown(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("make_shards: interrupted; the same command goes on from here", file=sys.stderr)
@@ -73,8 +72,16 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
+def _shown(lines: str) -> str:
+    """Names of strangers' files may steer a terminal."""
+    return "\n".join(map(visible, lines.split("\n")))
+
+
 def _make(flags: argparse.Namespace, folder: Path) -> Manifest:
-    log = partial(print, file=sys.stderr, flush=True)
+
+    def log(line: str) -> None:
+        print(_shown(line), file=sys.stderr, flush=True)
+
     if flags.tokenizer:
         load_tokenizer(flags.tokenizer)  # a mistake shows before anything is built
     if flags.index:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_gmai.chat_formats import chat_format
+from megatron_gmai.data.plan.windows import LENGTH_ROW
 from megatron_gmai.data.shards.lengths import token_lengths
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.text.encoder import Encoder
@@ -55,6 +57,28 @@ def test_token_lengths_belong_to_one_way_of_encoding(
     assert set(shards.folder.glob("lengths-*.npy")) == before
     token_lengths(shards, changed)
     assert len(set(shards.folder.glob("lengths-*.npy")) - before) == 1
+
+
+def test_lengths_that_nobody_has_measured_are_refused(
+    list_file: Path, tokenizer_file: Path
+) -> None:
+    """A table that came with a stranger's shards would be packed all the same, without an end."""
+    (table,) = open_list(list_file, tokenizer_file).shards.folder.glob("lengths-*.npy")
+    sound = np.load(table).astype(LENGTH_ROW)
+    for field, value in (
+        ("length", 129),
+        ("length", -1),
+        ("length", 2**31 - 5),
+        ("images_end", 128),
+    ):
+        rows = sound.copy()
+        rows[field][0] = value
+        np.save(table, rows)
+        with pytest.raises(ValueError, match="does not belong to these shards; delete it"):
+            open_list(list_file, tokenizer_file)
+    table.write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match="does not belong to these shards; delete it"):
+        open_list(list_file, tokenizer_file)
 
 
 @pytest.mark.parametrize(

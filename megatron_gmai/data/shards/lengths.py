@@ -93,10 +93,27 @@ def token_lengths(
                     _join(shards, parts, table, ledger)
         except OSError as error:
             raise ValueError(f"cannot write token lengths to {table}: {error.strerror}") from error
-    rows = np.load(table, mmap_mode="r")
-    if rows.dtype not in (SHORT_ROW, LENGTH_ROW) or len(rows) != len(shards):
-        raise ValueError(f"{table} does not belong to these shards; delete it")
-    return rows, read_ledger(ledger)
+    return _load(table, len(shards), encoder), read_ledger(ledger)
+
+
+def _load(table: Path, samples: int, encoder: Encoder) -> np.ndarray:
+    """The table, mapped. Raises ValueError for one that nobody can have measured: packs would be
+    made of it all the same, and would never end."""
+    wrong = f"{table} does not belong to these shards; delete it"
+    try:
+        if not table.is_file():  # a pipe would wait for ever
+            raise ValueError(wrong)
+        rows = np.load(table, mmap_mode="r")
+    except Exception as error:  # numpy raises anything on damaged headers
+        raise ValueError(wrong) from error
+    if rows.dtype not in (SHORT_ROW, LENGTH_ROW) or rows.shape != (samples,):
+        raise ValueError(wrong)
+    most = {name: int(rows[name].max(initial=0)) for name in ("length", "images_end")}
+    least = min(int(rows[name].min(initial=0)) for name in most)
+    cut = most["images_end" if encoder.cut else "length"]
+    if least < 0 or cut > encoder.max_length or (rows["images_end"] > rows["length"]).any():
+        raise ValueError(wrong)
+    return rows
 
 
 def _fingerprint(shards: Shards, encoder: Encoder) -> str:

@@ -95,7 +95,13 @@ def test_links_devices_and_leaving_names_are_refused(tmp_path: Path) -> None:
     assert sum("leaves its folder" in reason for reason in reasons) == 2
 
 
-def test_what_is_named_like_a_tar_file_and_is_none_is_refused(folder: Path) -> None:
+def test_what_is_named_like_a_tar_file_and_is_none_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(folder / "\x1b[2J.tar")
+    assert main(["--index", str(folder)]) == 2
+    assert r"\x1b[2J.tar is no file" in capsys.readouterr().err
+    (folder / "\x1b[2J.tar").unlink()
     for plant in (os.mkfifo, Path.mkdir, lambda at: at.symlink_to("/dev/zero")):
         plant(folder / "x.tar")
         with pytest.raises(ValueError, match=r"x\.tar is no file"):
