@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_gmai.chat_formats import chat_format
+from megatron_gmai.data.loading.loader import iterate
 from megatron_gmai.data.plan.windows import LENGTH_ROW
 from megatron_gmai.data.shards.lengths import token_lengths
 from megatron_gmai.data.shards.reader import Shards
@@ -76,6 +77,12 @@ def test_lengths_that_nobody_has_measured_are_refused(
         np.save(table, rows)
         with pytest.raises(ValueError, match="does not belong to these shards; delete it"):
             open_list(list_file, tokenizer_file)
+    # Lengths that might be: what a pack holds of a sample has to be all of it.
+    sound["length"], sound["images_end"] = 2, 0
+    np.save(table, sound)
+    dataset = open_list(list_file, tokenizer_file)
+    with pytest.raises(ValueError, match=r"the plan expects 2: delete the lengths-\*.npy"):
+        list(iterate(dataset, 0, 1, 1, 1, total_packs=1))
     table.write_bytes(b"\x93NUMPY")
     with pytest.raises(ValueError, match="does not belong to these shards; delete it"):
         open_list(list_file, tokenizer_file)

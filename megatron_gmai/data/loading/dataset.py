@@ -161,10 +161,13 @@ class PackDataset:
             )
             return Segment(location, None, piece.start, piece.stop)
         rendered = self.encoder.encode(stored.record, len(stored.images))
-        if piece.stop > len(rendered.tokens):
+        # Only a table of other shards differs: samples would be cut anywhere, images left over.
+        size, is_cut = len(rendered.tokens), self.encoder.cut
+        images_end = rendered.images_end if piece.start == 0 else 0
+        if not images_end <= piece.stop <= size or (piece.stop < size and not is_cut):
             raise ValueError(
-                f"sample {stored.key} has {len(rendered.tokens)} tokens, the plan expects "
-                f"{piece.stop}: delete the lengths-*.npy files in {self.shards.folder}"
+                f"sample {stored.key} has {size} tokens, images up to {images_end}, the plan "
+                f"expects {piece.stop}: delete the lengths-*.npy files in {self.shards.folder}"
             )
         # Images end before any cut, so a sample's first piece holds them all.
         files = stored.images if piece.start == 0 else ()

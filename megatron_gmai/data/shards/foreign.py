@@ -43,6 +43,7 @@ from megatron_gmai.data.shards.index import (
     save_index,
     write_manifest,
 )
+from megatron_gmai.data.sources.records import MAX_RECORD
 from megatron_gmai.data.text.conversation import image_names, parse_conversation
 
 # Tar files by name that are not indexed: what is packed cannot be read at random.
@@ -209,6 +210,8 @@ def _row(members: list[tarfile.TarInfo], stream: BinaryIO) -> tuple[int, ...]:
             raise BadSample(f"tar member {member.name!r} is a link or a device, not a file")
         if member.issparse():  # a header of some bytes stands for gigabytes of zeros
             raise BadSample(f"tar member {member.name!r} is a sparse file")
+        if member.size > MAX_RECORD and split_name(member.name)[1].lower() in ("json", "txt"):
+            raise BadSample(f"tar member {member.name!r} is a text of more than {MAX_RECORD} bytes")
         if path.is_absolute() or ".." in path.parts:
             raise BadSample(f"tar member {member.name!r} has a name that leaves its folder")
     last = members[-1]

@@ -238,10 +238,11 @@ def test_what_other_systems_put_into_tar_files(tmp_path: Path) -> None:
     [
         ([("k.json", TURNS), ("k.json", TURNS), ("k.png", PICTURE)], "'k.json' stands twice"),
         ([("k.txt", b"one"), ("k.txt", b"two"), ("k.png", PICTURE)], "'k.txt' stands twice"),
+        ([("k.txt", bytes(16 * 2**20 + 1)), ("k.png", PICTURE)], "of more than 16777216 bytes"),
         ([("k.json", b'{"id": 1, "id": 2,' + TURNS[1:]), ("k.png", PICTURE)], "'id' stands twice"),
     ],
 )
-def test_what_stands_twice_is_not_lost_in_silence(
+def test_texts_that_stand_twice_or_are_too_long_are_told(
     tmp_path: Path, members: list[tuple[str, bytes]], reason: str
 ) -> None:
     count, (line,) = index(tmp_path, tar([*members, *samples(0, 1)]))
