@@ -58,6 +58,7 @@ def test_a_model_is_served_to_the_openai_client(
     [
         (["--host", "0.0.0.0"], f"set \\${KEY} to a key"),
         (["--batch-size", "0"], "at least 1"),
+        (["--port", "70000"], "from 1 to 65535"),
         (["--examples", "none"], "no such folder"),
         ([], "not a whole checkpoint"),
     ],

@@ -76,6 +76,17 @@ class TestTheOpenAIClient:
         assert choice.message.content == "<image> <image> what is it turns=1 images=7,99"
         assert (choice.finish_reason, answer.usage.completion_tokens) == ("stop", 7)
 
+    def test_what_changes_nothing_is_no_mistake(self, address: str) -> None:
+        answer = client(address).chat.completions.create(
+            model="reader",
+            messages=user("what <<image>>", " is <ima", "ge> there"),
+            response_format={"type": "text"},
+            frequency_penalty=0,
+            stop=[],
+        )
+        said = answer.choices[0].message.content
+        assert said == "what image is image there turns=1 images="
+
     def test_images_first_stand_first(self, address: str) -> None:
         messages = user(grey(7, "JPEG"), "what is it")
         answer = client(address).chat.completions.create(model="reader", messages=messages)
@@ -140,6 +151,8 @@ class TestTheOpenAIClient:
         (b'{"messages": [{"role": "user", "content": "x"}], "top_p": NaN}', "a number"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "a number"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": "7"}', "whole number"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "presence_penalty": 1}', "supported"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "not supported"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "Unicode"),
     ],
@@ -236,6 +249,24 @@ def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatc
             assert connection.recv(100) == b""
 
 
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "MAX_STALLED_SECONDS", 0.3)
+    picture = encoded(Image.effect_noise((2000, 2000), 90))
+    with serving(Reader()) as address:
+        place = urlsplit(address)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        kind = {"Content-Type": "application/octet-stream"}
+        connection.request("POST", "/preview", picture, kind)
+        answer = connection.getresponse()
+        time.sleep(1)
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+
+
 def test_too_many_images_are_refused(address: str) -> None:
     body = {"messages": user(*[grey(1)] * 17, "x")}
     status, answer = raw(address, json.dumps(body).encode())
@@ -250,6 +281,7 @@ class TestStrangers:
     def test_a_form_of_another_site_is_refused(self, address: str) -> None:
         for kind in ("text/plain", "application/x-www-form-urlencoded"):
             assert raw(address, self.BODY, Content_Type=kind)[0] == 415
+        assert raw(address, self.BODY, Content_Type="Application/JSON")[0] == 200
         assert raw(address, b"x", "/preview", Content_Type="text/plain")[0] == 415
 
     def test_another_name_for_this_machine_is_refused(self, address: str) -> None:

@@ -163,7 +163,7 @@ class _Server:
 
 def _check_type(request: HttpRequest, wanted: str) -> None:
     """A page of another site cannot send these types without asking first (CORS)."""
-    if request.headers.get("content-type", "").split(";")[0].strip() != wanted:
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != wanted:
         raise BadRequest(f"the content type must be {wanted}", status=415)
 
 
