@@ -16,7 +16,13 @@ from megatron_gmai.evaluate.judge import Judge, openai_ask
 from megatron_gmai.evaluate.page import render_page
 from megatron_gmai.evaluate.protocols.registry import PROTOCOLS
 from megatron_gmai.evaluate.protocols.verdict import Protocol
-from megatron_gmai.evaluate.report import Scores, to_table, to_text
+from megatron_gmai.evaluate.report import (
+    OTHER_QUESTIONS,
+    Scores,
+    of_these_questions,
+    to_table,
+    to_text,
+)
 from megatron_gmai.evaluate.scores import GROUPS, join, judge_all
 from megatron_gmai.evaluate.statistics import paired_test
 
@@ -88,6 +94,9 @@ def compare(flags: argparse.Namespace) -> None:
             f"{interval:<18}{test.p_value:>8.4f}{test.images:>8}"
         )
         result[protocol.name] = {"a": means[0], "b": means[1], "n": len(a), **asdict(test)}
+    for path in (flags.first, flags.second):
+        if of_these_questions(path, benchmark) is False:
+            print(OTHER_QUESTIONS.format(path.name))
     if flags.output:
         _write(flags.output, json.dumps(result, indent=1) + "\n")
 

@@ -62,8 +62,13 @@ def kind(item: Item) -> str:
 
 
 def join(benchmark: Benchmark, predictions: Mapping[str, str]) -> list[tuple[Item, str]]:
-    """Every question with its answer. Raises ValueError if one is missing: scores of a part are no
-    scores of the benchmark."""
+    """Every question with its answer. Raises ValueError if one is missing, for scores of a part are
+    no scores of the benchmark, or if nothing says what is right."""
+    if not any(item.answer for item in benchmark.items):
+        raise ValueError(
+            f"{benchmark.name} holds no answers to score by; of test sets whose answers are kept, "
+            "predictions go to the authors"
+        )
     missing = [item.index for item in benchmark.items if item.index not in predictions]
     if missing:
         raise ValueError(

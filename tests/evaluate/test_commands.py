@@ -7,6 +7,7 @@ import pytest
 
 from megatron_gmai.evaluate.benchmarks.predictions import write_predictions
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
+from megatron_gmai.evaluate.report import questions_hash
 from tests.evaluate.tables import choices, png, write_tsv
 from tests.evaluate.test_leakage import make_shards
 from tools.evaluate import main
@@ -92,6 +93,30 @@ def test_compare_tells_two_models_apart(
     result = json.loads((tmp_path / "c.json").read_text())["vlmevalkit"]
     assert (result["a"], result["b"], result["images"]) == (0.25, 1.0, 10)
     assert result["p_value"] < 0.01
+
+
+def test_what_a_reader_must_know_stands_below_the_rows(
+    benchmark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = predicted(benchmark, "model", {})
+    settings = {"benchmark_sha256": questions_hash(read_benchmark(benchmark))}
+    predictions.with_suffix(".settings.json").write_text(json.dumps(settings))
+    score = ["score", "--benchmark", str(benchmark), "--predictions", str(predictions)]
+    main([*score, "--protocol", "vlmevalkit"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    rows = choices(40, images=10, modality="CT")
+    write_tsv(benchmark, [dict(one, answer="(A)" if i == 7 else "A") for i, one in enumerate(rows)])
+    main([*score, "--protocol", "vlmevalkit"])
+    odd, other = capsys.readouterr().out.splitlines()[3:]
+    assert odd.startswith("1 questions with options") and "first index 7" in odd
+    assert (
+        other == "model_Set.tsv was made for other questions, options, answers or images than these"
+    )
+    main(["compare", *score[1:3], "--protocol", "vlmevalkit", *[str(predictions)] * 2])
+    assert capsys.readouterr().out.count("made for other questions") == 2
+    write_tsv(benchmark, [dict(one, answer="") for one in rows])
+    with pytest.raises(ValueError, match="holds no answers to score by"):
+        main(score)
 
 
 def test_leakage_and_scores_without_it(

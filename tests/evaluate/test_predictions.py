@@ -52,6 +52,11 @@ def test_pandas_reads_what_vlmevalkit_needs(
     assert "image" not in table and str(table["prediction"][1]) == "=SUM(A1)"
 
 
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('[{"index": 0, "prediction": "A"}]', encoding="utf-8-sig")
+    assert read_predictions(tmp_path / "p.json") == {"0": "A"}
+
+
 def test_characters_that_a_workbook_cannot_hold_are_left_out(
     benchmark: Benchmark, tmp_path: Path
 ) -> None:

@@ -56,8 +56,9 @@ def test_images_of_mmmu_stand_where_the_text_names_them() -> None:
 
 
 def test_a_tag_in_a_question_is_no_image() -> None:
-    asking = ask(replace(OPEN, question="What is <image>?"), "Set", "plain", 1)
-    assert asking.text == TAG + "What is image?"
+    for question in ("What is <image>?", "What is <<image>>?"):
+        asking = ask(replace(OPEN, question=question), "Set", "plain", 1)
+        assert asking.text == TAG + "What is image?"
 
 
 def test_an_unknown_style_is_told() -> None:

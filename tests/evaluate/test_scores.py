@@ -170,9 +170,10 @@ class TestJudge:
         store = tmp_path / "answers.jsonl"
         scored(benchmark, "medevalkit", Judge("a model", store, self.ask))
         lines = store.read_text().splitlines(keepends=True)
-        store.write_text(lines[0] + lines[1][:20] + "\n")
+        store.write_text(lines[0] + lines[1][:20])
         scored(benchmark, "medevalkit", Judge("a model", store, self.ask))
         assert len(self.prompts) == 3
+        scored(benchmark, "medevalkit", Judge("a model", store, None))
 
     @pytest.mark.parametrize(
         ("reply", "letter"),
