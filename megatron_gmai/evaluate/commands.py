@@ -20,6 +20,7 @@ from megatron_gmai.evaluate.report import (
     OTHER_QUESTIONS,
     Scores,
     of_these_questions,
+    to_notes,
     to_table,
     to_text,
 )
@@ -62,7 +63,8 @@ def score(flags: argparse.Namespace) -> None:
         _write(flags.output, json.dumps(result, indent=1) + "\n")
     if flags.html:
         title = f"{benchmark.name}: {flags.predictions.stem}"
-        _write(flags.html, render_page(benchmark, verdicts, to_table(result, flags.by), title))
+        table, notes = to_table(result, flags.by), to_notes(result)
+        _write(flags.html, render_page(benchmark, verdicts, table, notes, title))
 
 
 def compare_parser(flags: argparse.ArgumentParser) -> None:

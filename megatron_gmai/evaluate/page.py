@@ -57,9 +57,11 @@ def render_page(
     benchmark: Benchmark,
     verdicts: Mapping[str, Sequence[Scored]],
     table: Sequence[Sequence[str]],
+    notes: Sequence[str],
     title: str,
 ) -> str:
-    """The page. `table` is head and rows of the scores; `verdicts` are by protocol."""
+    """The page. `table` is head and rows of the scores, `notes` stand below it; `verdicts` are by
+    protocol."""
     cases = _by_question(verdicts)
     chosen = choose_cases(cases)
     counts = {name: sum(_class(case) == name for case in cases.values()) for name in _CLASSES}
@@ -68,6 +70,7 @@ def render_page(
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title><style>{STYLE}</style><h1>{_text(title)}</h1>",
         f"<div class=scroll>{_table(table)}</div>",
+        *(f"<p>{_text(note)}</p>" for note in notes),
         "<nav aria-label='cases shown'>",
         *(
             f"<label><input type=checkbox id=show-{name} checked> {name} ({counts[name]})</label>"

@@ -83,11 +83,11 @@ def to_text(result: Mapping[str, Any], by: Sequence[str] = ()) -> str:
     rows = to_table(result, by)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
-    lines += _notes(result)
+    lines += to_notes(result)
     return "\n".join([f"{result['benchmark']['name']}, {result['predictions']['file']}", *lines])
 
 
-def _notes(result: Mapping[str, Any]) -> list[str]:
+def to_notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the scores must know of them."""
     notes = []
     silent = [name for name, protocol in result["protocols"].items() if not protocol["all"]]

@@ -41,6 +41,7 @@ def test_score_prints_a_row_a_protocol_and_writes_result_and_page(
     result = json.loads(files[0].read_text())
     assert result["protocols"]["mmmu"]["all"]["accuracy"] == pytest.approx(38.25 / 40)
     page = files[1].read_text()
+    assert "<p>no rule for these questions: llava-med, lmms-eval</p>" in page
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert page.count("<article") == 26 and page.count("data:image/jpeg;base64") == 26
 

@@ -26,8 +26,10 @@ MAX_IMAGES = 16
 MAX_TEXT = 200_000
 DEFAULT_TOKENS = 256
 # What would change the answer and is not done here.
-_NOT_DONE = ("tools", "functions", "stop", "logprobs", "response_format", "audio", "logit_bias")
-_NOT_DONE += ("frequency_penalty", "presence_penalty")
+_NOT_DONE = (
+    *("tools", "functions", "stop", "logprobs", "response_format", "audio", "logit_bias"),
+    *("frequency_penalty", "presence_penalty"),
+)
 _CHANGES_NOTHING = {"type": "text"}  # as a response_format
 
 
