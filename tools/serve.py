@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise ValueError("serving needs: pip install 'megatron-gmai[serve]'") from error
     key = os.environ.get(KEY)
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ValueError(f"${KEY} must be printable ASCII: no other key arrives in an HTTP header")
     if flags.host not in LOOPBACK and not key:
         raise ValueError(f"--host {flags.host} lets others in: set ${KEY} to a key for them")
     settings = Settings(
@@ -133,7 +135,8 @@ def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
     world = open_world(config)
     model = load_for_inference(trained, config, world)
     if world.is_first_rank:
-        print(f"{trained.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
+        host = f"[{flags.host}]" if ":" in flags.host else flags.host
+        print(f"{trained.path} as {flags.name}: http://{host}:{flags.port}", flush=True)
     return ModelGenerator(flags.name, model, config, tokenizer)
 
 

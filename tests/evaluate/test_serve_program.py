@@ -69,3 +69,12 @@ def test_mistakes_are_told_before_anything_is_built(
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(ValueError, match=message):
         main(["--load", str(tmp_path), *flags])
+
+
+@pytest.mark.parametrize("key", ["clé", "from a file\n"])
+def test_a_key_that_no_client_can_send_is_refused(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(ValueError, match="printable ASCII"):
+        main(["--load", str(tmp_path)])
