@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from megatron_gmai.data.text.conversation import IMAGE_TAG
 from megatron_gmai.evaluate.benchmarks.table import Item
 
-# With all brackets around it, lest what is left of "<<image>>" be a tag.
-_TAG = re.compile(f"<*{IMAGE_TAG}>*")
+# The tag with all brackets around it, lest what is left of "<<image>>" be one. From the first bracket
+# of a row on and never back: a text of brackets alone takes no longer than another.
+_TAG = re.compile("(?<!<)<++image>++")
 _NAMED_IMAGE = re.compile(r"<image (\d)>")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
