@@ -190,6 +190,11 @@ def test_a_body_beyond_the_bound_is_not_read_to_its_end(address: str) -> None:
     assert status == 413 and "larger than" in answer["error"]["message"]
 
 
+def test_a_body_of_values_without_number_is_not_parsed(address: str) -> None:
+    status, answer = raw(address, b'{"messages": [' + b"[]," * 600_000 + b"[]]}")
+    assert status == 413 and "values" in answer["error"]["message"]
+
+
 def test_too_many_images_are_refused(address: str) -> None:
     body = {"messages": user(*[grey(1)] * 17, "x")}
     status, answer = raw(address, json.dumps(body).encode())

@@ -21,6 +21,7 @@ from megatron_gmai.evaluate.sampling import Sampling
 from megatron_gmai.evaluate.server.generator import Generator, Request
 
 MAX_BODY_BYTES = 64 * 1024**2
+MAX_VALUES = 1_000_000  # in a body; commas in texts count too
 MAX_MESSAGES = 200
 MAX_IMAGES = 16
 MAX_TEXT = 200_000
