@@ -20,6 +20,7 @@ from megatron_gmai.evaluate.report import (
     OTHER_QUESTIONS,
     Scores,
     of_these_questions,
+    questions_hash,
     to_notes,
     to_table,
     to_text,
@@ -123,7 +124,8 @@ def leakage(flags: argparse.Namespace) -> None:
         questions = visible(", ".join(match["indices"][:5]))
         print(f"  {questions}  {sign}  {visible(match['training_key'])}")
     if flags.output:
-        _write(flags.output, json.dumps(asdict(leaks), indent=1) + "\n")
+        content = {"benchmark_sha256": questions_hash(benchmark), **asdict(leaks)}
+        _write(flags.output, json.dumps(content, indent=1) + "\n")
 
 
 Command = tuple[
@@ -167,6 +169,8 @@ def _read_leaks(path: Path, benchmark: Benchmark) -> set[str]:
         raise ValueError(f"{path} is not a result of `leakage`: {error}") from error
     if name != benchmark.name:
         raise ValueError(f"{path} is about {name}, not {benchmark.name}")
+    if loaded.get("benchmark_sha256") not in (None, questions_hash(benchmark)):
+        raise ValueError(f"{path} is about other questions of {name}; run leakage again")
     return indices
 
 

@@ -134,6 +134,9 @@ def test_leakage_and_scores_without_it(
     with_all, without = capsys.readouterr().out.splitlines()[2:4]
     assert with_all.split()[1] == "0.9500" and with_all.split()[-4] == "40"
     assert without.split()[3] == "1.0000" and without.split()[-4] == "32"
+    write_tsv(benchmark, choices(40, images=9))
+    with pytest.raises(ValueError, match="about other questions of Set; run leakage again"):
+        main([*words, "--protocol", "vlmevalkit", "--leaks", str(leaks)])
 
 
 @pytest.mark.parametrize(

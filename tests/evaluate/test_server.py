@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from megatron_gmai.data.text.conversation import Conversation, Turn
 from megatron_gmai.evaluate.server.app import Settings
+from megatron_gmai.evaluate.server.batching import Batcher, Job
+from megatron_gmai.evaluate.server.generator import Piece, Request
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
 from tests.evaluate.serving import Reader, serving
 from tests.evaluate.tables import encoded
@@ -276,6 +280,15 @@ class TestUnderLoad:
             list(stream)
         assert self.ask(address, "next") == "next turns=1 images="
         assert "a planted failure" in capfd.readouterr().err
+
+    def test_a_failure_takes_none_with_it_that_began_together(self) -> None:
+        batcher, pieces = Batcher(Reader(), batch_size=2, most_waiting=2), queue.Queue[Piece]()
+        for text in ("fail", "next"):
+            conversation = Conversation((Turn("user", text),))
+            batcher.submit(Job(Request(conversation, (), max_tokens=1), pieces.put))
+        batcher.start()
+        batcher.stop()
+        assert [pieces.get().finish for _ in range(2)] == ["error", "length"]
 
     @pytest.mark.parametrize("streamed", [True, False])
     def test_a_client_that_leaves_frees_its_place(self, streamed: bool) -> None:
