@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from megatron_gmai.data.text.conversation import IMAGE_TAG
 from megatron_gmai.evaluate.benchmarks.table import Item
 
-# The tag with all brackets around it, lest what is left of "<<image>>" be one; from the first bracket
-# of a row on and never back, lest a text of brackets take quadratic time.
+# The tag with all brackets around it, lest what is left of "<<image>>" be one; from the first
+# bracket of a row on and never back, lest a text of brackets take quadratic time.
 _TAG = re.compile("(?<!<)<++image>++")
 _NAMED_IMAGE = re.compile(r"<image (\d)>")
 _CHINESE = re.compile("[\u4e00-\u9fff]")

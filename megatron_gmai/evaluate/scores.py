@@ -113,7 +113,7 @@ def _ask_judge(
         before = results.get(item.index)
         if options and protocol.judges_choices and before and before.verdict.unanswered:
             prompts[item.index] = match_prompt(item, options, answer)
-        elif item.answer and kind(item) == "open" and not options and protocol.judges_open:
+        elif protocol.judges_open and item.answer and not options and _is_open(item, before):
             prompts[item.index] = same_prompt(item, answer)
     replies = dict(zip(prompts, judge.replies(list(prompts.values())), strict=True))
     for item, answer in answered:
@@ -121,6 +121,11 @@ def _ask_judge(
             verdict = _judged(item, replies[item.index], benchmark.name)
             results[item.index] = Scored(item, answer, verdict, judged=True)
     return [results[item.index] for item, _ in answered if item.index in results]
+
+
+def _is_open(item: Item, before: Scored | None) -> bool:
+    """Open questions, and those for which there is no other rule."""
+    return before is None or kind(item) == "open"
 
 
 def _judged(item: Item, reply: str, benchmark: str) -> Verdict:

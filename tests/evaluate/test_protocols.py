@@ -116,7 +116,8 @@ class TestVLMEvalKit:
         assert judge("vlmevalkit", "7.5", "Other Answers", benchmark="MMMU_DEV_VAL").score == 0
 
     def test_other_open_questions_have_no_rule(self) -> None:
-        assert PROTOCOLS["vlmevalkit"].rule(item("left lung"), "left lung", "PathVQA") is None
+        for truth in ("left lung", "yes"):
+            assert PROTOCOLS["vlmevalkit"].rule(item(truth), truth, "PathVQA_TEST") is None
 
 
 class TestWords:
