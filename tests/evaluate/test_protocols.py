@@ -1,5 +1,7 @@
 """Each protocol on the cases that its toolkit's own code was run on."""
 
+import time
+
 import pytest
 
 from megatron_gmai.evaluate.protocols import llava_med, lmms_eval, medevalkit, mmmu, vlmevalkit
@@ -308,6 +310,11 @@ class TestMMMU:
     )
     def test_an_open_answer(self, truth: str, answer: str, score: float) -> None:
         assert judge("mmmu", truth, answer).score == score
+
+    def test_an_answer_of_nothing_but_digits_takes_no_quadratic_time(self) -> None:
+        begun = time.process_time()
+        assert judge("mmmu", "7", "7" * 20_000).score == 0
+        assert time.process_time() - begun < 4
 
 
 class TestLmmsEval:
