@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_gmai.evaluate.server.model import ModelGenerator
 
 KEY = "GMAI_API_KEY"
+LAST_SECONDS = 25  # for answers under way when a signal comes; Kubernetes kills after 30
 SPARE_CONNECTIONS = 128  # for pages, pictures and bodies under way; further ones get status 503
 
 
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser().parse_args(argv)
     if flags.batch_size < 1 or flags.max_tokens < 1:
         raise ValueError("--batch-size and --max-tokens must be at least 1")
+    if not 0 < flags.port < 2**16:
+        raise ValueError(f"--port {flags.port}: must be from 1 to {2**16 - 1}")
     if flags.examples and not flags.examples.is_dir():
         raise ValueError(f"--examples {flags.examples}: no such folder")
     try:
@@ -66,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise ValueError("serving needs: pip install 'megatron-gmai[serve]'") from error
     key = os.environ.get(KEY)
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ValueError(f"${KEY} must be printable ASCII: no other key arrives in an HTTP header")
     if flags.host not in LOOPBACK and not key:
         raise ValueError(f"--host {flags.host} lets others in: set ${KEY} to a key for them")
     settings = Settings(
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def serve(app: "Starlette", flags: argparse.Namespace, settings: "Settings") -> None:
-    """Until a signal ends it."""
+    """Until a signal ends it, and answers under way have ended or `LAST_SECONDS` have passed."""
     import uvicorn
 
     from megatron_gmai.evaluate.server.connections import Connection
@@ -104,6 +109,7 @@ def serve(app: "Starlette", flags: argparse.Namespace, settings: "Settings") -> 
         port=flags.port,
         log_level="warning",
         access_log=False,
+        timeout_graceful_shutdown=LAST_SECONDS,
         limit_concurrency=settings.batch_size + settings.most_waiting + SPARE_CONNECTIONS,
     )
 
@@ -129,7 +135,8 @@ def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
     world = open_world(config)
     model = load_for_inference(trained, config, world)
     if world.is_first_rank:
-        print(f"{trained.path} as {flags.name}: http://{flags.host}:{flags.port}", flush=True)
+        host = f"[{flags.host}]" if ":" in flags.host else flags.host
+        print(f"{trained.path} as {flags.name}: http://{host}:{flags.port}", flush=True)
     return ModelGenerator(flags.name, model, config, tokenizer)
 
 

@@ -16,7 +16,15 @@ from megatron_gmai.evaluate.judge import Judge, openai_ask
 from megatron_gmai.evaluate.page import render_page
 from megatron_gmai.evaluate.protocols.registry import PROTOCOLS
 from megatron_gmai.evaluate.protocols.verdict import Protocol
-from megatron_gmai.evaluate.report import Scores, to_table, to_text
+from megatron_gmai.evaluate.report import (
+    OTHER_QUESTIONS,
+    Scores,
+    of_these_questions,
+    questions_hash,
+    to_notes,
+    to_table,
+    to_text,
+)
 from megatron_gmai.evaluate.scores import GROUPS, join, judge_all
 from megatron_gmai.evaluate.statistics import paired_test
 
@@ -56,7 +64,8 @@ def score(flags: argparse.Namespace) -> None:
         _write(flags.output, json.dumps(result, indent=1) + "\n")
     if flags.html:
         title = f"{benchmark.name}: {flags.predictions.stem}"
-        _write(flags.html, render_page(benchmark, verdicts, to_table(result, flags.by), title))
+        table, notes = to_table(result, flags.by), to_notes(result)
+        _write(flags.html, render_page(benchmark, verdicts, table, notes, title))
 
 
 def compare_parser(flags: argparse.ArgumentParser) -> None:
@@ -88,6 +97,9 @@ def compare(flags: argparse.Namespace) -> None:
             f"{interval:<18}{test.p_value:>8.4f}{test.images:>8}"
         )
         result[protocol.name] = {"a": means[0], "b": means[1], "n": len(a), **asdict(test)}
+    for path in (flags.first, flags.second):
+        if of_these_questions(path, benchmark) is False:
+            print(OTHER_QUESTIONS.format(path.name))
     if flags.output:
         _write(flags.output, json.dumps(result, indent=1) + "\n")
 
@@ -112,7 +124,8 @@ def leakage(flags: argparse.Namespace) -> None:
         questions = visible(", ".join(match["indices"][:5]))
         print(f"  {questions}  {sign}  {visible(match['training_key'])}")
     if flags.output:
-        _write(flags.output, json.dumps(asdict(leaks), indent=1) + "\n")
+        content = {"benchmark_sha256": questions_hash(benchmark), **asdict(leaks)}
+        _write(flags.output, json.dumps(content, indent=1) + "\n")
 
 
 Command = tuple[
@@ -156,6 +169,8 @@ def _read_leaks(path: Path, benchmark: Benchmark) -> set[str]:
         raise ValueError(f"{path} is not a result of `leakage`: {error}") from error
     if name != benchmark.name:
         raise ValueError(f"{path} is about {name}, not {benchmark.name}")
+    if loaded.get("benchmark_sha256") not in (None, questions_hash(benchmark)):
+        raise ValueError(f"{path} is about other questions of {name}; run leakage again")
     return indices
 
 

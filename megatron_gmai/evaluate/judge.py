@@ -79,6 +79,8 @@ class Judge:
         if new and self._ask is not None:
             self.store.parent.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(self.workers) as pool, self.store.open("a") as file:
+                if file.tell():
+                    file.write("\n")  # not behind a line that a kill cut off
                 for key, reply in zip(new, pool.map(self._ask, new.values()), strict=True):
                     self._replies[key] = reply
                     file.write(json.dumps({"key": key, "reply": reply}) + "\n")

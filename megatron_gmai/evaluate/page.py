@@ -28,7 +28,7 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.4rem } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: pre }
 td, th { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line) }
 td:first-child, th:first-child { text-align: left }
 nav { display: flex; flex-wrap: wrap; gap: .5rem; margin: 1rem 0; position: sticky; top: 0;
@@ -57,9 +57,11 @@ def render_page(
     benchmark: Benchmark,
     verdicts: Mapping[str, Sequence[Scored]],
     table: Sequence[Sequence[str]],
+    notes: Sequence[str],
     title: str,
 ) -> str:
-    """The page. `table` is head and rows of the scores; `verdicts` are by protocol."""
+    """The page. `table` is head and rows of the scores, `notes` stand below it; `verdicts` are by
+    protocol."""
     cases = _by_question(verdicts)
     chosen = choose_cases(cases)
     counts = {name: sum(_class(case) == name for case in cases.values()) for name in _CLASSES}
@@ -68,6 +70,7 @@ def render_page(
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title><style>{STYLE}</style><h1>{_text(title)}</h1>",
         f"<div class=scroll>{_table(table)}</div>",
+        *(f"<p>{_text(note)}</p>" for note in notes),
         "<nav aria-label='cases shown'>",
         *(
             f"<label><input type=checkbox id=show-{name} checked> {name} ({counts[name]})</label>"

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from megatron_gmai.data.text.conversation import IMAGE_TAG
 from megatron_gmai.evaluate.benchmarks.table import Item
 
+# The tag with all brackets around it, lest what is left of "<<image>>" be one; from the first
+# bracket of a row on and never back, lest a text of brackets take quadratic time.
+_TAG = re.compile("(?<!<)<++image>++")
 _NAMED_IMAGE = re.compile(r"<image (\d)>")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
@@ -27,12 +30,17 @@ def ask(item: Item, benchmark: str, style: str, images: int) -> Asking:
     """Puts a question about so many images. Raises ValueError for an unknown style."""
     if style not in STYLES:
         raise ValueError(f"--prompt {style}: known are {', '.join(STYLES)}")
-    text = STYLES[style](item, benchmark).replace(IMAGE_TAG, "image")
+    text = without_tags(STYLES[style](item, benchmark))
     named = [int(number) - 1 for number in _NAMED_IMAGE.findall(text)]
     if benchmark.startswith("MMMU") and named and max(named) < images:
         # Images stand where the text names them, as MMMU is asked everywhere.
         return Asking(_NAMED_IMAGE.sub(IMAGE_TAG, text), tuple(named))
     return Asking(f"{IMAGE_TAG}\n" * images + text, tuple(range(images)))
+
+
+def without_tags(text: str) -> str:
+    """A text that mentions the tag of an image and means none."""
+    return _TAG.sub("image", text)
 
 
 def _vlmevalkit(item: Item, benchmark: str) -> str:

@@ -15,6 +15,7 @@ from megatron_gmai.evaluate.protocols.registry import PROTOCOLS, RULE_VERSION
 from megatron_gmai.evaluate.scores import Scored, result_to_json
 
 SETTINGS_SUFFIX = ".settings.json"  # beside a prediction file: how it came about
+OTHER_QUESTIONS = "{} was made for other questions, options, answers or images than these"
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class Scores:
                 "name": self.benchmark.name,
                 "questions": len(self.benchmark.items),
                 "rows_without_image": self.benchmark.without_image,
+                "answers_not_among_options": _no_option(self.benchmark),
                 "sha256": questions_hash(self.benchmark),
             },
             "predictions": {
                 "file": self.predictions.name,
                 "sha256": hashlib.sha256(self.predictions.read_bytes()).hexdigest(),
                 "settings": read_settings(self.predictions),
+                "of_these_questions": of_these_questions(self.predictions, self.benchmark),
             },
             "judge": self.judge,
             "leaked": None if self.leaked is None else len(self.leaked),
@@ -80,10 +83,43 @@ def to_text(result: Mapping[str, Any], by: Sequence[str] = ()) -> str:
     rows = to_table(result, by)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
+    lines += to_notes(result)
+    return "\n".join([f"{result['benchmark']['name']}, {result['predictions']['file']}", *lines])
+
+
+def to_notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of the scores must know of them."""
+    notes = []
     silent = [name for name, protocol in result["protocols"].items() if not protocol["all"]]
     if silent:
-        lines.append(f"no rule for these questions: {', '.join(silent)}")
-    return "\n".join([f"{result['benchmark']['name']}, {result['predictions']['file']}", *lines])
+        notes.append(f"no rule for these questions: {', '.join(silent)}")
+    odd = result["benchmark"]["answers_not_among_options"]
+    if odd:
+        notes.append(
+            f"{len(odd)} questions with options have an answer that is the letter of none of them, "
+            f"first index {visible(odd[0])}: no choice is right there"
+        )
+    if result["predictions"]["of_these_questions"] is False:
+        notes.append(OTHER_QUESTIONS.format(result["predictions"]["file"]))
+    return notes
+
+
+def _no_option(benchmark: Benchmark) -> list[str]:
+    """Indices of questions whose answer is not the letter of an option. Toolkits compare letters as
+    they are spelled, so "a", "(A)", "A, B" and the option's text are none."""
+    return [
+        item.index
+        for item in benchmark.items
+        if item.options and item.answer and item.answer not in item.options
+    ]
+
+
+def of_these_questions(predictions: Path, benchmark: Benchmark) -> bool | None:
+    """Whether predictions were made for the questions, options, answers and images that the
+    benchmark has now; None where nothing beside them says so."""
+    settings = read_settings(predictions) or {}
+    made_for = settings.get("benchmark_sha256")
+    return None if made_for is None else made_for == questions_hash(benchmark)
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:

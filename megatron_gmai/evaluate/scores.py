@@ -62,8 +62,13 @@ def kind(item: Item) -> str:
 
 
 def join(benchmark: Benchmark, predictions: Mapping[str, str]) -> list[tuple[Item, str]]:
-    """Every question with its answer. Raises ValueError if one is missing: scores of a part are no
-    scores of the benchmark."""
+    """Every question with its answer. Raises ValueError if one is missing, for scores of a part are
+    no scores of the benchmark, or if nothing says what is right."""
+    if not any(item.answer for item in benchmark.items):
+        raise ValueError(
+            f"{benchmark.name} holds no answers to score by; of test sets whose answers are kept, "
+            "predictions go to the authors"
+        )
     missing = [item.index for item in benchmark.items if item.index not in predictions]
     if missing:
         raise ValueError(
@@ -108,7 +113,7 @@ def _ask_judge(
         before = results.get(item.index)
         if options and protocol.judges_choices and before and before.verdict.unanswered:
             prompts[item.index] = match_prompt(item, options, answer)
-        elif item.answer and kind(item) == "open" and not options and protocol.judges_open:
+        elif protocol.judges_open and item.answer and not options and _is_open(item, before):
             prompts[item.index] = same_prompt(item, answer)
     replies = dict(zip(prompts, judge.replies(list(prompts.values())), strict=True))
     for item, answer in answered:
@@ -116,6 +121,11 @@ def _ask_judge(
             verdict = _judged(item, replies[item.index], benchmark.name)
             results[item.index] = Scored(item, answer, verdict, judged=True)
     return [results[item.index] for item, _ in answered if item.index in results]
+
+
+def _is_open(item: Item, before: Scored | None) -> bool:
+    """Open questions, and those for which there is no other rule."""
+    return before is None or kind(item) == "open"
 
 
 def _judged(item: Item, reply: str, benchmark: str) -> Verdict:

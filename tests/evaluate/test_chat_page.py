@@ -101,6 +101,29 @@ def test_two_uploads_a_streamed_answer_and_a_follow_up(page: Page, tmp_path: Pat
     assert page.run(background) == "rgb(243, 245, 247)"
 
 
+def test_a_new_conversation_ends_an_answer_and_begins_without_it(page: Page) -> None:
+    say(page, "this goes on forever")
+    page.wait(f"({TURNS})[1]?.includes('again')")
+    page.run("document.getElementById('again').click()")
+    page.wait(ANSWERED)
+    say(page, "next")
+    page.wait(f"({TURNS})[1]?.includes('turns') && {ANSWERED}")
+    assert page.run(TURNS) == ["next", "next turns=1 images="]
+
+
+def test_a_question_without_an_answer_can_be_sent_again(page: Page) -> None:
+    page.run("document.querySelector('#examples button').click()")
+    assert not page.run(ANSWERED)  # not before its image is there
+    page.wait(f"document.querySelectorAll('#images figure').length === 1 && {ANSWERED}")
+    say(page, "fail-later")
+    page.wait("document.getElementById('problem').innerText.includes('failed')")
+    page.wait(ANSWERED)
+    assert page.run(TURNS) == []
+    assert page.run("document.getElementById('text').value") == "fail-later"
+    assert page.run("document.querySelectorAll('#images figure').length") == 1
+    page.run("document.getElementById('text').value = ''")
+
+
 def test_a_pasted_image_is_added(page: Page) -> None:
     data = base64.b64encode(encoded(Image.new("RGB", (20, 20), (60,) * 3))).decode()
     page.run(

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_gmai.evaluate.benchmarks.predictions import write_predictions
 from megatron_gmai.evaluate.benchmarks.table import read_benchmark
+from megatron_gmai.evaluate.report import questions_hash
 from tests.evaluate.tables import choices, png, write_tsv
 from tests.evaluate.test_leakage import make_shards
 from tools.evaluate import main
@@ -40,6 +41,7 @@ def test_score_prints_a_row_a_protocol_and_writes_result_and_page(
     result = json.loads(files[0].read_text())
     assert result["protocols"]["mmmu"]["all"]["accuracy"] == pytest.approx(38.25 / 40)
     page = files[1].read_text()
+    assert "<p>no rule for these questions: llava-med, lmms-eval</p>" in page
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert page.count("<article") == 26 and page.count("data:image/jpeg;base64") == 26
 
@@ -94,6 +96,30 @@ def test_compare_tells_two_models_apart(
     assert result["p_value"] < 0.01
 
 
+def test_what_a_reader_must_know_stands_below_the_rows(
+    benchmark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = predicted(benchmark, "model", {})
+    settings = {"benchmark_sha256": questions_hash(read_benchmark(benchmark))}
+    predictions.with_suffix(".settings.json").write_text(json.dumps(settings))
+    score = ["score", "--benchmark", str(benchmark), "--predictions", str(predictions)]
+    main([*score, "--protocol", "vlmevalkit"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    rows = choices(40, images=10, modality="CT")
+    write_tsv(benchmark, [dict(one, answer="(A)" if i == 7 else "A") for i, one in enumerate(rows)])
+    main([*score, "--protocol", "vlmevalkit"])
+    odd, other = capsys.readouterr().out.splitlines()[3:]
+    assert odd.startswith("1 questions with options") and "first index 7" in odd
+    assert (
+        other == "model_Set.tsv was made for other questions, options, answers or images than these"
+    )
+    main(["compare", *score[1:3], "--protocol", "vlmevalkit", *[str(predictions)] * 2])
+    assert capsys.readouterr().out.count("made for other questions") == 2
+    write_tsv(benchmark, [dict(one, answer="") for one in rows])
+    with pytest.raises(ValueError, match="holds no answers to score by"):
+        main(score)
+
+
 def test_leakage_and_scores_without_it(
     benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +134,9 @@ def test_leakage_and_scores_without_it(
     with_all, without = capsys.readouterr().out.splitlines()[2:4]
     assert with_all.split()[1] == "0.9500" and with_all.split()[-4] == "40"
     assert without.split()[3] == "1.0000" and without.split()[-4] == "32"
+    write_tsv(benchmark, choices(40, images=9))
+    with pytest.raises(ValueError, match="about other questions of Set; run leakage again"):
+        main([*words, "--protocol", "vlmevalkit", "--leaks", str(leaks)])
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,22 @@ def test_pandas_reads_what_vlmevalkit_needs(
     assert "image" not in table and str(table["prediction"][1]) == "=SUM(A1)"
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "json", "xlsx"])
+@pytest.mark.parametrize("index", ["007", "1234567890123456789"])
+def test_indices_that_a_number_would_change_stay_texts(
+    tmp_path: Path, suffix: str, index: str
+) -> None:
+    rows = [dict(row, index=index) for row in choices(1)]
+    path = tmp_path / f"p.{suffix}"
+    write_predictions(path, read_benchmark(write_tsv(tmp_path / "Set.tsv", rows)), {index: "B"})
+    assert read_predictions(path) == {index: "B"}
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('[{"index": 0, "prediction": "A"}]', encoding="utf-8-sig")
+    assert read_predictions(tmp_path / "p.json") == {"0": "A"}
+
+
 def test_characters_that_a_workbook_cannot_hold_are_left_out(
     benchmark: Benchmark, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_gmai.evaluate.prompts import ask
+from megatron_gmai.evaluate.prompts import ask, without_tags
 from tests.evaluate.tables import item
 
 CHOICE = replace(item("B", {"A": "CT", "B": "MRI"}), hint="An image.")
@@ -56,8 +56,13 @@ def test_images_of_mmmu_stand_where_the_text_names_them() -> None:
 
 
 def test_a_tag_in_a_question_is_no_image() -> None:
-    asking = ask(replace(OPEN, question="What is <image>?"), "Set", "plain", 1)
-    assert asking.text == TAG + "What is image?"
+    for question in ("What is <image>?", "What is <<image>>?"):
+        asking = ask(replace(OPEN, question=question), "Set", "plain", 1)
+        assert asking.text == TAG + "What is image?"
+
+
+def test_a_text_of_brackets_takes_no_longer_than_another() -> None:
+    assert without_tags("<" * 300_000) == "<" * 300_000
 
 
 def test_an_unknown_style_is_told() -> None:

@@ -1,6 +1,7 @@
 """Verdicts become rows: circles, groups, what is left out, and a judge that can be done without."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,8 @@ class TestJudge:
         assert [one[i].verdict.score for i in ("1", "6", "7")] == [1, 1, 0]
         assert len(self.prompts) == 3
         assert scored(benchmark, "llava-med", judge)["6"].judged is False
+        pathology = scored(replace(benchmark, name="PathVQA"), "vlmevalkit", judge)
+        assert {i for i in pathology if pathology[i].judged} == {"1", "4", "5", "6", "7"}
 
     def test_the_score_repeats_from_stored_answers_without_it(
         self, benchmark: Benchmark, tmp_path: Path
@@ -170,9 +173,10 @@ class TestJudge:
         store = tmp_path / "answers.jsonl"
         scored(benchmark, "medevalkit", Judge("a model", store, self.ask))
         lines = store.read_text().splitlines(keepends=True)
-        store.write_text(lines[0] + lines[1][:20] + "\n")
+        store.write_text(lines[0] + lines[1][:20])
         scored(benchmark, "medevalkit", Judge("a model", store, self.ask))
         assert len(self.prompts) == 3
+        scored(benchmark, "medevalkit", Judge("a model", store, None))
 
     @pytest.mark.parametrize(
         ("reply", "letter"),

@@ -58,6 +58,7 @@ def test_a_model_is_served_to_the_openai_client(
     [
         (["--host", "0.0.0.0"], f"set \\${KEY} to a key"),
         (["--batch-size", "0"], "at least 1"),
+        (["--port", "70000"], "from 1 to 65535"),
         (["--examples", "none"], "no such folder"),
         ([], "not a whole checkpoint"),
     ],
@@ -68,3 +69,12 @@ def test_mistakes_are_told_before_anything_is_built(
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(ValueError, match=message):
         main(["--load", str(tmp_path), *flags])
+
+
+@pytest.mark.parametrize("key", ["clé", "from a file\n"])
+def test_a_key_that_no_client_can_send_is_refused(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(ValueError, match="printable ASCII"):
+        main(["--load", str(tmp_path)])

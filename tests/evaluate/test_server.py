@@ -1,10 +1,9 @@
 """The server, asked by the `openai` client and by clients that mean no good."""
 
 import base64
-import contextlib
 import http.client
 import json
-import socket
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from megatron_gmai.evaluate.server import bodies, connections
+from megatron_gmai.data.text.conversation import Conversation, Turn
 from megatron_gmai.evaluate.server.app import Settings
+from megatron_gmai.evaluate.server.batching import Batcher, Job
+from megatron_gmai.evaluate.server.generator import Piece, Request
 from megatron_gmai.evaluate.server.parsing import MAX_BODY_BYTES
 from tests.evaluate.serving import Reader, serving
 from tests.evaluate.tables import encoded
@@ -75,6 +76,17 @@ class TestTheOpenAIClient:
         choice = answer.choices[0]
         assert choice.message.content == "<image> <image> what is it turns=1 images=7,99"
         assert (choice.finish_reason, answer.usage.completion_tokens) == ("stop", 7)
+
+    def test_what_changes_nothing_is_no_mistake(self, address: str) -> None:
+        answer = client(address).chat.completions.create(
+            model="reader",
+            messages=user("what <<image>>", " is <ima", "ge> there"),
+            response_format={"type": "text"},
+            frequency_penalty=0,
+            stop=[],
+        )
+        said = answer.choices[0].message.content
+        assert said == "what image is image there turns=1 images="
 
     def test_images_first_stand_first(self, address: str) -> None:
         messages = user(grey(7, "JPEG"), "what is it")
@@ -140,6 +152,8 @@ class TestTheOpenAIClient:
         (b'{"messages": [{"role": "user", "content": "x"}], "top_p": NaN}', "a number"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "a number"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": "7"}', "whole number"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "presence_penalty": 1}', "supported"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "not supported"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "Unicode"),
     ],
@@ -180,60 +194,9 @@ def test_a_body_beyond_the_bound_is_not_read_to_its_end(address: str) -> None:
     assert status == 413 and "larger than" in answer["error"]["message"]
 
 
-class Unfinished:
-    """Sends a part of a body and waits."""
-
-    def __init__(self, address: str, sent: int) -> None:
-        place = urlsplit(address)
-        self.socket = socket.create_connection((place.hostname, place.port), timeout=20)
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n"
-        )
-        self.socket.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
-        self.socket.sendall(b" " * sent)
-
-    def status(self) -> int:
-        return int(self.socket.recv(4096).split()[1])
-
-
-def test_unfinished_bodies_share_a_bound(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(bodies, "MAX_HELD_BYTES", 1_000_000)
-    body = json.dumps({"messages": user("x")}).encode()
-    with serving(Reader()) as address:
-        first = Unfinished(address, 900_000)
-        time.sleep(0.3)
-        assert Unfinished(address, 200_000).status() == 503
-        assert raw(address, body)[0] == 200  # what was refused is held no more
-        first.socket.close()
-        time.sleep(0.3)
-        for _ in range(20):
-            assert raw(address, body + b" " * 900_000)[0] == 200
-    assert "Traceback" not in capfd.readouterr().err  # clients that leave fill no log
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "MAX_SECONDS", 0.3)
-    with serving(Reader()) as address:
-        slow = Unfinished(address, 1000)
-        assert slow.status() == 408
-        with contextlib.suppress(ConnectionResetError):
-            while slow.socket.recv(4096):  # up to the end of the connection
-                pass
-
-
-def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MAX_IDLE_SECONDS", 0.3)
-    with serving(Reader(seconds_a_step=0.3)) as address:
-        place = urlsplit(address)
-        silent, half = (socket.create_connection((place.hostname, place.port)) for _ in range(2))
-        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
-        said = raw(address, json.dumps({"messages": user("one two three")}).encode())
-        assert said[0] == 200  # which took longer
-        for connection in (silent, half):
-            connection.settimeout(5)
-            assert connection.recv(100) == b""
+def test_a_body_of_values_without_number_is_not_parsed(address: str) -> None:
+    status, answer = raw(address, b'{"messages": [' + b"[]," * 600_000 + b"[]]}")
+    assert status == 413 and "values" in answer["error"]["message"]
 
 
 def test_too_many_images_are_refused(address: str) -> None:
@@ -250,6 +213,7 @@ class TestStrangers:
     def test_a_form_of_another_site_is_refused(self, address: str) -> None:
         for kind in ("text/plain", "application/x-www-form-urlencoded"):
             assert raw(address, self.BODY, Content_Type=kind)[0] == 415
+        assert raw(address, self.BODY, Content_Type="Application/JSON")[0] == 200
         assert raw(address, b"x", "/preview", Content_Type="text/plain")[0] == 415
 
     def test_another_name_for_this_machine_is_refused(self, address: str) -> None:
@@ -316,6 +280,15 @@ class TestUnderLoad:
             list(stream)
         assert self.ask(address, "next") == "next turns=1 images="
         assert "a planted failure" in capfd.readouterr().err
+
+    def test_a_failure_takes_none_with_it_that_began_together(self) -> None:
+        batcher, pieces = Batcher(Reader(), batch_size=2, most_waiting=2), queue.Queue[Piece]()
+        for text in ("fail", "next"):
+            conversation = Conversation((Turn("user", text),))
+            batcher.submit(Job(Request(conversation, (), max_tokens=1), pieces.put))
+        batcher.start()
+        batcher.stop()
+        assert [pieces.get().finish for _ in range(2)] == ["error", "length"]
 
     @pytest.mark.parametrize("streamed", [True, False])
     def test_a_client_that_leaves_frees_its_place(self, streamed: bool) -> None:

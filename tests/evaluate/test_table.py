@@ -1,5 +1,6 @@
 """Benchmarks' tables are read for what they say, and nothing in them is run or followed outside."""
 
+import base64
 import tracemalloc
 from pathlib import Path
 
@@ -101,6 +102,25 @@ def test_cells_that_a_short_row_lacks_are_empty(tmp_path: Path) -> None:
     path.write_text("image\tindex\tquestion\tA\nx.png\t7\n")
     (item,) = read_benchmark(path).items
     assert (item.index, item.question, item.options) == ("7", "", {})
+
+
+@pytest.mark.parametrize("rows", ['0\t"what\n1\tq\tA\tx\n', "0\tone\ttwo\tA\tx.png\n"])
+def test_rows_that_have_run_into_one_or_into_the_next_column_are_refused(
+    tmp_path: Path, rows: str
+) -> None:
+    path = tmp_path / "s.tsv"
+    path.write_text(f"index\tquestion\tanswer\timage\n{rows}")
+    with pytest.raises(ValueError, match="cells, the header 4; is a quote not closed"):
+        read_benchmark(path)
+
+
+def test_base64_in_lines_is_read_and_a_reference_to_a_file_is_none(tmp_path: Path) -> None:
+    lines = base64.encodebytes(png()).decode()
+    rows = [row(0, lines), row(1, "", image_path="x.png"), row(2, "1")]
+    benchmark = read_benchmark(write_tsv(tmp_path / "s.tsv", rows))
+    assert benchmark.images(benchmark.items[0]) == [png()]
+    with pytest.raises(BadSample, match="none in its image cell"):
+        benchmark.images(benchmark.items[2])
 
 
 def test_cells_may_hold_tabs_quotes_and_line_ends(tmp_path: Path) -> None:

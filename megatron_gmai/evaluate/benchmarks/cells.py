@@ -51,11 +51,11 @@ def _literals(listed: str) -> Iterator[str]:
 
 
 def to_bytes(cell: str) -> bytes:
-    """Decodes base64. Raises BadSample."""
+    """Decodes base64, which may be broken into lines. Raises BadSample."""
     if len(cell) > MAX_IMAGE_BYTES * 4 // 3 + 4:
         raise BadSample(f"an image of more than {MAX_IMAGE_BYTES} bytes")
     try:
-        return base64.b64decode(cell, validate=True)
+        return base64.b64decode("".join(cell.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadSample("the image cell is not base64") from error
 

@@ -79,7 +79,7 @@ def _table(benchmark: Benchmark, answers: Mapping[str, str]) -> list[list[Any]]:
     items = [item for item in benchmark.items if item.index in answers]
     letters = [c for c in ascii_uppercase if any(c in item.options for item in items)]
     extra = sorted({name for item in items for name in item.columns})
-    whole = all(item.index.isdecimal() for item in items)
+    whole = all(_is_number(item.index) for item in items)
     rows = [
         [
             int(item.index) if whole else item.index,
@@ -95,6 +95,11 @@ def _table(benchmark: Benchmark, answers: Mapping[str, str]) -> list[list[Any]]:
     return [["index", "question", "hint", *letters, "answer", *extra, "prediction"], *rows]
 
 
+def _is_number(index: str) -> bool:
+    """Whether an index comes back from a number as it was, also from the doubles of a workbook."""
+    return index.isdecimal() and len(index) <= 15 and str(int(index)) == index
+
+
 def _read_tsv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_FILE_BYTES)  # the module's own limit is for a whole process
     try:
@@ -106,7 +111,7 @@ def _read_tsv(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"predictions {path}: not JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

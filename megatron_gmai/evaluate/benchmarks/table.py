@@ -64,6 +64,8 @@ class Benchmark:
             return [read_file(name, *roots) for name in names]
         if len(cells) == 1 and len(cells[0]) <= MAX_REFERENCE:
             cells = split_cell(self._row(self._referred(cells[0]))["image"])
+            if not cells:
+                raise BadSample("the row whose image is meant has none in its image cell")
         return [to_bytes(cell) for cell in cells]
 
     @cached_property
@@ -110,6 +112,7 @@ def _numbered_rows(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int]
             raise ValueError(f"{path}: a benchmark needs the columns index and question")
         start = lines.position
         for cells in rows:
+            _check_width(cells, columns, f"{path}, byte {start}")
             row = _named(columns, cells)
             if len(row.get("image", "")) > MAX_REFERENCE:
                 row["image"] = f"sha256:{hashlib.sha256(row['image'].encode()).hexdigest()}"
@@ -117,7 +120,20 @@ def _numbered_rows(file: BinaryIO, path: Path) -> Iterator[tuple[tuple[int, int]
                 yield (start, lines.position - start), row
             start = lines.position
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, byte {lines.position}: not a TSV file: {error}") from error
+        raise ValueError(
+            f"{path}, byte {lines.position}: not a TSV file in UTF-8: {error}"
+        ) from error
+
+
+def _check_width(cells: Sequence[str], columns: Sequence[str], place: str) -> None:
+    """Raises ValueError for a row in whose cells others or parts of others seem to lie. A row that
+    only ends early is none: its last cells are empty."""
+    swallowed = len(cells) != len(columns) and any("\n" in cell for cell in cells)
+    if swallowed or any(cells[len(columns) :]):
+        raise ValueError(
+            f"{place}: a row has {len(cells)} cells, the header {len(columns)}; "
+            "is a quote not closed, or a tab not in quotes?"
+        )
 
 
 def _image_key(row: dict[str, str]) -> str:

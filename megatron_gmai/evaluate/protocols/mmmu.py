@@ -15,10 +15,12 @@ from megatron_gmai.evaluate.protocols.verdict import Protocol, Verdict
 _MOST_WORDS_OF_A_LETTER = 5
 _ENDS = (",", ".", "!", "?", ";", ":", "'")
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+# Only from the first digit of a row on, which finds the same: from later ones too, an answer of
+# nothing but digits would take quadratic time.
 _NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
-    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
-    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+    re.compile(r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
 )
 Normal = str | float
 

@@ -9,7 +9,7 @@ from megatron_gmai.evaluate.protocols.verdict import Protocol
 from megatron_gmai.evaluate.protocols.vlmevalkit import VLMEVALKIT, VLMEVALKIT_2024
 
 # Raised with every change of a rule: scores of different versions are not compared.
-RULE_VERSION = 1
+RULE_VERSION = 2
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol

@@ -76,7 +76,7 @@ def _rule(item: Item, answer: str, benchmark: str, phrases: bool = True) -> Verd
         if letter is None or letter == NO_OPTION:
             return Verdict.none(float(letter == truth))
         return Verdict.of(letter == truth, letter)
-    if is_yes_no(truth):
+    if is_yes_no(truth) and not benchmark.startswith("PathVQA"):  # which only a judge scores there
         said = extract_yes_no(answer)
         if said == "Unknown":
             return Verdict.none()

@@ -22,7 +22,7 @@ from megatron_gmai.evaluate.server.answers import Answer, error_response
 from megatron_gmai.evaluate.server.batching import Batcher, Busy, Job
 from megatron_gmai.evaluate.server.bodies import Bodies
 from megatron_gmai.evaluate.server.generator import Generator, Piece
-from megatron_gmai.evaluate.server.parsing import BadRequest, Chat, parse_chat
+from megatron_gmai.evaluate.server.parsing import MAX_VALUES, BadRequest, Chat, parse_chat
 from megatron_gmai.evaluate.server.preview import preview
 
 _PAGE = Path(__file__).parent / "page"
@@ -150,6 +150,9 @@ class _Server:
         return await answer.whole(pieces, job, request)
 
     def _parse(self, data: bytes) -> tuple[Chat, int]:
+        # Python's parser holds all threads, and each value takes a multiple of its text.
+        if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise BadRequest(f"the body holds more than {MAX_VALUES} values", status=413)
         try:
             body = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -163,7 +166,7 @@ class _Server:
 
 def _check_type(request: HttpRequest, wanted: str) -> None:
     """A page of another site cannot send these types without asking first (CORS)."""
-    if request.headers.get("content-type", "").split(";")[0].strip() != wanted:
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != wanted:
         raise BadRequest(f"the content type must be {wanted}", status=415)
 
 

@@ -77,8 +77,12 @@ class Batcher:
             return
         try:
             pieces = self.generator.admit([job.request for job in jobs])
-        except Exception:
-            _fail(jobs)  # those under way are not touched
+        except Exception:  # those under way are not touched
+            if len(jobs) == 1:
+                _fail(jobs)
+            else:  # the fault may be of one of them, or memory enough for one after the other
+                for job in jobs:
+                    self._admit([job])
             return
         before = len(self._under_way)
         self._under_way += jobs

@@ -16,16 +16,22 @@ import numpy as np
 from megatron_gmai.data.images.decode import decode
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.text.conversation import IMAGE_TAG, parse_conversation
+from megatron_gmai.evaluate.prompts import without_tags
 from megatron_gmai.evaluate.sampling import Sampling
 from megatron_gmai.evaluate.server.generator import Generator, Request
 
 MAX_BODY_BYTES = 64 * 1024**2
+MAX_VALUES = 1_000_000  # in a body; commas in texts count too
 MAX_MESSAGES = 200
 MAX_IMAGES = 16
 MAX_TEXT = 200_000
 DEFAULT_TOKENS = 256
 # What would change the answer and is not done here.
-_NOT_DONE = ("tools", "functions", "stop", "logprobs", "response_format", "audio", "logit_bias")
+_NOT_DONE = (
+    *("tools", "functions", "stop", "logprobs", "response_format", "audio", "logit_bias"),
+    *("frequency_penalty", "presence_penalty"),
+)
+_CHANGES_NOTHING = {"type": "text"}  # as a response_format
 
 
 class BadRequest(ValueError):
@@ -52,7 +58,7 @@ def parse_chat(body: Any, generator: Generator, most_tokens: int) -> Chat:
     if body.get("model") not in (None, generator.name):
         raise BadRequest(f"the model here is {generator.name}", "model", 404)
     for name in _NOT_DONE:
-        if body.get(name):
+        if body.get(name) and body[name] != _CHANGES_NOTHING:
             raise BadRequest(f"{name} is not supported", name)
     if _number(body, "n", 1, 1, 1) != 1:
         raise BadRequest("only one answer is given", "n")
@@ -78,12 +84,12 @@ def parse_chat(body: Any, generator: Generator, most_tokens: int) -> Chat:
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
     seed = body.get("seed")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        seed = secrets.randbits(63)
+    if isinstance(seed, bool) or not isinstance(seed, int | None):
+        raise BadRequest("seed must be a whole number", "seed")
     return Sampling(
         temperature=_number(body, "temperature", 0.0, 0, 2),
         top_p=_number(body, "top_p", 1.0, 0, 1),
-        seed=seed,
+        seed=secrets.randbits(63) if seed is None else seed,
     )
 
 
@@ -125,22 +131,22 @@ def _conversation(messages: Any, generator: Generator) -> tuple[dict[str, Any], 
 def _content(content: Any, images: list[np.ndarray], generator: Generator, where: str) -> str:
     """The text of a message, with tags for the images that are appended to `images`."""
     if isinstance(content, str):
-        return content.replace(IMAGE_TAG, "image")
+        return without_tags(content)
     if not isinstance(content, list):
         raise BadRequest(f"{where}.content must be a text or a list of parts", where)
-    text = []
+    texts = [""]  # before, between and behind the images
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            text.append(part["text"].replace(IMAGE_TAG, "image"))
+            texts[-1] += part["text"]
         elif kind == "image_url":
             if len(images) == MAX_IMAGES:
                 raise BadRequest(f"more than {MAX_IMAGES} images", where)
             images.append(generator.prepare(_image(part.get("image_url"), where)))
-            text.append(f"{IMAGE_TAG}\n")
+            texts.append("")
         else:
             raise BadRequest(f"{where}: parts are of type text or image_url", where)
-    return "".join(text)
+    return f"{IMAGE_TAG}\n".join(map(without_tags, texts))
 
 
 def _image(value: Any, where: str) -> np.ndarray:

@@ -4,6 +4,19 @@ const messages = [];
 const waiting = [];
 const $ = (id) => document.getElementById(id);
 let model = "";
+let talk = new AbortController(); // of this conversation's answers; each one has its own
+let busy = 0; // previews and answers under way; a question without its images must not be sent
+
+async function whileBusy(work) {
+  busy += 1;
+  $("send").disabled = true;
+  try {
+    await work();
+  } finally {
+    busy -= 1;
+    $("send").disabled = busy > 0;
+  }
+}
 
 function headers(type) {
   const key = sessionStorage.getItem("key");
@@ -39,16 +52,18 @@ async function preview(image) {
 }
 
 async function add(files) {
-  for (const file of files) {
-    const image = { file };
-    try {
-      await preview(image);
-      waiting.push(image);
-    } catch (error) {
-      problem(`${file.name ?? "image"}: ${error.message}`);
+  await whileBusy(async () => {
+    for (const file of files) {
+      const image = { file };
+      try {
+        await preview(image);
+        waiting.push(image);
+      } catch (error) {
+        problem(`${file.name ?? "image"}: ${error.message}`);
+      }
     }
-  }
-  showWaiting();
+    showWaiting();
+  });
 }
 
 function slider(image, end, picture) {
@@ -61,7 +76,7 @@ function slider(image, end, picture) {
     image[end] = Number(input.value);
     image.moved = true;
     try {
-      await preview(image);
+      await whileBusy(() => preview(image));
       picture.src = image.url;
       problem("");
     } catch (error) {
@@ -138,19 +153,26 @@ async function* events(answer) {
 async function send() {
   const text = $("text").value.trim();
   if (!text || $("send").disabled) return;
-  const urls = waiting.splice(0).map((image) => image.url);
+  await whileBusy(() => askModel(text));
+  $("text").focus();
+}
+
+async function askModel(text) {
+  const own = talk;
+  const images = waiting.splice(0);
+  const urls = images.map((image) => image.url);
   const parts = urls.map((url) => ({ type: "image_url", image_url: { url } }));
   messages.push({ role: "user", content: [...parts, { type: "text", text }] });
-  turn("user", text, urls);
+  const asked = turn("user", text, urls);
   $("text").value = "";
-  $("send").disabled = true;
   $("examples").hidden = true;
   problem("");
   showWaiting();
   const { element, words } = turn("assistant", "");
   element.classList.add("waiting");
   const body = JSON.stringify({ model, messages, stream: true, temperature: 0, max_tokens: 512 });
-  const options = () => ({ method: "POST", headers: headers("application/json"), body });
+  const { signal } = own;
+  const options = () => ({ method: "POST", headers: headers("application/json"), body, signal });
   try {
     const answer = await checked(await ask("/v1/chat/completions", options));
     for await (const event of events(answer)) {
@@ -159,14 +181,19 @@ async function send() {
       showEnd();
     }
     words.data ||= "(no answer)";
-    messages.push({ role: "assistant", content: words.data });
+    if (own === talk) messages.push({ role: "assistant", content: words.data });
   } catch (error) {
-    messages.pop();
+    if (own !== talk) return;
+    // The question goes back to where it can be changed and sent again.
     problem(error.message);
+    messages.pop();
+    asked.element.remove();
+    element.remove();
+    $("text").value ||= text;
+    waiting.unshift(...images);
+    showWaiting();
   }
   element.classList.remove("waiting");
-  $("send").disabled = false;
-  $("text").focus();
 }
 
 async function showExamples() {
@@ -207,7 +234,10 @@ document.addEventListener("drop", (event) => {
   add(event.dataTransfer.files);
 });
 $("again").addEventListener("click", () => {
+  talk.abort();
+  talk = new AbortController();
   messages.length = 0;
+  problem("");
   $("talk").replaceChildren();
   $("examples").hidden = $("examples").children.length === 0;
 });
