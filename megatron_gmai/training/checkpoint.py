@@ -36,6 +36,7 @@ from megatron_gmai.training.checkpoint_files import (
 from megatron_gmai.training.checksums import changed_files, checksums_of_all_ranks
 from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.rng import restore_rng, rng_piece
+from megatron_gmai.training.shares import Held, own_share
 from megatron_gmai.training.weights import weight_pieces
 
 
@@ -91,8 +92,8 @@ def pieces_to_write(
     """This rank's share of a checkpoint."""
     if optimizer is not None:
         optimizer_state.allocate(optimizer)  # a run that is saved before its first step
-    pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
-    return [piece for writes, piece in pieces if writes]
+    held = _held(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+    return own_share(list(held), chunks[0].groups)
 
 
 def write_checkpoint(
@@ -213,7 +214,7 @@ def load_checkpoint(
             f"{checkpoint.path} holds adapters of a language model. Continue with --llm-use-lora, "
             "or merge them first (tools/convert_checkpoint.py)."
         )
-    pieces = [piece for _, piece in _pieces(chunks, optimizer, adapters_only=adapters)]
+    pieces = [held.piece for held in _held(chunks, optimizer, adapters_only=adapters)]
     # Adapters on top of a checkpoint without any keep the values that they start from.
     pieces = [piece for piece in pieces if adapters or ".lora." not in piece.name]
     # States of random numbers of another layout are left alone.
@@ -239,14 +240,14 @@ def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
     )
 
 
-def _pieces(
+def _held(
     chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, adapters_only: bool
-) -> Iterator[tuple[bool, Piece]]:
-    """All that this rank holds of a checkpoint, and whether this rank writes it."""
+) -> Iterator[Held]:
+    """All that this rank holds of a checkpoint."""
     yield from weight_pieces(chunks, adapters_only)
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
-        yield True, rng_piece(chunks[0].groups)
+        yield Held(rng_piece(chunks[0].groups))
 
 
 def _remove(folder: Path) -> None:
