@@ -8,6 +8,7 @@
 A checkpoint is written under a temporary name and renamed when its manifest is in place.
 """
 
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
-from megatron_gmai.convert.manifest import LATEST, read_manifest, write_manifest
+from megatron_gmai.convert.manifest import LATEST, MANIFEST, read_manifest, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training import optimizer_state
@@ -119,9 +120,12 @@ def write_checkpoint(
         write_carried(temporary, carried or {})
         write_manifest(temporary, asdict(position), config, has_optimizer, checksums)
         pointer.write_text(final.name, encoding="utf-8")
+        for path in (temporary / MANIFEST, temporary, pointer):
+            _force_to_disk(path)  # before an older checkpoint may go: power can fail
         _remove(final)  # of an earlier run; nothing from here on needs space
         temporary.rename(final)
         pointer.replace(folder / LATEST)
+        _force_to_disk(folder)
 
     try:
         on_first_rank(begin, group)
@@ -248,6 +252,18 @@ def _held(
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
         yield Held(rng_piece(chunks[0].groups))
+
+
+def _force_to_disk(path: Path) -> None:
+    """What was written to a file, or to a folder's list of names, out of the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some storage cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -16,9 +16,10 @@ from megatron_gmai.training.checkpoint import (
     pieces_to_write,
     write_checkpoint,
 )
+from megatron_gmai.training.host_copies import host_copies
 from megatron_gmai.training.optimizer import finish_param_gather
 from megatron_gmai.training.optimizer_state import steps_taken
-from megatron_gmai.training.pieces import Piece, reserved
+from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.retention import remove_old
 from megatron_gmai.training.setup import Run
 
@@ -79,9 +80,8 @@ class Saver:
         return pieces_to_write([chunk.module for chunk in run.chunks], optimizer, run.config)
 
     def _reserve(self, pieces: list[Piece]) -> None:
-        """Take the memory of the copies while the first steps run: touching it for the first time
-        is most of the cost of a copy."""
-        self.copies = [reserved(piece) for piece in pieces]
+        """Take the memory of the copies while the first steps run."""
+        self.copies = host_copies(pieces, self.run.world.device)
 
     def _copy(self, pieces: list[Piece]) -> None:
         """Copy the share: the next step changes it."""

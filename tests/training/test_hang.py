@@ -98,6 +98,9 @@ def test_a_rank_that_waits_elsewhere_is_told_from_those_in_a_collective(
     assert caller != "typing_extensions"  # what marks a function as deprecated calls none by itself
     assert f"in {collective}" in (work_dir / "stacks.0.txt").read_text()
     assert "wait_for_a_disk" in (work_dir / "stacks.1.txt").read_text()
+    # What a GPU's rank waits in is known to torch's flight recorder alone.
+    assert re.search(rf"{caller}\.py:\d+\) \(gloo:\w+ \[\[.*\]\] over group .*\) in step", output)
+    assert (work_dir / "collectives_0").stat().st_size > 0
 
 
 def test_it_reaches_the_store_while_its_rank_waits_there_for_another(tmp_path: Path) -> None:
