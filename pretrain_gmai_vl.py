@@ -64,7 +64,7 @@ def main() -> None:
         for line in first_checks(config, world.device):
             log(line)
     check_shared(save, start.resume.path if start.resume else None)
-    start = verified(start, config, log)
+    start = verified(start, config, log, world.storage)
     run = build_run(config, start, world)
     log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")
     finished = train(run)

@@ -168,14 +168,14 @@ def _position(bookmark: dict[str, Any] | None = None, **numbers: Any) -> Positio
     return Position(**numbers, bookmark=Bookmark(**{**bookmark, "epoch_starts": starts}))
 
 
-def verify_checkpoint(checkpoint: Checkpoint) -> None:
+def verify_checkpoint(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
     """Read all of a checkpoint once, shared out over the ranks, for its checksums.
 
     Raises:
         CheckpointError: on every rank, if bytes have changed since it was written.
     """
     try:
-        changed = changed_files(checkpoint.path)
+        changed = changed_files(checkpoint.path, group)
     except OSError as error:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {error}") from error
     if changed:
@@ -198,7 +198,10 @@ def newest_whole_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None
+    checkpoint: Checkpoint,
+    chunks: Sequence[GMAIVL],
+    optimizer: MegatronOptimizer | None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Fill the chunks, and the optimizer if given, from a checkpoint of any layout.
 
@@ -223,7 +226,7 @@ def load_checkpoint(
     pieces = [piece for piece in pieces if adapters or ".lora." not in piece.name]
     # States of random numbers of another layout are left alone.
     pieces = [p for p in pieces if not p.name.startswith("rng.") or p.name in checkpoint.names]
-    _read(checkpoint, pieces)
+    _read(checkpoint, pieces, group)
     if optimizer is not None:
         optimizer_state.set_steps(optimizer, checkpoint.position.optimizer_steps)
     for piece in pieces:
@@ -231,9 +234,9 @@ def load_checkpoint(
             restore_rng(piece.tensor)
 
 
-def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+def _read(checkpoint: Checkpoint, pieces: Sequence[Piece], group: ProcessGroup | None) -> None:
     try:
-        read_pieces(pieces, checkpoint.path)
+        read_pieces(pieces, checkpoint.path, group)
         return
     except CheckpointException as error:  # torch's: not an Exception, so nobody else would see it
         problem = first_failure(error)

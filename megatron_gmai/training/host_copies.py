@@ -24,7 +24,9 @@ def host_copies(pieces: Sequence[Piece], device: Device) -> list[Piece]:
     sizes = [-(-piece.tensor.nbytes // _ALIGNED) * _ALIGNED for piece in pieces]
     if not sizes:
         return []
-    memory = mmap.mmap(-1, sum(sizes))  # lives as long as the tensors in it
+    # It lives as long as the tensors in it. A child process would have locked pages copied.
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
     whole = torch.frombuffer(memory, dtype=torch.uint8).zero_()
     if device.is_cuda:
         error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0)
