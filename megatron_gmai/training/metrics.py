@@ -163,6 +163,10 @@ class Events:
     def _open(self, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        # A block is tried first: the writer's thread would print a traceback each time.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / ".space", bytes(4096))
+        (self.folder / ".space").unlink()
         return SummaryWriter(str(self.folder), purge_step=start + 1)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
