@@ -63,6 +63,7 @@ def test_a_later_phase_may_wait_for_checkpoints_that_are_not_there_yet(
     [
         (("--tp", "3"), "does not divide the query groups, 8"),
         (("--nodes", "0"), "--nodes 0: out of range"),
+        (("--here", "--after", "12"), "only Slurm waits for a job"),
         (("--after", "12", "--keep-last", "0"), "--keep-last 0: out of range"),
         (("--nodes", "3"), "is no multiple of micro-batch 8 x DP 12"),
         (("--recipe", "phase9"), "there are phase1, phase2, phase3"),
