@@ -91,7 +91,7 @@ def check(flags: argparse.Namespace, training: list[str]) -> str:
         if count < 1:
             raise ValueError(f"{flag} {count}: out of range; give a number at least 1")
     if flags.here and flags.after is not None:
-        raise ValueError(f"--after {flags.after}: only Slurm waits for a job; leave out --here or it")
+        raise ValueError(f"--after {flags.after}: only Slurm waits for a job; not --here")
     config = parse([*training, "--work-dir", flags.work_dir]).config
     world = flags.nodes * flags.gpus_per_node
     judge = validate if flags.after is None else validate_settings
