@@ -38,6 +38,23 @@ def make_folders(config: Config) -> None:
             raise ValueError(_not_writable(folder, error)) from error
 
 
+def take_folders(config: Config, resume: Path | None) -> IO[str] | None:
+    """Hold the checkpoint folder, record this start, and compare what the ranks see; all call it.
+
+    The folder is held as long as rank 0 keeps what it gets.
+
+    Raises:
+        ValueError: another run writes there, or the ranks do not share it.
+    """
+    assert config.run.save is not None
+    folder, lock = Path(config.run.save), None
+    if dist.get_rank() == 0:
+        lock = hold(folder)
+        record_run(config, dist.get_world_size())
+    check_shared(folder, resume)
+    return lock
+
+
 def record_run(config: Config, processes: int) -> None:
     """Keep the effective configuration and this start beside the run, and its tokenizer beside the
     checkpoints: with them the next phase has all it needs. Called on one rank.
