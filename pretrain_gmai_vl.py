@@ -7,7 +7,6 @@ One process needs no torchrun: `python pretrain_gmai_vl.py FLAGS`.
 
 import os
 import sys
-from pathlib import Path
 
 from megatron_gmai.cli import parse
 from megatron_gmai.runtime.quiet import quiet_libraries
@@ -23,9 +22,10 @@ def main() -> None:
 
     from megatron_gmai.planner.layout import settle_layout
     from megatron_gmai.preflight.first import first_checks
-    from megatron_gmai.runtime.environment import record_start
+    from megatron_gmai.runtime.groups import note_stop, was_stopped
     from megatron_gmai.runtime.world import close_world, open_world
-    from megatron_gmai.training.loop import save_config, train
+    from megatron_gmai.training.folders import make_folders, take_folders
+    from megatron_gmai.training.loop import train
     from megatron_gmai.training.setup import build_run
     from megatron_gmai.training.start import complete, find_start, mean_images_per_pack, verified
     from megatron_gmai.validation import validate
@@ -49,18 +49,22 @@ def main() -> None:
     if balance:
         log(balance)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    Path(config.run.work_dir).mkdir(parents=True, exist_ok=True)
+    make_folders(config)
     world = open_world(config)
+    if was_stopped():
+        log("a signal has stopped this run: torchrun's restart does not go on with it")
+        sys.exit(REQUEUE_STATUS)
     log(str(world.implementation))
+    _lock = take_folders(config, start.resume.path if start.resume else None)
     if first:
-        save_config(config)
-        record_start(Path(config.run.work_dir), world.layout.world_size)
         for line in first_checks(config, world.device):
             log(line)
-    start = verified(start, config, log)
+    start = verified(start, config, log, world.storage)
     run = build_run(config, start, world)
     log(f"{run.total_iterations} steps, {world.layout.world_size} processes on {world.device.kind}")
     finished = train(run)
+    if not finished:
+        note_stop()
     close_world()
     if not finished:
         log("stopped by a signal; --resume continues")

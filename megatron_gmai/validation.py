@@ -38,6 +38,12 @@ def validate(config: Config, world_size: int) -> None:
     )
 
 
+def validate_settings(config: Config, world_size: int) -> None:
+    """`validate` without what the disk tells: for a run whose start is still to be made."""
+    rules = (_ranges, _profiled_ranks, layout_problems, batch_problems, _memory, _lora)
+    _judge(rules, config, world_size)
+
+
 def validate_layout(config: Config, world_size: int) -> None:
     """Checks only that model and processes divide by the layout: for programs that do not train."""
     _judge((layout_problems,), config, world_size)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_gmai.cli import parse
 from megatron_gmai.layout import Layout
-from megatron_gmai.validation import validate, validate_layout
+from megatron_gmai.validation import validate, validate_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = Path("examples/recipes")
@@ -87,11 +87,15 @@ def check(flags: argparse.Namespace, training: list[str]) -> str:
 
     Behind `--after` paths are not looked at: the job before makes what this one starts from.
     """
+    for flag, count in (("--nodes", flags.nodes), ("--gpus-per-node", flags.gpus_per_node)):
+        if count < 1:
+            raise ValueError(f"{flag} {count}: out of range; give a number at least 1")
+    if flags.here and flags.after is not None:
+        raise ValueError(f"--after {flags.after}: only Slurm waits for a job; not --here")
     config = parse([*training, "--work-dir", flags.work_dir]).config
     world = flags.nodes * flags.gpus_per_node
-    validate_layout(config, world)
-    if flags.after is None:
-        validate(config, world)
+    judge = validate if flags.after is None else validate_settings
+    judge(config, world)
     layout = Layout.of(config.parallel, world)
     micro = layout.micro_batches(config.train)
     return (

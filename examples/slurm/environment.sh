@@ -12,8 +12,9 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # A collective that fails or times out ends its process, so torchrun sees it, instead of waiting on.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Remember the last 2000 collectives of each rank and write them down at a time-out: which rank hung
-# in which collective. Costs some megabytes of host memory.
+# Remember the last 2000 collectives of each rank: which rank hung in which one. A run that hangs
+# writes them to WORK_DIR/collectives_RANK (read them with torchfrtrace); torch itself, should its own
+# time-out come first, to /tmp of the node. Costs some megabytes of host memory.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # Processes of a node share its cores; eight times all cores in threads would fight over them.

@@ -38,10 +38,15 @@ def write_manifest(
     """Describe the files that lie in `folder`; nothing may be added to it afterwards.
 
     `checksums` are the CRC-32 that are known; other files are read for theirs.
+
+    Raises:
+        OSError: a file that has a checksum is not there: its rank wrote to another storage.
     """
     paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     files = {name: path.stat().st_size for name, path in paths.items()}
     known = checksums or {}
+    if absent := sorted(set(known) - set(paths)):
+        raise OSError(f"{folder} has no {absent[0]}: all ranks have to write to the same storage")
     manifest = {
         "position": position,
         "has_optimizer": has_optimizer,

@@ -173,9 +173,11 @@ def resolve_tokenizer(data: DataConfig) -> Path:
 def copy_tokenizer(tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Puts a tokenizer into a folder of shards, so that they can be trained on as they are."""
     load_tokenizer(tokenizer)
-    file = tokenizer_file(tokenizer)
     if is_read_only(Path(folder)):
         return  # complete, and somebody else's
-    write_atomically(Path(folder) / MODEL_FILE, file.read_bytes())
+    file, copy = tokenizer_file(tokenizer), Path(folder) / MODEL_FILE
+    data = file.read_bytes()
+    if not copy.is_file() or copy.read_bytes() != data:
+        write_atomically(copy, data)
     if (file.parent / CONFIG_FILE).is_file():
         shutil.copyfile(file.parent / CONFIG_FILE, Path(folder) / CONFIG_FILE)

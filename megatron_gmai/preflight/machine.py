@@ -22,8 +22,8 @@ GPU_FILE = Path("/dev/nvidia0")
 def versions() -> Iterator[Check]:
     """Python and the packages whose versions decide."""
     python = tuple(map(int, platform.python_version_tuple()[:2]))
-    status = PASS if python >= (3, 10) else FAIL
-    yield Check("python", status, platform.python_version(), "use Python 3.10 or newer")
+    status = PASS if python >= (3, 11) else FAIL
+    yield Check("python", status, platform.python_version(), "use Python 3.11 or newer")
     for package, (low, high) in TESTED.items():
         try:
             found = version(package)

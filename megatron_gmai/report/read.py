@@ -118,7 +118,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSON Lines file; a last line that is still being written is left out."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron_gmai.runtime.device import Device
 
 # Random states in Megatron's tracker, see `seed_everything`.
 OF_TOKENS, OF_RANK = "of-tokens", "of-rank"
+_STOPPED = "megatron_gmai/stopped"
 _OFFSET = 1_000_000  # from the seeds that Megatron itself makes of ours
 
 
@@ -96,6 +98,25 @@ def initialize_distributed(device: Device, timeout_minutes: float) -> None:
         world_size=size,
         device_id=device.torch_device if device.is_cuda else None,
     )
+
+
+def note_stop() -> None:
+    """Tell the restarts of this torchrun that the run has stopped on purpose: to torchrun, any
+    status but 0 is a failure. Its agent keeps the store over restarts."""
+    _store().set(_STOPPED, "1")
+
+
+def was_stopped() -> bool:
+    """Whether this is a restart of processes that have called `note_stop`."""
+    return restarts() > 0 and bool(_store().check([_STOPPED]))
+
+
+def _store() -> dist.Store:
+    """The store of all processes, under the prefixes of groups and attempts."""
+    store: Any = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def restarts() -> int:

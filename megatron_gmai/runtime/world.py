@@ -1,6 +1,8 @@
 """The processes of a run: opened in one place, by training, tools and tests alike."""
 
+import datetime
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 
@@ -14,6 +16,10 @@ from megatron_gmai.runtime.groups import (
     seed_everything,
 )
 from megatron_gmai.runtime.implementation import PLAIN, Implementation, choose_implementation
+
+# Ranks that have read or written wait for the slowest storage of all, far longer than a step may
+# take.
+_LONGEST_WAIT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,13 @@ class World:
     @property
     def is_first_rank(self) -> bool:
         return dist.get_rank() == 0
+
+    @cached_property
+    def storage(self) -> dist.ProcessGroup:
+        """All ranks, over gloo and in host memory, to agree about what they read and write: its
+        messages never come between the collectives of training. All have to ask for it first at
+        the same place."""
+        return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
     @property
     def image_share(self) -> ImageShare | None:

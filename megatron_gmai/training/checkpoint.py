@@ -8,6 +8,7 @@
 A checkpoint is written under a temporary name and renamed when its manifest is in place.
 """
 
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
-from megatron_gmai.convert.manifest import LATEST, read_manifest, write_manifest
+from megatron_gmai.convert.manifest import LATEST, MANIFEST, read_manifest, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training import optimizer_state
@@ -36,6 +37,7 @@ from megatron_gmai.training.checkpoint_files import (
 from megatron_gmai.training.checksums import changed_files, checksums_of_all_ranks
 from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.rng import restore_rng, rng_piece
+from megatron_gmai.training.shares import Held, own_share
 from megatron_gmai.training.weights import weight_pieces
 
 
@@ -91,8 +93,8 @@ def pieces_to_write(
     """This rank's share of a checkpoint."""
     if optimizer is not None:
         optimizer_state.allocate(optimizer)  # a run that is saved before its first step
-    pieces = _pieces(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
-    return [piece for writes, piece in pieces if writes]
+    held = _held(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+    return own_share(list(held), chunks[0].groups)
 
 
 def write_checkpoint(
@@ -118,9 +120,12 @@ def write_checkpoint(
         write_carried(temporary, carried or {})
         write_manifest(temporary, asdict(position), config, has_optimizer, checksums)
         pointer.write_text(final.name, encoding="utf-8")
+        for path in (temporary / MANIFEST, temporary, pointer):
+            _force_to_disk(path)  # before an older checkpoint may go: power can fail
         _remove(final)  # of an earlier run; nothing from here on needs space
         temporary.rename(final)
         pointer.replace(folder / LATEST)
+        _force_to_disk(folder)
 
     try:
         on_first_rank(begin, group)
@@ -163,14 +168,14 @@ def _position(bookmark: dict[str, Any] | None = None, **numbers: Any) -> Positio
     return Position(**numbers, bookmark=Bookmark(**{**bookmark, "epoch_starts": starts}))
 
 
-def verify_checkpoint(checkpoint: Checkpoint) -> None:
+def verify_checkpoint(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
     """Read all of a checkpoint once, shared out over the ranks, for its checksums.
 
     Raises:
         CheckpointError: on every rank, if bytes have changed since it was written.
     """
     try:
-        changed = changed_files(checkpoint.path)
+        changed = changed_files(checkpoint.path, group)
     except OSError as error:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {error}") from error
     if changed:
@@ -193,7 +198,10 @@ def newest_whole_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None
+    checkpoint: Checkpoint,
+    chunks: Sequence[GMAIVL],
+    optimizer: MegatronOptimizer | None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Fill the chunks, and the optimizer if given, from a checkpoint of any layout.
 
@@ -213,12 +221,12 @@ def load_checkpoint(
             f"{checkpoint.path} holds adapters of a language model. Continue with --llm-use-lora, "
             "or merge them first (tools/convert_checkpoint.py)."
         )
-    pieces = [piece for _, piece in _pieces(chunks, optimizer, adapters_only=adapters)]
+    pieces = [held.piece for held in _held(chunks, optimizer, adapters_only=adapters)]
     # Adapters on top of a checkpoint without any keep the values that they start from.
     pieces = [piece for piece in pieces if adapters or ".lora." not in piece.name]
     # States of random numbers of another layout are left alone.
     pieces = [p for p in pieces if not p.name.startswith("rng.") or p.name in checkpoint.names]
-    _read(checkpoint, pieces)
+    _read(checkpoint, pieces, group)
     if optimizer is not None:
         optimizer_state.set_steps(optimizer, checkpoint.position.optimizer_steps)
     for piece in pieces:
@@ -226,9 +234,9 @@ def load_checkpoint(
             restore_rng(piece.tensor)
 
 
-def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+def _read(checkpoint: Checkpoint, pieces: Sequence[Piece], group: ProcessGroup | None) -> None:
     try:
-        read_pieces(pieces, checkpoint.path)
+        read_pieces(pieces, checkpoint.path, group)
         return
     except CheckpointException as error:  # torch's: not an Exception, so nobody else would see it
         problem = first_failure(error)
@@ -239,14 +247,26 @@ def _read(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
     )
 
 
-def _pieces(
+def _held(
     chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, adapters_only: bool
-) -> Iterator[tuple[bool, Piece]]:
-    """All that this rank holds of a checkpoint, and whether this rank writes it."""
+) -> Iterator[Held]:
+    """All that this rank holds of a checkpoint."""
     yield from weight_pieces(chunks, adapters_only)
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
-        yield True, rng_piece(chunks[0].groups)
+        yield Held(rng_piece(chunks[0].groups))
+
+
+def _force_to_disk(path: Path) -> None:
+    """What was written to a file, or to a folder's list of names, out of the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some storage cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

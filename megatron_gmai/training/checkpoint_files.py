@@ -57,7 +57,7 @@ def write_pieces(pieces: Sequence[Piece], folder: Path, group: ProcessGroup | No
         raise OSError(first_failure(error)) from error
 
 
-def read_pieces(pieces: Sequence[Piece], folder: Path) -> None:
+def read_pieces(pieces: Sequence[Piece], folder: Path, group: ProcessGroup | None = None) -> None:
     """Fill this rank's pieces from a checkpoint of any layout, cast to their dtypes.
 
     Raises:
@@ -68,6 +68,7 @@ def read_pieces(pieces: Sequence[Piece], folder: Path) -> None:
         {},
         storage_reader=CheckedReader(folder),
         planner=_Reading(pieces),
+        process_group=group,
         no_dist=not dist.is_initialized(),
     )
 

@@ -23,7 +23,7 @@ def checksums_of_all_ranks(folder: Path, group: ProcessGroup | None = None) -> d
     return _gathered(lambda: {path.name: crc32_of(path) for path in own}, group)
 
 
-def changed_files(checkpoint: Path) -> list[str]:
+def changed_files(checkpoint: Path, group: ProcessGroup | None = None) -> list[str]:
     """What files of a whole checkpoint differ from what was written; the same on every rank.
 
     Checkpoints of earlier versions have no checksums, so nothing is found in them.
@@ -33,7 +33,7 @@ def changed_files(checkpoint: Path) -> list[str]:
     """
     stored = read_manifest(checkpoint).checksums
     share = sorted(stored)[dist.get_rank() :: dist.get_world_size()]
-    found = _gathered(lambda: {name: crc32_of(checkpoint / name) for name in share})
+    found = _gathered(lambda: {name: crc32_of(checkpoint / name) for name in share}, group)
     return [
         f"{name} has the CRC-32 {found[name]:08x}, not {stored[name]:08x}"
         for name in sorted(stored)

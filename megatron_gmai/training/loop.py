@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmai.config import Config
-from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.layout import Layout
 from megatron_gmai.observe.sinks import open_sinks
 from megatron_gmai.planner.cost import Load, step_flops
@@ -169,13 +168,3 @@ def highest_of_all_ranks(value: int, device: Device) -> int:
     tensor = torch.tensor([value], dtype=torch.int64, device=device.torch_device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
-
-
-def save_config(config: Config) -> None:
-    """Keep the effective configuration beside the run, and its tokenizer beside the checkpoints:
-    with them the next phase has all it needs."""
-    path = Path(config.run.work_dir) / "config.json"
-    path.write_text(config.to_json(), encoding="utf-8")
-    assert config.data.tokenizer is not None and config.run.save is not None
-    Path(config.run.save).mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(config.data.tokenizer, config.run.save)

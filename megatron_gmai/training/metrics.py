@@ -1,6 +1,8 @@
 """What a run tells: a progress line, JSON lines, TensorBoard."""
 
 import json
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_gmai.data.files import Lines
+from megatron_gmai.data.files import Lines, write_atomically
 from megatron_gmai.observe.sinks import Sinks
 from megatron_gmai.training.step import Evaluated, StepResult
 from megatron_gmai.training.timing import RankTimes, by_stage, stragglers
@@ -155,11 +157,16 @@ class Events:
 
     def __init__(self, folder: Path, start: int) -> None:
         self.folder = folder
-        self.writer: Any = self._open(start)
+        self.writer: Any = None
+        self.add({}, start + 1)  # opens it
 
     def _open(self, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        # A block is tried first: the writer's thread would print a traceback each time.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / ".space", bytes(4096))
+        (self.folder / ".space").unlink()
         return SummaryWriter(str(self.folder), purge_step=start + 1)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -195,18 +202,24 @@ def _share(row: Row) -> str:
 
 
 def keep_rows_up_to(path: Path, iteration: int) -> None:
-    """Drop the rows of later steps, and a last one that was cut off."""
+    """Drop the rows of later steps, a last one that was cut off, and what a machine that went down
+    has left in the place of others."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _iteration(line) <= iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _iteration(line) <= iteration]
+    if kept == lines[: len(kept)]:
+        os.truncate(path, sum(map(len, kept)))  # on a full disk too
+        return
+    write_atomically(path, b"".join(kept))
 
 
-def _iteration(line: str) -> int:
-    return int(json.loads(line)["iteration"])
+def _iteration(line: bytes) -> float:
+    """Of a row; infinite if it is none."""
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _duration(seconds: float) -> str:

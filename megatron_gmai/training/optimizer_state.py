@@ -18,37 +18,34 @@ from torch.nn import Parameter
 
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.runtime.device import Device
-from megatron_gmai.training.pieces import Piece, pieces_of_run
-from megatron_gmai.training.weights import named_weights, takes_turn
+from megatron_gmai.training.pieces import pieces_of_run
+from megatron_gmai.training.shares import Held
+from megatron_gmai.training.weights import named_weights
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def optimizer_pieces(
-    optimizer: MegatronOptimizer, chunks: Sequence[GMAIVL]
-) -> Iterator[tuple[bool, Piece]]:
-    """This rank's optimizer state as boxes of whole tensors, and whether this rank writes them.
+def optimizer_pieces(optimizer: MegatronOptimizer, chunks: Sequence[GMAIVL]) -> Iterator[Held]:
+    """This rank's optimizer state as boxes of whole tensors.
 
     The state must be there (`allocate`).
     """
-    groups = chunks[0].groups
-    for number, (weight, parameter) in enumerate(named_weights(chunks)):
+    tp = chunks[0].groups.tp
+    for weight, parameter in named_weights(chunks):
         for inner in _inner(optimizer):
-            if (held := _held(inner, parameter)) is None:
+            if (found := _held(inner, parameter)) is None:
                 continue
-            begin, master = held
-            # A sharded optimizer's runs have no copies along the ranks that share it.
-            is_sharded = isinstance(inner, DistributedOptimizer)
-            is_vision = weight.tower != "language_model"
-            copies = groups.solo if is_sharded else groups.dp_cp
-            writes = (is_sharded and is_vision) or takes_turn(number, weight, groups, copies)
+            begin, master = found
             state = {"param": master, **inner.optimizer.state[master]}
             local = tuple(parameter.shape)
+            # A sharded optimizer's runs have no copies along the ranks that share it.
+            is_sharded = isinstance(inner, DistributedOptimizer)
+            is_alone = is_sharded and weight.tower != "language_model"
             for kind in KINDS:
                 run = state[kind].detach().view(-1)
                 name = f"optimizer.state.{kind}.{weight.name}"
-                for piece in pieces_of_run(name, weight, local, groups.tp.rank(), run, begin):
-                    yield writes, piece
+                for piece in pieces_of_run(name, weight, local, tp.rank(), run, begin):
+                    yield Held(piece) if is_alone else Held.of(piece, weight, not is_sharded)
 
 
 def _held(inner: Any, parameter: Parameter) -> tuple[int, Tensor] | None:

@@ -11,9 +11,8 @@ parameters that cross the padding between two of several buckets: megatron-core 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_gmai.weights import Shape, Weight
@@ -27,11 +26,6 @@ class Piece:
     shape: Shape  # of the whole tensor
     offsets: tuple[int, ...]  # of the box
     tensor: Tensor
-
-
-def reserved(piece: Piece) -> Piece:
-    """The piece with memory of its own on the host, touched and not yet filled."""
-    return replace(piece, tensor=torch.zeros_like(piece.tensor, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """Saves checkpoints of a run: at once, or from a copy while training goes on (`--async-save`)."""
 
-import datetime
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_gmai.config import RunConfig
 from megatron_gmai.runtime.device import use_device
@@ -16,26 +13,23 @@ from megatron_gmai.training.checkpoint import (
     pieces_to_write,
     write_checkpoint,
 )
+from megatron_gmai.training.host_copies import host_copies
 from megatron_gmai.training.optimizer import finish_param_gather
 from megatron_gmai.training.optimizer_state import steps_taken
-from megatron_gmai.training.pieces import Piece, reserved
+from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.retention import remove_old
 from megatron_gmai.training.setup import Run
-
-# Ranks that have written wait for the slowest storage of all, far longer than a step may take.
-_LONGEST_WAIT = datetime.timedelta(hours=2)
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time; every rank has one.
 
-    The ranks agree over a process group of their own (gloo: it works on host memory), so that the
-    thread that writes never gets between the collectives of training.
+    The ranks agree over a process group of its own, since a thread may write beside training.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        self.group = run.world.storage
         self.executor = ThreadPoolExecutor(
             1, thread_name_prefix="save", initializer=partial(use_device, run.world.device)
         )
@@ -79,9 +73,8 @@ class Saver:
         return pieces_to_write([chunk.module for chunk in run.chunks], optimizer, run.config)
 
     def _reserve(self, pieces: list[Piece]) -> None:
-        """Take the memory of the copies while the first steps run: touching it for the first time
-        is most of the cost of a copy."""
-        self.copies = [reserved(piece) for piece in pieces]
+        """Take the memory of the copies while the first steps run."""
+        self.copies = host_copies(pieces, self.run.world.device)
 
     def _copy(self, pieces: list[Piece]) -> None:
         """Copy the share: the next step changes it."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_gmai.config import Config, DataConfig
 from megatron_gmai.convert.seeded import SeededWeights
@@ -124,23 +125,26 @@ def build_model(
     optimizer = build_optimizer(wrapped, config, world.device, world.groups)
     checkpoint = start.resume or start.load
     if checkpoint is None or checkpoint.config.lora.llm_use_lora:
-        fill_base(chunks, config, start)
+        fill_base(chunks, config, start, world.storage)
     if config.lora.llm_use_lora:
         seeded = SeededWeights(config.model, config.train.seed, config.lora)
         fill(chunks, seeded, adapters=True)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, chunks, optimizer if start.resume else None)
+        load_checkpoint(checkpoint, chunks, optimizer if start.resume else None, world.storage)
+    dist.barrier(world.storage)  # storage may be slow for some, and the next message is a step's
     if start.resume is None:
         optimizer.reload_model_params()  # fp32 masters follow the weights that were just filled in
     return wrapped, optimizer
 
 
-def fill_base(chunks: Sequence[GMAIVL], config: Config, start: Start) -> None:
+def fill_base(
+    chunks: Sequence[GMAIVL], config: Config, start: Start, group: ProcessGroup | None = None
+) -> None:
     """Fill the model's own weights from where the run, or the adapters that it loads, began."""
     if start.pretrained is not None:
         fill(chunks, start.pretrained.weights)
     elif start.base is not None:
-        load_checkpoint(start.base, chunks, optimizer=None)
+        load_checkpoint(start.base, chunks, optimizer=None, group=group)
     else:
         fill(chunks, SeededWeights(config.model, config.train.seed))
 

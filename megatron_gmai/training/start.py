@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.carried import read_carried
@@ -91,10 +92,10 @@ def _published(config: Config) -> Pretrained | None:
     return open_start(config, tokenizer.vocab_size, tokenizer.image_token_id)
 
 
-def verified(start: Start, config: Config, log: Log) -> Start:
+def verified(start: Start, config: Config, log: Log, group: ProcessGroup | None = None) -> Start:
     """`start`, or where the bytes of the checkpoint to resume from have changed, the next best one.
 
-    All ranks read the checkpoints together, once.
+    All ranks, those of `group`, read the checkpoints together, once.
 
     Raises:
         CheckpointError: a checkpoint that the user named is damaged.
@@ -102,7 +103,7 @@ def verified(start: Start, config: Config, log: Log) -> Start:
     damaged: list[Path] = []
     while start.resume is not None:
         try:
-            verify_checkpoint(start.resume)
+            verify_checkpoint(start.resume, group)
             break
         except CheckpointError as error:
             log(f"passed over a checkpoint: {error}")
@@ -110,7 +111,7 @@ def verified(start: Start, config: Config, log: Log) -> Start:
             start = find_start(config, log, damaged)
     for checkpoint in (start.load, start.base):
         if checkpoint is not None:
-            verify_checkpoint(checkpoint)
+            verify_checkpoint(checkpoint, group)
     return start
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_gmai.training.preemption import obey_stop_signals
@@ -35,8 +36,9 @@ Result = TypeVar("Result")
 class Watchdog:
     """Wants to hear from the loop at least once in `timeout` seconds; used as a context.
 
-    Else the stacks of this rank go to `WORK_DIR/stacks.RANK.txt`, one line for all ranks to stderr,
-    and the process ends with status 1.
+    Else the stacks of this rank go to `WORK_DIR/stacks.RANK.txt`, torch's record of its collectives
+    to `WORK_DIR/collectives_RANK`, one line for all ranks to stderr, and the process ends with
+    status 1.
     """
 
     def __init__(self, work_dir: Path, timeout: float) -> None:
@@ -50,6 +52,7 @@ class Watchdog:
         self.store = store.clone()  # torch's types know no `clone`
         self.step, self.last, self.looks = 0, time.monotonic(), 0
         self.is_paused = self.store_is_lost = False
+        self.unfinished = ""  # collective, once the run ends
         self.heard: dict[int, tuple[int, float]] = {}  # while paused: looks of a rank, since when
         self.peers: list[tuple[str, int]] = [("", 0)] * self.size
         dist.all_gather_object(self.peers, (socket.gethostname(), os.getpid()))
@@ -120,9 +123,13 @@ class Watchdog:
 
     def _publish(self) -> None:
         self.looks += 1
-        does = f"{where(sys._current_frames()[self.main])} in step {self.step}"
-        status = json.dumps({"looks": self.looks, "does": does})
+        status = json.dumps({"looks": self.looks, "does": self.does()})
         self._ask(lambda: self.store.set(_key(self.rank), status))
+
+    def does(self) -> str:
+        """Where the main thread is; at the end also what the rank's device waits in."""
+        device = f" ({self.unfinished})" if self.unfinished else ""
+        return f"{where(sys._current_frames()[self.main])}{device} in step {self.step}"
 
     def _ask(self, question: Callable[[], Result]) -> Result | None:
         """What the store answers; None once it has failed to, and from then on."""
@@ -140,6 +147,10 @@ class Watchdog:
         obey_stop_signals()  # in this thread: torchrun ends the others when one has spoken
         with suppressed_errors(), self.stacks.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
+        self.unfinished = within(_STORE_SECONDS, unfinished_collective) or ""
+        dump = within(_STORE_SECONDS, lambda: flight_recorder("")()) or b""
+        with suppressed_errors():
+            self.stacks.with_name(f"collectives_{self.rank}").write_bytes(dump)
         turn = self._ask(lambda: self.store.add(_HANG, 1))
         if turn is None:
             time.sleep(min(self.rank, 60) / 2)  # nobody says who speaks: one after the other
@@ -172,7 +183,7 @@ class Watchdog:
 
     def line(self, silent: set[int], statuses: dict[int, Any]) -> str:
         """Which ranks wait where, and which do not answer."""
-        own = {"does": f"{where(sys._current_frames()[self.main])} in step {self.step}"}
+        own = {"does": self.does()}
         ranks_by_action: dict[str, list[int]] = {}
         for rank in range(self.size):
             status = own if rank == self.rank else statuses.get(rank, {"does": "unknown"})
@@ -184,6 +195,23 @@ class Watchdog:
             f"(--distributed-timeout-minutes {self.timeout / 60:g}), the run ends. {actions}. "
             f"Stacks: {self.stacks.with_name('stacks.RANK.txt')}"
         )
+
+
+def flight_recorder(ending: str) -> Any:
+    """Torch's record of this rank's collectives, `""` for its files or `"_json"`."""
+    torch_c10d: Any = torch._C._distributed_c10d
+    of_gloo = getattr(torch_c10d, f"_dump_fr_trace{ending}")
+    return getattr(torch_c10d, f"_dump_nccl_trace{ending}", of_gloo)  # absent from builds for CPUs
+
+
+def unfinished_collective() -> str:
+    """The oldest collective that this rank has begun and not finished, if there is one. On GPUs
+    Python has gone on when one hangs, so that stacks do not tell which."""
+    for entry in json.loads(flight_recorder("_json")())["entries"]:
+        if not entry["retired"]:
+            group = " ".join(dict.fromkeys(entry["process_group"]))
+            return f"{entry['profiling_name']} {entry['input_sizes']} over group {group}"
+    return ""
 
 
 def silent_ranks(before: dict[int, Any], after: dict[int, Any], size: int) -> set[int]:
@@ -240,7 +268,7 @@ def suppressed_errors() -> Iterator[None]:
     """Nothing may keep the watchdog from ending the process: full disk, lost store, gone peer."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, RuntimeError, ValueError, KeyError):
         return
 
 

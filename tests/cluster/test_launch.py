@@ -62,6 +62,9 @@ def test_a_later_phase_may_wait_for_checkpoints_that_are_not_there_yet(
     ("flags", "message"),
     [
         (("--tp", "3"), "does not divide the query groups, 8"),
+        (("--nodes", "0"), "--nodes 0: out of range"),
+        (("--here", "--after", "12"), "only Slurm waits for a job"),
+        (("--after", "12", "--keep-last", "0"), "--keep-last 0: out of range"),
         (("--nodes", "3"), "is no multiple of micro-batch 8 x DP 12"),
         (("--recipe", "phase9"), "there are phase1, phase2, phase3"),
         (("--lrr", "1"), "did you mean --lr?"),

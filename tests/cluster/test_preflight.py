@@ -118,6 +118,14 @@ def test_a_driver_runs_builds_of_its_own_and_earlier_versions(
     assert machine._driver_fits("driver", newest, build).status == status
 
 
+@pytest.mark.parametrize(("minor", "status"), [("10", FAIL), ("11", PASS)])
+def test_the_python_that_setup_asks_for_is_the_oldest_that_passes(
+    minor: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.platform, "python_version_tuple", lambda: ("3", minor, "0"))
+    assert next(iter(machine.versions())).status == status
+
+
 def test_two_folders_of_one_name_on_two_hosts_are_told_apart(tmp_path: Path) -> None:
     for name in ("one", "two"):
         list(storage.put_token(tmp_path / name, f"token of {name}"))

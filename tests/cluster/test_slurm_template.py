@@ -74,6 +74,21 @@ class TestStart:
         assert "--rdzv-endpoint=n1:20007" in job.words
         assert "--cpus-per-task=96" in job.words
 
+    def test_only_the_first_node_hosts_the_meeting_whatever_its_name(self, job: Job) -> None:
+        program = job.folder / "python"
+        program.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+        program.chmod(0o755)
+        on_each = (
+            'while [[ $1 != bash ]]; do shift; done; for n in 0 1; do SLURM_NODEID=$n "$@"; done'
+        )
+        done = job.run(on_each, RDZV_HOST="10.0.0.1", PYTHON=str(program))
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if "is_host" in line] == [
+            "--rdzv-conf=is_host=1",
+            "--rdzv-conf=is_host=0",
+        ], done.stderr
+        assert "--rdzv-endpoint=10.0.0.1:20007" in lines
+
     def test_training_resumes_and_never_falls_to_a_cpu(self, job: Job) -> None:
         job.run(flags=("@examples/recipes/phase1.args", "--lr", "2e-3"))
         words = job.words
@@ -108,6 +123,13 @@ class TestRequeue:
 
     def test_a_run_that_saved_goes_on(self, job: Job) -> None:
         done = job.run(job.save(5) + "exit 1")
+        assert job.requeued, done.stderr
+
+    @pytest.mark.parametrize("words", ["--save {}", "--save={}"])
+    def test_checkpoints_may_lie_elsewhere(self, job: Job, words: str) -> None:
+        place = job.folder / "elsewhere"
+        flags = ("--lr", "1", *words.format(place).split(), "--keep-last", "2")
+        done = job.run(f"mkdir -p {place}/iter_0000005; exit 1", flags=flags)
         assert job.requeued, done.stderr
 
     def test_an_attempt_without_any_checkpoint_is_a_mistake(self, job: Job) -> None:

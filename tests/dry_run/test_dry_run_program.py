@@ -35,6 +35,8 @@ def test_it_counts_what_every_rank_saves(
     shares = json.loads(file.read_text())
     assert [share["rank"] for share in shares] == [0, 1, 2, 3]
     assert all(share["largest"] < share["bytes"] == share["host_async"] for share in shares)
+    for a, b in (shares[:2], shares[2:]):  # of a pipeline stage: both hold the same
+        assert abs(a["bytes"] - b["bytes"]) <= max(a["largest"], b["largest"])
     assert "a checkpoint, 4 of 4 ranks: 0." in capsys.readouterr().out
     assert main([*flags, "--json", str(file), "--checkpoint-drop-optimizer"]) == 0
     weights = json.loads(file.read_text())

@@ -138,8 +138,8 @@ def test_what_a_checkpoint_does_not_hold_is_not_left_to_chance(alone: Processes)
         torch.use_deterministic_algorithms(False)
     parameters = list(chunk.parameters())
     assert any(parameter.isnan().any() for parameter in parameters)
-    for _, piece in weight_pieces([chunk], adapters_only=False):
-        piece.tensor.fill_(0.01)
+    for held in weight_pieces([chunk], adapters_only=False):
+        held.piece.tensor.fill_(0.01)
     assert all(parameter.isfinite().all() for parameter in parameters)
 
 

@@ -16,6 +16,7 @@ from megatron_gmai.training.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from megatron_gmai.training.folders import check_shared
 from megatron_gmai.training.optimizer import finish_param_gather
 from megatron_gmai.training.optimizer_state import steps_taken
 from tests.parallel.batches import PACKS
@@ -43,6 +44,7 @@ def run_jobs(jobs: list[Job], folder: Path, then_break: bool = False) -> None:
             (folder / f"{job.name}.json").write_text(json.dumps(rows))
     if then_break:
         a_full_disk_is_told_and_leaves_nothing(processes, folder / "full")
+        folders_that_are_not_shared_are_told(folder / "shared", dist.get_rank())
     dist.barrier()
 
 
@@ -96,6 +98,18 @@ def a_full_disk_is_told_and_leaves_nothing(processes: Processes, folder: Path) -
 
     save(trainer, folder, 2)
     assert open_checkpoint(folder).position.iteration == 2
+
+
+def folders_that_are_not_shared_are_told(folder: Path, rank: int) -> None:
+    """By every rank, and nothing stays."""
+    own = folder / f"of-node-{rank}"
+    own.mkdir(parents=True)
+    check_shared(folder, None)
+    with pytest.raises(ValueError, match=r"rank.* 1.* cannot see what rank 0 \("):
+        check_shared(own, None)
+    with pytest.raises(ValueError, match="would resume from iter_1, rank 0 .* from iter_0"):
+        check_shared(folder, folder / f"iter_{min(rank, 1)}")
+    assert all(size == -1 for size in contents(folder).values())
 
 
 def contents(folder: Path) -> dict[str, int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_gmai.config import Config, RunConfig
@@ -294,8 +293,7 @@ def test_the_thread_that_saves_has_the_gpu_of_its_process(monkeypatch: pytest.Mo
     chosen: list[tuple[str, Any]] = []
     name = lambda: threading.current_thread().name  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: chosen.append((name(), gpu)))
-    monkeypatch.setattr(dist, "new_group", lambda **settings: None)
     device = Device("cuda", torch.device("cuda", 3), "nccl", torch.bfloat16)
-    run: Any = SimpleNamespace(world=SimpleNamespace(device=device), config=Config())
+    run: Any = SimpleNamespace(world=SimpleNamespace(device=device, storage=None), config=Config())
     Saver(run).executor.submit(int).result()
     assert chosen == [("save_0", device.torch_device)]

@@ -51,7 +51,7 @@ def test_a_stopped_process_is_named_and_all_ranks_end(
 
 
 def test_a_process_that_stops_while_all_save_is_named_too(shards: Path, tmp_path: Path) -> None:
-    """Saving may take longer than the time-out, as it does here on the first rank."""
+    """Reading start weights and saving may take longer than the time-out, as they do here."""
     fault = (
         "from megatron_gmai.training import checkpoint\n"
         "import os, signal, time\n"
@@ -61,7 +61,10 @@ def test_a_process_that_stops_while_all_save_is_named_too(shards: Path, tmp_path
         "    if len(list(arguments[1].parent.glob('iter_*'))):\n"
         "        os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else None\n"
         "    write(*arguments)\n"
-        "checkpoint.write_pieces = slowly"
+        "checkpoint.write_pieces = slowly\n"
+        "from megatron_gmai.training import setup\n"
+        "fill = setup.fill_base\n"
+        "setup.fill_base = lambda *a: (time.sleep(20 if rank else 0), fill(*a))"
     )
     program = faulty(tmp_path / "program.py", fault)
     work_dir = tmp_path / "work"
@@ -98,6 +101,9 @@ def test_a_rank_that_waits_elsewhere_is_told_from_those_in_a_collective(
     assert caller != "typing_extensions"  # what marks a function as deprecated calls none by itself
     assert f"in {collective}" in (work_dir / "stacks.0.txt").read_text()
     assert "wait_for_a_disk" in (work_dir / "stacks.1.txt").read_text()
+    # What a GPU's rank waits in is known to torch's flight recorder alone.
+    assert re.search(rf"{caller}\.py:\d+\) \(gloo:\w+ \[\[.*\]\] over group .*\) in step", output)
+    assert (work_dir / "collectives_0").stat().st_size > 0
 
 
 def test_it_reaches_the_store_while_its_rank_waits_there_for_another(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_signal_to_every_process_of_the_run_ends_it_with_a_checkpoint(
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
-    process = start(shards, tmp_path, 2, "--tp", "2")
+    process = start(shards, tmp_path, 2, "--tp", "2", restarts=1)
     wait_for_step(process, tmp_path, 1)
     ranks = psutil.Process(process.pid).children()
     second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
@@ -52,3 +52,4 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_pa
     assert f"exitcode  : {REQUEUE_STATUS}" in output
     assert f"saved {tmp_path}/checkpoints/iter_{last:07d}" in output
     assert output.count("stopped by a signal; --resume continues") == 1
+    assert output.count("torchrun's restart does not go on") == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -129,6 +130,18 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
     log.close()
     open_log(tmp_path, start=0).close()
     assert rows_of(tmp_path) == []
+
+
+def test_on_a_full_disk_no_events_are_tried(tmp_path: Path) -> None:
+    """TensorBoard's thread would print a traceback for every row."""
+    full = OSError(28, "No space left on device")
+    with mock.patch("megatron_gmai.training.metrics.write_atomically", side_effect=full):
+        log = open_log(tmp_path, start=0)
+        log.write(row(1))
+    assert not list(tmp_path.rglob("events*"))
+    log.write(row(2))
+    log.close()
+    assert len(list(tmp_path.rglob("events*"))) == 1
 
 
 def test_only_every_interval_and_the_last_step_are_written(tmp_path: Path) -> None:
