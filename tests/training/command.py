@@ -35,18 +35,23 @@ def start(
 
 
 def trained(shards: Path, work_dir: Path, ranks: int, *flags: str, program: Path = PROGRAM) -> str:
-    """What such a run prints that nothing ends early. Its processes are forked from one that has
-    imported what they need, so they begin seconds sooner than those of torchrun."""
+    """What such a run prints that nothing ends early."""
+    return forked(ranks, _words(program, shards, work_dir, *flags))
+
+
+def forked(ranks: int, words: list[str]) -> str:
+    """What a program and its flags print, which has to end well. Its processes are forked from one
+    that has imported what they need, so they begin seconds sooner than those of torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         try:
-            run_world(ranks, _forked, output, _words(program, shards, work_dir, *flags))
+            run_world(ranks, _run, output, words)
         except RuntimeError as error:
             raise AssertionError(f"{output.read_text()}\n{error}") from error
         return output.read_text()
 
 
-def _forked(output: Path, words: list[str]) -> None:
+def _run(output: Path, words: list[str]) -> None:
     """The program, in a process of its world."""
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
