@@ -9,7 +9,7 @@ import os
 import sys
 
 from megatron_gmai.cli import parse
-from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.runtime.quiet import quiet_libraries, without_compiler
 from megatron_gmai.training.preemption import REQUEUE_STATUS, postpone_stop_signals
 from megatron_gmai.training.resilience import run_guarded
 
@@ -19,6 +19,7 @@ def main() -> None:
     postpone_stop_signals()
     # Imported once the flags are known to be right: `--help` and mistakes answer at once.
     quiet_libraries()
+    without_compiler()
 
     from megatron_gmai.planner.layout import settle_layout
     from megatron_gmai.preflight.first import first_checks

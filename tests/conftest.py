@@ -1,6 +1,8 @@
 """What several packages' tests share: a world of one process, and a small real data set."""
 
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,12 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test with its tier: `quick` needs neither of these.
 
     Dry runs come last: the device type that they register stays in the process, and torch would
-    ask it for streams in other tests.
+    ask it for streams in other tests. Of their files those with the most tests come first, so that
+    the processes, which take whole files, end at about the same time.
     """
     root = Path(__file__).parent
     for item in items:
         item.add_marker(TIERS.get(_folder(item, root), "quick"))
-    items.sort(key=lambda item: _folder(item, root) in ("dry_run", "planner"))
+    tests_of = Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (
+            tests_of[item.path] if _folder(item, root) in ("dry_run", "planner") else math.inf
+        ),
+        reverse=True,
+    )
 
 
 def _folder(item: pytest.Item, root: Path) -> str:

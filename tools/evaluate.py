@@ -30,7 +30,7 @@ from megatron_gmai.evaluate.commands import COMMANDS
 from megatron_gmai.evaluate.loading import add_layout_flags, for_evaluation, tokenizer_for
 from megatron_gmai.evaluate.prompts import STYLES
 from megatron_gmai.evaluate.report import questions_hash, settings_path, software
-from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.runtime.quiet import quiet_libraries, without_compiler
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout
 
@@ -110,6 +110,7 @@ def predict(argv: list[str]) -> None:
     if flags.data and flags.temperature:
         raise ValueError("--data is answered greedily; --temperature is for --benchmark")
     quiet_libraries()
+    without_compiler()
     from megatron_gmai.evaluate.predict import BenchmarkQuestions
     from megatron_gmai.evaluate.questions import HeldOut
     from megatron_gmai.runtime.world import close_world, open_world

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_gmai.evaluate.loading import add_layout_flags, for_evaluation, tokenizer_for
-from megatron_gmai.runtime.quiet import quiet_libraries
+from megatron_gmai.runtime.quiet import quiet_libraries, without_compiler
 from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.validation import validate_layout
 
@@ -117,6 +117,7 @@ def serve(app: "Starlette", flags: argparse.Namespace, settings: "Settings") -> 
 def load_generator(flags: argparse.Namespace) -> "ModelGenerator":
     """The model of a checkpoint or a Hugging Face folder, or this rank's part of it."""
     quiet_libraries()
+    without_compiler()
     from megatron_gmai.evaluate.server.model import ModelGenerator
     from megatron_gmai.runtime.world import open_world
     from megatron_gmai.training.inference import load_for_inference, open_trained

@@ -85,7 +85,12 @@ def count_step(
     config: Config, world: World, counter: DeviceCounter, images_per_pack: int
 ) -> RankReport:
     """Build and step inside the counter."""
-    chunks, step = build(config, world, counter)
+    gc.freeze()  # what lives by now holds no tensor of this run: collecting need not look at it
+    try:
+        chunks, step = build(config, world, counter)
+        gc.collect()  # tensors in reference cycles would be freed at some time or other
+    finally:
+        gc.unfreeze()
     report = RankReport(
         rank=dist.get_rank(),
         stage=world.groups.pp.rank(),
@@ -95,7 +100,6 @@ def count_step(
         ),
         micro_batches=step.num_microbatches,
     )
-    gc.collect()  # tensors in reference cycles would be freed at some time or other
     report.static = by_kind(block for block in counter.blocks if block.died is None)
     pieces = saved_pieces(chunks, step.optimizer, config)
     report.checkpoint_bytes = sum(piece.tensor.nbytes for piece in pieces)

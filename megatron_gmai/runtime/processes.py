@@ -1,6 +1,8 @@
 """Runs a function as a world of fresh processes, so that a check that dies ends nothing else."""
 
+import contextlib
 import os
+import random
 import socket
 import tempfile
 import time
@@ -12,8 +14,16 @@ import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessException
 
 
-def in_processes(size: int, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+def in_processes(
+    size: int,
+    seconds: float,
+    function: Callable[..., Any],
+    *arguments: Any,
+    start_method: str = "spawn",
+) -> Any:
     """What `function(*arguments)` returns in the first of `size` processes, which torch can join.
+
+    `start_method` is multiprocessing's: a "forkserver" may have imported what the function needs.
 
     Raises TimeoutError after so many seconds, RuntimeError with the traceback of one that fails.
     """
@@ -24,7 +34,7 @@ def in_processes(size: int, seconds: float, function: Callable[..., Any], *argum
             (size, free_port(), result, function, arguments),
             nprocs=size,
             join=False,
-            start_method="spawn",
+            start_method=start_method,
         )
         deadline = time.monotonic() + seconds
         try:
@@ -39,11 +49,17 @@ def in_processes(size: int, seconds: float, function: Callable[..., Any], *argum
         return torch.load(result, weights_only=False)
 
 
+# Below those that systems give to whoever asks for any (Linux from 32768 on): gloo asks for many,
+# and could be given the same one before our process listens there.
+PORTS = range(10_000, 32_000)
+
+
 def free_port() -> int:
     """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().choice(PORTS)))
+            return int(probe.getsockname()[1])
 
 
 def _member(

@@ -1,6 +1,7 @@
-"""Silences library warnings that tell a user nothing: what is optional, and old names in use."""
+"""What programs ask of libraries before they import Megatron-Core."""
 
 import logging
+import os
 import warnings
 
 
@@ -15,3 +16,14 @@ def quiet_libraries() -> None:
     # of C++ extensions. We build none; why there is no GPU is told by `choose_device`.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+
+
+def without_compiler() -> None:
+    """Keep torch's compiler out of a process without a GPU, in which nothing is compiled.
+
+    Megatron-Core loads it to mark functions for it, which takes each process a second.
+    """
+    import torch  # here: flags are read before anything slow is imported
+
+    if not torch.cuda.is_available():
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"

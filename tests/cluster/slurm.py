@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_gmai.runtime.processes import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 NODES = ("n1", "n2")
 KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL, Slurm's default
@@ -27,14 +29,10 @@ def _program(name: str) -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return sorted(found)
 
 
 @dataclass
@@ -57,7 +55,7 @@ class Slurm:
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self._idle_nodes() != "2 idle":
             if time.monotonic() > deadline:
                 logs = "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))

@@ -18,7 +18,7 @@ from megatron_gmai.preflight.settings import settings
 from megatron_gmai.presets import preset
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.training.checkpoint import open_checkpoint
-from tests.training.command import finish, launcher, run, start
+from tests.training.command import finish, launcher, run, trained
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -89,7 +89,7 @@ def test_what_the_run_would_refuse_fails(shards: Path, tmp_path: Path) -> None:
 
 
 def test_the_size_of_a_checkpoint_is_the_size_on_disk(shards: Path, tmp_path: Path) -> None:
-    output = finish(start(shards, tmp_path, 1, "--freeze-llm", "--train-iters", "1"))
+    output = trained(shards, tmp_path, 1, "--freeze-llm", "--train-iters", "1")
     checkpoint = open_checkpoint(tmp_path / "checkpoints")
     size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
     assert storage.checkpoint_bytes(checkpoint.config, "fp32") == pytest.approx(size, rel=0.05), (

@@ -19,7 +19,8 @@ from megatron_gmai.report.read import read_runs
 from megatron_gmai.report.rejected import by_reason, find_sample
 from megatron_gmai.report.times import planned_mfu
 from tests.data.world import mixed_records, record
-from tests.training.command import STEPS, finish, losses, start, wait_for_step
+from tests.training.command import STEPS, losses, start, trained, wait_for_step
+from tests.training.faulty import SLOW, faulty
 from tools import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -40,11 +41,12 @@ def work_dir(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_shards(folder / "LIST.json", folder / "shards")
     copy_tokenizer(shards / "tokenizer.model", folder / "shards")
     flags = ("--max-rejected", "0.5")
-    process = start(folder / "shards", folder / "work", 1, *flags)
+    program = faulty(folder / "program.py", SLOW)
+    process = start(folder / "shards", folder / "work", 1, *flags, program=program)
     wait_for_step(process, folder / "work", 5)
     process.kill()
     process.wait()
-    output = finish(start(folder / "shards", folder / "work", 1, *flags, "--resume"))
+    output = trained(folder / "shards", folder / "work", 1, *flags, "--resume")
     assert list(losses(folder / "work")) == list(range(1, STEPS + 1)), output
     return folder / "work"
 

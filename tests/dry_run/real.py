@@ -69,7 +69,7 @@ def _until_let_go(collective: Callable) -> Callable:
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
         before = _holders(tensors)
         work = collective(*args, **kwargs)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while work is None and any(map(operator.gt, _holders(tensors), before)):
             assert time.monotonic() < deadline, f"{collective.__name__} kept its tensors"
             time.sleep(0.0001)

@@ -72,19 +72,16 @@ class Reader:
 @contextmanager
 def serving(generator: Generator, settings: Settings | None = None) -> Iterator[str]:
     """The address of a server that runs until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    bound = socket.create_server(("127.0.0.1", 0))
     app = build_app(generator, settings or Settings())
-    config = uvicorn.Config(
-        app, http=Connection, port=port, log_level="error", timeout_graceful_shutdown=2
-    )
+    config = uvicorn.Config(app, http=Connection, log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     while not server.started:
+        assert thread.is_alive()
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     server.should_exit = True
     thread.join(timeout=20)
     assert not thread.is_alive()

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from megatron_gmai.runtime.processes import free_port
 from tests.training.command import ROOT, launcher
 from tools.serve import KEY, main
 
@@ -20,9 +20,7 @@ def test_a_model_is_served_to_the_openai_client(
     kind: str, ranks: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     load, log = str(request.getfixturevalue(kind)), tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     program = [*launcher(ranks), str(ROOT / "tools" / "serve.py"), "--load", load]
     program += ["--tp", str(ranks)]
     words = [*program, "--port", port, "--name", "tiny", "--device", "cpu"]

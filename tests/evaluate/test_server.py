@@ -264,7 +264,7 @@ class TestUnderLoad:
             next(iter(stream))
             begun = time.monotonic()
             assert self.ask(address, "next") == "next turns=1 images="
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < 60  # the other takes 1000 s
             assert next(iter(stream)).choices[0].delta.content == "again "
             stream.close()
 

@@ -4,16 +4,25 @@ import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
 
-from megatron_gmai.evaluate.server import bodies, connections
+from megatron_gmai.evaluate.server import app, bodies, connections
 from tests.evaluate.serving import Reader, serving
 from tests.evaluate.tables import encoded
 from tests.evaluate.test_server import raw, user
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 class Unfinished:
@@ -37,13 +46,15 @@ def test_unfinished_bodies_share_a_bound(
 ) -> None:
     monkeypatch.setattr(bodies, "MAX_HELD_BYTES", 1_000_000)
     body = json.dumps({"messages": user("x")}).encode()
+    of_server = bodies.Bodies()
+    monkeypatch.setattr(app, "Bodies", lambda: of_server)
     with serving(Reader()) as address:
         first = Unfinished(address, 900_000)
-        time.sleep(0.3)
+        until(lambda: of_server.held == 900_000)
         assert Unfinished(address, 200_000).status() == 503
         assert raw(address, body)[0] == 200  # what was refused is held no more
         first.socket.close()
-        time.sleep(0.3)
+        until(lambda: of_server.held == 0)
         for _ in range(20):
             assert raw(address, body + b" " * 900_000)[0] == 200
     assert "Traceback" not in capfd.readouterr().err  # clients that leave fill no log
@@ -68,7 +79,7 @@ def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatc
         said = raw(address, json.dumps({"messages": user("one two three")}).encode())
         assert said[0] == 200  # which took longer
         for connection in (silent, half):
-            connection.settimeout(5)
+            connection.settimeout(60)
             assert connection.recv(100) == b""
 
 
@@ -76,6 +87,9 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connections, "MAX_STALLED_SECONDS", 0.3)
+    lost, lose = threading.Event(), connections.Connection.connection_lost
+    tell = lambda connection, error: (lost.set(), lose(connection, error))  # noqa: E731
+    monkeypatch.setattr(connections.Connection, "connection_lost", tell)
     picture = encoded(Image.effect_noise((2000, 2000), 90))
     with serving(Reader()) as address:
         place = urlsplit(address)
@@ -85,6 +99,6 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(
         kind = {"Content-Type": "application/octet-stream"}
         connection.request("POST", "/preview", picture, kind)
         answer = connection.getresponse()
-        time.sleep(1)
+        assert lost.wait(60)
         with pytest.raises(http.client.IncompleteRead):
             answer.read()

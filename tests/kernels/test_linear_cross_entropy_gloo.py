@@ -1,13 +1,12 @@
 """Both losses on two real tensor-parallel ranks, over gloo, equal the unsharded ones."""
 
-import socket
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from numerics import assert_close, grad, leaf
 
 from gmai_kernels import linear_cross_entropy, vocab_parallel_cross_entropy
+from megatron_gmai.runtime.processes import free_port
 
 WORLD, TOKENS, HIDDEN, VOCAB_SIZE, HELD = 2, 12, 32, 101, 64
 
@@ -73,7 +72,4 @@ def rank_main(rank: int, port: int) -> None:
 
 
 def test_two_ranks_equal_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, args=(port,), nprocs=WORLD)
+    mp.spawn(rank_main, args=(free_port(),), nprocs=WORLD)

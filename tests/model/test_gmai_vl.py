@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fusions.fused_bias_swiglu import swiglu
 from torch import Tensor
 
 from megatron_gmai.config import TrainConfig
@@ -145,6 +146,7 @@ def test_what_a_checkpoint_does_not_hold_is_not_left_to_chance(alone: Processes)
 
 def test_nothing_is_compiled_on_a_cpu(model: GMAIVL) -> None:
     """A laptop may have no C++ compiler, and a short run no time for one."""
+    assert hasattr(swiglu, "_torchdynamo_orig_callable")  # Megatron-Core's functions could be
     compiled = torch._dynamo.utils.counters["frames"]
     before = dict(compiled)
     losses_of(model, make_pack(seed=1, images=1)).sum().backward()

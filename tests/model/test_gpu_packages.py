@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gmai.runtime.processes import in_processes
 from tests.model.engine_runs import RUNS, run_all
 from tests.model.published import SIGNATURES, signature
 from tests.parallel.cases import Case, LoraConfig, Outcome, run_cases
-from tests.parallel.world import run_world
+from tests.parallel.world import MOST_SECONDS, run_world
 
 pytestmark = pytest.mark.worlds
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
         made = tmp_path_factory.mktemp("stand-ins")
         references = [Case("plain"), Case("plain-lora", lora=LoraConfig(llm_use_lora=True))]
         run_world(1, run_cases, references, made)
-        run_world(2, run_all, made)
+        in_processes(2, MOST_SECONDS, run_all, made)  # before Megatron-Core is imported
         return made
 
     return run

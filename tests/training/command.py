@@ -2,15 +2,21 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from megatron_gmai.runtime.processes import free_port
+from tests.parallel.world import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "pretrain_gmai_vl.py"
 STEPS = 10
 
 
@@ -20,15 +26,46 @@ def start(
     ranks: int,
     *flags: str,
     prefix: tuple[str, ...] = (),
-    program: Path = ROOT / "pretrain_gmai_vl.py",
+    program: Path = PROGRAM,
     restarts: int = 0,
 ) -> subprocess.Popen[str]:
     """Start `ranks` processes of the tiny model for STEPS steps; output is kept."""
-    command = [*prefix, *launcher(ranks, restarts), str(program)]
-    command += ["--preset", "gmai-vl-tiny", "--shards", str(shards), "--work-dir", str(work_dir)]
-    command += ["--max-length", "256", "--global-batch-size", "2", "--train-iters", str(STEPS)]
-    command += ["--log-interval", "1", "--checkpoint-interval", "3", "--device", "cpu", *flags]
-    return run(command)
+    words = _words(program, shards, work_dir, *flags)
+    return run([*prefix, *launcher(ranks, restarts), *words])
+
+
+def trained(shards: Path, work_dir: Path, ranks: int, *flags: str, program: Path = PROGRAM) -> str:
+    """What such a run prints that nothing ends early."""
+    return forked(ranks, _words(program, shards, work_dir, *flags))
+
+
+def forked(ranks: int, words: list[str]) -> str:
+    """What a program and its flags print, which has to end well. Its processes are forked from one
+    that has imported what they need, so they begin seconds sooner than those of torchrun."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        try:
+            run_world(ranks, _run, output, words)
+        except RuntimeError as error:
+            raise AssertionError(f"{output.read_text()}\n{error}") from error
+        return output.read_text()
+
+
+def _run(output: Path, words: list[str]) -> None:
+    """The program, in a process of its world."""
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+    sys.stdout.flush()
+
+
+def _words(program: Path, shards: Path, work_dir: Path, *flags: str) -> list[str]:
+    words = [str(program), "--preset", "gmai-vl-tiny", "--shards", str(shards)]
+    words += ["--work-dir", str(work_dir), "--max-length", "256", "--global-batch-size", "2"]
+    words += ["--train-iters", str(STEPS), "--log-interval", "1", "--checkpoint-interval", "3"]
+    return [*words, "--device", "cpu", *flags]
 
 
 def launcher(ranks: int, restarts: int = 0) -> list[str]:
@@ -59,6 +96,16 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> str:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End torchrun and, at the same moment, its ranks, which would outlive it."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everyone:
+        one.suspend()
+    for one in everyone:
+        one.kill()
+    process.wait()
 
 
 def losses(work_dir: Path) -> dict[int, tuple[float, float]]:

@@ -3,6 +3,16 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Steps that take so long that who waits for one of them comes before the end of the run.
+SLOW = """
+import time
+from megatron_gmai.training.step import TrainStep
+take = TrainStep.__call__
+def slowly(*arguments):
+    time.sleep(0.5)
+    return take(*arguments)
+TrainStep.__call__ = slowly
+"""
 
 
 def faulty(program: Path, fault: str) -> Path:

@@ -60,6 +60,7 @@ def run_job(job: Job, processes: Processes, folder: Path) -> dict[int, list[floa
         rows[iteration] = [result.loss, result.grad_norm]
         if job.save_to is not None and iteration + 1 == SAVED_AFTER:
             save(trainer, folder / job.save_to, SAVED_AFTER)
+    trainer.close()
     return rows
 
 

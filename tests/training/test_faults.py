@@ -8,8 +8,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.command import STEPS, finish, launcher, losses, run, start, wait_for_step
-from tests.training.faulty import faulty
+from tests.training.command import (
+    STEPS,
+    finish,
+    launcher,
+    losses,
+    run,
+    start,
+    trained,
+    wait_for_step,
+)
+from tests.training.faulty import SLOW, faulty
 
 TP2 = ("--tp", "2")
 ENDS_WITHIN = 150  # seconds after a rank is gone, on a machine with other work
@@ -19,9 +28,7 @@ ENDS_WITHIN = 150  # seconds after a rank is gone, on a machine with other work
 def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a run that nothing disturbed."""
     work_dir = tmp_path_factory.mktemp("uninterrupted")
-    process = start(shards, work_dir, 2, *TP2)
-    output = finish(process)
-    assert process.returncode == 0, output
+    trained(shards, work_dir, 2, *TP2)
     assert list(losses(work_dir)) == list(range(1, STEPS + 1))
     return work_dir
 
@@ -32,7 +39,8 @@ def killed(
 ) -> tuple[Path, int | None]:
     """The work directory of a run whose second rank was killed after step 5, and its status."""
     work_dir = tmp_path_factory.mktemp("killed")
-    process = start(shards, work_dir, 2, *TP2)
+    program = faulty(tmp_path_factory.mktemp("slow") / "program.py", SLOW)
+    process = start(shards, work_dir, 2, *TP2, program=program)
     wait_for_step(process, work_dir, 5)
     ranks = psutil.Process(process.pid).children()
     second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
@@ -68,7 +76,7 @@ def test_resuming_reproduces_the_uninterrupted_run_bitwise(
 def test_resuming_in_another_layout_reproduces_it_to_rounding(
     shards: Path, work_dir: Path, uninterrupted: Path
 ) -> None:
-    output = finish(start(shards, work_dir, 1, "--resume"))
+    output = trained(shards, work_dir, 1, "--resume")
     expected = losses(uninterrupted)
     assert losses(work_dir).keys() == expected.keys(), output
     for iteration, row in losses(work_dir).items():
@@ -142,7 +150,7 @@ def test_an_interrupted_process_leaves_quietly(tmp_path: Path) -> None:
 
 def test_only_the_checkpoints_that_are_asked_for_stay(shards: Path, tmp_path: Path) -> None:
     flags = ("--checkpoint-interval", "2", "--keep-last", "2", "--keep-every", "4")
-    output = finish(start(shards, tmp_path, 1, *flags))
+    output = trained(shards, tmp_path, 1, *flags)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*iter_*"))
     assert kept == [f"iter_{number:07d}" for number in (4, 8, 10)], output
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -169,9 +177,7 @@ def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(
     )
     work_dir = tmp_path / "work"
     program = faulty(tmp_path / "program.py", fault)
-    process = start(shards, work_dir, 2, *TP2, program=program)
-    output = finish(process)
-    assert process.returncode == 0, output
+    output = trained(shards, work_dir, 2, *TP2, program=program)
     assert output.count("warning: could not save") == 1, output
     saved = sorted(path.name for path in (work_dir / "checkpoints").glob("*iter_*"))
     assert saved == [f"iter_{number:07d}" for number in (6, 9, 10)]
@@ -181,7 +187,8 @@ def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(
     shards: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    process = start(shards, tmp_path, 2, *TP2, restarts=1)
+    program = faulty(tmp_path / "program.py", SLOW)
+    process = start(shards, tmp_path, 2, *TP2, restarts=1, program=program)
     wait_for_step(process, tmp_path, 5)
     ranks = psutil.Process(process.pid).children()
     second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
@@ -208,9 +215,7 @@ def test_saving_while_training_goes_on_gives_the_same_files(
     )
     work_dir = tmp_path / "work"
     program = faulty(tmp_path / "program.py", fault)
-    process = start(shards, work_dir, 2, *TP2, "--async-save", program=program)
-    output = finish(process)
-    assert process.returncode == 0, output
+    output = trained(shards, work_dir, 2, *TP2, "--async-save", program=program)
     assert losses(work_dir) == losses(uninterrupted)
     for number in (3, 6, 9, 10):
         name = f"iter_{number:07d}"

@@ -112,10 +112,13 @@ def test_it_reaches_the_store_while_its_rank_waits_there_for_another(tmp_path: P
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         watchdog = Watchdog(tmp_path, timeout=60)
-        seconds = datetime.timedelta(seconds=3)
-        threading.Thread(target=within, args=(9, lambda: store.wait(["never"], seconds))).start()
+        seconds = datetime.timedelta(seconds=60)
+        waiter = threading.Thread(target=store.wait, args=(["late"], seconds))
+        waiter.start()
         time.sleep(0.5)
-        assert within(1, lambda: watchdog.store.set("told", "something") or True)
+        assert within(30, lambda: watchdog.store.set("told", "something") or True)
+        dist.TCPStore("127.0.0.1", store.port).set("late", "")
+        waiter.join(60)
     finally:
         dist.destroy_process_group()
 

@@ -13,7 +13,8 @@ from megatron_gmai.training.optimizer import finish_param_gather
 from tests.parallel.batches import PACKS
 from tests.parallel.cases import Case, Processes, Trainer, share, whole_weights
 from tests.parallel.world import run_world
-from tests.training.command import finish, losses, start, wait_for_step
+from tests.training.command import finish, kill, losses, start, trained, wait_for_step
+from tests.training.faulty import SLOW, faulty
 
 CASES = [
     Case("tensor-parallel", ParallelConfig(tensor_model_parallel_size=2)),
@@ -85,13 +86,13 @@ def rows(shards: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory)
     work = tmp_path_factory.mktemp("valid")
     flags = ("--eval-interval", "2", "--eval-iters", "3")
     validated = ("--valid-shards", str(held_out), *flags)
-    process = start(shards, work / "a", 2, *validated)
+    program = faulty(work / "program.py", SLOW)
+    process = start(shards, work / "a", 2, *validated, program=program)
     wait_for_step(process, work / "a", 5)
-    process.kill()
-    process.wait()
-    output = finish(start(shards, work / "a", 2, *validated, "--resume"))
+    kill(process)
+    output = trained(shards, work / "a", 2, *validated, "--resume")
     profile = ("--profile", "--profile-step-start", "2", "--profile-step-end", "4")
-    finish(start(shards, work / "plain", 2, *profile, "--profile-ranks", "1"))
+    trained(shards, work / "plain", 2, *profile, "--profile-ranks", "1")
     the_profile_and_the_times_are_there(work / "plain")
     assert losses(work / "a") == losses(work / "plain"), output
     return [json.loads(line) for line in (work / "a" / "valid.jsonl").read_text().splitlines()]
@@ -125,7 +126,7 @@ def test_another_layout_and_seed_take_the_same_packs(
 ) -> None:
     flags = ("--valid-shards", str(held_out), "--eval-interval", "2", "--eval-iters", "3")
     more = ("--train-iters", "2", "--num-workers", "1", "--seed", "7")
-    output = finish(start(shards, tmp_path / "b", 1, *flags, *more))
+    output = trained(shards, tmp_path / "b", 1, *flags, *more)
     lines = (tmp_path / "b" / "valid.jsonl").read_text().splitlines()
     for mine, theirs in zip(map(json.loads, lines), rows[:2], strict=True):
         for name in ("data_set", "samples", "supervised_tokens", "rejected"):

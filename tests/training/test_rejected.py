@@ -33,7 +33,7 @@ def test_the_run_stops_on_all_ranks_with_the_exact_count_told_once(
     share = (DAMAGED - 0.5) / 24
     flags = ("--max-rejected", f"{share:.3f}", "--num-workers", "1")
     process = start(damaged, tmp_path / "work", 2, *flags)
-    output = finish(process, timeout=60)
+    output = finish(process)
     assert process.returncode != 0
     assert output.count(f"error: {DAMAGED} of 24 samples cannot be used") == 1, output
     assert output.count("cannot be used") == 1

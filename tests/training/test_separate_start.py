@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from megatron_gmai.data.text.tokenizer import load_tokenizer
-from tests.training.command import finish, losses, start
+from tests.training.command import losses, trained
 from tools.convert_checkpoint import main
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -50,9 +50,7 @@ def test_two_folders_start_a_run_as_their_conversion_does(
         ("direct", ["--llm", llm, "--vision", clip]),
         ("converted", ["--load", str(converted), "--tokenizer", llm]),
     ):
-        process = start(shards, tmp_path / name, 1, "--freeze-llm", "--freeze-vit", *flags)
-        output = finish(process)
-        assert process.returncode == 0, output
+        trained(shards, tmp_path / name, 1, "--freeze-llm", "--freeze-vit", *flags)
     assert losses(tmp_path / "direct") == losses(tmp_path / "converted")
     direct = tmp_path / "direct" / "checkpoints"
     assert list(direct.glob("*/carried.safetensors"))  # CLIP's last layer, for the export
@@ -63,9 +61,7 @@ def test_adapters_trained_in_two_ranks_leave_merged_and_for_peft(
 ) -> None:
     llm, clip = map(str, folders)
     flags = ["--llm", llm, "--vision", clip, "--llm-use-lora", "--freeze-vit", "--lr", "1e-2"]
-    process = start(shards, tmp_path / "run", 2, "--tp", "2", *flags)
-    output = finish(process)
-    assert process.returncode == 0, output
+    trained(shards, tmp_path / "run", 2, "--tp", "2", *flags)
     run = str(tmp_path / "run" / "checkpoints")
     assert main(["to-hf", "--load", run, "--output", str(tmp_path / "merged")]) == 0
     assert main(["to-peft", "--load", run, "--output", str(tmp_path / "adapter")]) == 0

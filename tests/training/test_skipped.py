@@ -18,7 +18,7 @@ from megatron_gmai.training.step import StepResult, sum_losses
 from tests.parallel.batches import global_batch
 from tests.parallel.cases import Case, Processes, Trainer, whole_weights
 from tests.parallel.world import run_world
-from tests.training.command import STEPS, finish, losses, start
+from tests.training.command import STEPS, finish, losses, start, trained
 from tests.training.faulty import faulty
 from tests.training.test_schedule_and_metrics import RESULT
 
@@ -128,9 +128,8 @@ def test_a_run_skips_the_step_and_finishes(
 ) -> None:
     """Two data-parallel ranks with a sample each a step; one of them has the bad one."""
     work_dir = tmp_path / "work"
-    process = start(shards, work_dir, 2, program=program(NAN_AT.format(steps="(2, 5)")))
-    output = finish(process)
-    assert process.returncode == 0, output
+    fault = program(NAN_AT.format(steps="(2, 5)"))
+    output = trained(shards, work_dir, 2, program=fault)
     assert list(losses(work_dir)) == list(range(1, STEPS + 1))
     lines = [json.loads(line) for line in (work_dir / "skipped.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 5]
