@@ -88,7 +88,11 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(
 ) -> None:
     monkeypatch.setattr(connections, "MAX_STALLED_SECONDS", 0.3)
     lost, lose = threading.Event(), connections.Connection.connection_lost
-    tell = lambda connection, error: (lost.set(), lose(connection, error))  # noqa: E731
+
+    def tell(connection: connections.Connection, error: Exception | None) -> None:
+        lose(connection, error)
+        lost.set()
+
     monkeypatch.setattr(connections.Connection, "connection_lost", tell)
     picture = encoded(Image.effect_noise((2000, 2000), 90))
     with serving(Reader()) as address:
