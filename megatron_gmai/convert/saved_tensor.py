@@ -6,7 +6,7 @@ a bit that has changed on the disk is told instead of becoming a weight.
 
 import io
 import zipfile
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def read_saved(file: BinaryIO, start: int, length: int) -> Tensor:
     return values.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
-def _read(source: io.BufferedIOBase, size: int) -> Tensor:
+def _read(source: IO[bytes], size: int) -> Tensor:
     """All bytes of a part; its end is where zipfile compares the checksum."""
     memory = new_tensor((size,), torch.uint8)
     target, done = memory.numpy().data, 0
