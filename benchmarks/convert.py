@@ -8,8 +8,8 @@ checkpoint becomes a Hugging Face folder. Each is a process of its own and ends 
 on the disk. A conversion is compared with the copy right before it, so that others who use the disk
 meet both; the median of the rounds counts. Rounds take turns: warm, what is read lies in the page
 cache, so that the copy waits for nothing but its writes; cold, it lies on the disk.
-Throughput leaves out what the program takes to start (`--help`), which does not grow with the
-model; the seconds contain it.
+Throughput leaves out what the program takes to start (`--help`, timed in each pair), which does not
+grow with the model; the seconds contain it.
 Exits with 1 if a bar is missed: half the throughput of a warm copy, and 3 GB of memory, both ways.
 """
 
@@ -108,11 +108,17 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A conversion and the copy right before it, in seconds."""
+    """A conversion, and right before it the copy and a start of the program, in seconds."""
 
     copy: float
+    start: float
     conversion: float
     peak_gigabytes: float
+
+    @property
+    def ratio(self) -> float:
+        """Throughput of the conversion against that of the copy."""
+        return self.copy / (self.conversion - self.start)
 
 
 def measure_pair(work: Path, way: str, is_cold: bool) -> Pair:
@@ -133,10 +139,11 @@ def measure_pair(work: Path, way: str, is_cold: bool) -> Pair:
     copied, _ = measured([sys.executable, "-c", COPY, str(weights_file), str(copy)])
     copy.unlink()
     settle(read, is_cold)
+    started, _ = measured([*tool, "--help"])
     took, peak = measured(command)
     state = "cold" if is_cold else "warm"
     print(f"{way:8} {state} {took:6.1f} s, copy {copied:6.1f} s, peak {peak:.2f} GB", flush=True)
-    return Pair(copied, took, peak)
+    return Pair(copied, started, took, peak)
 
 
 def settle(files: list[Path], is_cold: bool) -> None:
@@ -153,8 +160,6 @@ def settle(files: list[Path], is_cold: bool) -> None:
 
 def measure(work: Path, rounds: int) -> dict[str, Any]:
     """Rounds of copy, from-hf, copy, to-hf, warm and cold in turn."""
-    tool = [sys.executable, "tools/convert_checkpoint.py", "--help"]
-    start = min(measured(tool)[0] for _ in range(rounds))
     source = work / "hf" / "model.safetensors"
     pairs: dict[str, list[Pair]] = {}
     for number in range(2 * rounds):
@@ -165,9 +170,8 @@ def measure(work: Path, rounds: int) -> dict[str, Any]:
         raise RuntimeError("the weights did not come back bit by bit")
     return {
         "gigabytes": round(source.stat().st_size / 1e9, 3),
-        "start_seconds": round(start, 2),
         "throughput_against_copy": {
-            name: round(statistics.median(p.copy / (p.conversion - start) for p in found), 3)
+            name: round(statistics.median(pair.ratio for pair in found), 3)
             for name, found in pairs.items()
         },
         "peak_gigabytes": {
