@@ -2,15 +2,20 @@
 
     python benchmarks/convert.py [--gigabytes 2.5] [--rounds 3] [--work FOLDER]
 
-A model with random bf16 weights is written as a Hugging Face folder; then, in turn, its weight file
-is copied, the folder becomes a training checkpoint, and that becomes a Hugging Face folder again.
-Each is a process of its own and ends when its bytes are on the disk. Throughput leaves out what the
-program takes to start (`--help`), which does not grow with the model; the seconds contain it.
-Exits with 1 if a bar is missed: half the throughput of the copy, and 3 GB of memory, both ways.
+A model with random bf16 weights is written as a Hugging Face folder. In every round its file of
+weights is copied and the folder becomes a training checkpoint; then it is copied again and the
+checkpoint becomes a Hugging Face folder. Each is a process of its own and ends when its bytes are
+on the disk. A conversion is compared with the copy right before it, so that others who use the disk
+meet both; the median of the rounds counts. Rounds take turns: warm, what is read lies in the page
+cache, so that the copy waits for nothing but its writes; cold, it lies on the disk.
+Throughput leaves out what the program takes to start (`--help`, timed in each pair), which does not
+grow with the model; the seconds contain it.
+Exits with 1 if a bar is missed: half the throughput of a warm copy, and 3 GB of memory, both ways.
 """
 
 import argparse
 import dataclasses
+import filecmp
 import multiprocessing
 import os
 import shutil
@@ -33,6 +38,7 @@ from megatron_gmai.convert.huggingface import write_pretrained
 from megatron_gmai.data.text.tokenizer import load_tokenizer
 from megatron_gmai.weights import weights
 
+WAYS = ("from_hf", "to_hf")
 SPEED_BAR = 0.5  # of the copy's throughput
 PEAK_BAR_GB = 3.0  # whatever the model's size
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,67 +106,91 @@ def measured(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
 
 
-def measure(work: Path, rounds: int) -> dict[str, Any]:
-    """Copy, from-hf and to-hf in turn, so that all of them meet the same state of the disk."""
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A conversion, and right before it the copy and a start of the program, in seconds."""
+
+    copy: float
+    start: float
+    conversion: float
+    peak_gigabytes: float
+
+    @property
+    def ratio(self) -> float:
+        """Throughput of the conversion against that of the copy."""
+        return self.copy / (self.conversion - self.start)
+
+
+def measure_pair(work: Path, way: str, is_cold: bool) -> Pair:
+    """Copy the file of weights, then convert; both begin with what they read in the page cache,
+    or, cold, with none of it."""
+    source, copy, checkpoints, out = (work / n for n in ("hf", "copy", "checkpoints", "out"))
+    weights_file = source / "model.safetensors"
     tool = [sys.executable, "tools/convert_checkpoint.py"]
-    source = work / "hf"
-    size = (source / "model.safetensors").stat().st_size
-    commands = {
-        "copy": [sys.executable, "-c", COPY, str(source / "model.safetensors"), str(work / "copy")],
-        "from_hf": [
-            *tool,
-            "from-hf",
-            "--model",
-            str(source),
-            "--output",
-            str(work / "checkpoints"),
-        ],
-        "to_hf": [
-            *tool,
-            "to-hf",
-            "--load",
-            str(work / "checkpoints"),
-            "--output",
-            str(work / "out"),
-        ],
-    }
-    start = min(measured([*tool, "--help"])[0] for _ in range(rounds))
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peaks = dict.fromkeys(commands, 0.0)
-    for _ in range(rounds):
-        for path in ("checkpoints", "out"):
-            shutil.rmtree(work / path, ignore_errors=True)
-        (work / "copy").unlink(missing_ok=True)
-        for name, command in commands.items():
-            took, peak = measured(command)
-            seconds[name].append(took)
-            peaks[name] = max(peaks[name], peak)
-            print(f"{name:8} {took:6.1f} s, peak {peak:.2f} GB", flush=True)
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    if way == "from_hf":
+        read, target = [weights_file], checkpoints
+        command = [*tool, "from-hf", "--model", str(source), "--output", str(target)]
+    else:
+        read, target = list((checkpoints / "iter_0000000").iterdir()), out
+        command = [*tool, "to-hf", "--load", str(checkpoints), "--output", str(target)]
+    copy.unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    settle([weights_file], is_cold)
+    copied, _ = measured([sys.executable, "-c", COPY, str(weights_file), str(copy)])
+    copy.unlink()
+    settle(read, is_cold)
+    started, _ = measured([*tool, "--help"])
+    took, peak = measured(command)
+    state = "cold" if is_cold else "warm"
+    print(f"{way:8} {state} {took:6.1f} s, copy {copied:6.1f} s, peak {peak:.2f} GB", flush=True)
+    return Pair(copied, started, took, peak)
+
+
+def settle(files: list[Path], is_cold: bool) -> None:
+    """Leave the disk nothing to write, and the page cache all of `files`, or none of them."""
+    os.sync()
+    for path in files:
+        with path.open("rb") as file:
+            if is_cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(1 << 24):
+                    pass
+
+
+def measure(work: Path, rounds: int) -> dict[str, Any]:
+    """Rounds of copy, from-hf, copy, to-hf, warm and cold in turn."""
+    source = work / "hf" / "model.safetensors"
+    pairs: dict[str, list[Pair]] = {}
+    for number in range(2 * rounds):
+        for way in WAYS:
+            found = measure_pair(work, way, is_cold=number % 2 == 1)
+            pairs.setdefault(f"{way}_{'cold' if number % 2 else 'warm'}", []).append(found)
+    if not filecmp.cmp(source, work / "out" / source.name, shallow=False):
+        raise RuntimeError("the weights did not come back bit by bit")
     return {
-        "gigabytes": round(size / 1e9, 3),
-        "rounds": rounds,
-        "seconds": {name: [round(took, 2) for took in times] for name, times in seconds.items()},
-        "peak_gigabytes": {name: round(peak, 2) for name, peak in peaks.items()},
+        "gigabytes": round(source.stat().st_size / 1e9, 3),
         "throughput_against_copy": {
-            name: round(middle["copy"] / (middle[name] - start), 3) for name in ("from_hf", "to_hf")
+            name: round(statistics.median(pair.ratio for pair in found), 3)
+            for name, found in pairs.items()
         },
-        "start_seconds": round(start, 2),
+        "peak_gigabytes": {
+            way: round(max(pair.peak_gigabytes for pair in pairs[f"{way}_warm"]), 2) for way in WAYS
+        },
+        "pairs": {name: [dataclasses.asdict(p) for p in found] for name, found in pairs.items()},
         "cores": os.cpu_count(),
         "load_average": [round(load, 1) for load in os.getloadavg()],
-        "same_bytes": _same(source / "model.safetensors", work / "out" / "model.safetensors"),
     }
-
-
-def _same(one: Path, two: Path) -> bool:
-    return subprocess.run(["cmp", "--silent", str(one), str(two)]).returncode == 0
 
 
 def figures_of(result: dict[str, Any]) -> list[Figure]:
+    """The figures with bars, and cold throughput beside them."""
     found = []
-    for way in ("from_hf", "to_hf"):
-        speed, peak = result["throughput_against_copy"][way], result["peak_gigabytes"][way]
-        found.append(at_least(f"{way}: throughput against a copy", speed, "x", SPEED_BAR))
+    for way in WAYS:
+        speed, peak = result["throughput_against_copy"], result["peak_gigabytes"][way]
+        name = f"{way}: throughput against a copy"
+        found.append(at_least(name, speed[f"{way}_warm"], "x", SPEED_BAR))
+        found.append(Figure(f"{name}, read from the disk", speed[f"{way}_cold"], "x"))
         found.append(at_most(f"{way}: peak memory", peak, "GB", PEAK_BAR_GB))
     return found
 
@@ -169,7 +199,7 @@ def main() -> int:
     """Returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.5, help="size of the weights (2.5)")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="warm, and as many cold (3)")
     parser.add_argument("--work", help="folder for some four times that size (default: temporary)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=flags.work) as folder:

@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_gmai.config import LoraConfig, ModelConfig
 from megatron_gmai.convert.files import check_finite
+from megatron_gmai.convert.memory import new_tensor
 from megatron_gmai.convert.safe_metadata import CheckedReader
+from megatron_gmai.convert.saved_tensor import read_saved
 from megatron_gmai.weights import Shape, Weight, weights
 
 
@@ -28,7 +30,7 @@ class _Reader(CheckedReader):
     def tensor(self, name: str, stored: TensorStorageMetadata) -> Tensor:
         if len(stored.chunks) == 1:
             return self._chunk(name, stored.chunks[0])
-        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        whole = new_tensor(tuple(stored.size), stored.properties.dtype)
         for chunk in stored.chunks:
             slices = tuple(
                 slice(start, start + size)
@@ -42,14 +44,13 @@ class _Reader(CheckedReader):
         path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
         with path.open("rb") as file:
             try:
-                tensor = torch.load(
-                    self._slice_file(file, info),
-                    map_location="cpu",
-                    weights_only=True,
-                )
+                tensor = read_saved(file, info.offset, info.length)
             except Exception as error:  # torch raises many types for a damaged or hostile file
-                raise ValueError(f"{path} is damaged: {name} cannot be read from it") from error
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+                raise ValueError(
+                    f"{path} is damaged: {name} cannot be read from it ({error}). "
+                    "Use an earlier checkpoint"
+                ) from error
+        if tensor.shape != chunk.sizes:
             raise ValueError(f"{path} is damaged: it holds something else in the place of {name}")
         return tensor
 
@@ -61,8 +62,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
     model is its adapters (`adapters.py` puts them together with the rest). Check the folder before
     (`training.checkpoint.open_checkpoint`): its metadata is a pickle.
 
-    Raises ValueError if a weight of the model is missing or has another shape; reading one that
-    holds NaN or infinity raises it too.
+    Raises ValueError if a weight of the model is missing or has another shape; reading one whose
+    bytes have changed since they were written, or that holds NaN or infinity, raises it too.
     """
 
     def __init__(

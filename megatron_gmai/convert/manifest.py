@@ -61,8 +61,9 @@ def read_manifest(path: Path) -> Manifest:
     """Check a checkpoint folder, or the newest one in a folder of checkpoints.
 
     Raises:
-        ValueError: nothing there, a file missing or of the wrong size, a manifest that does not
-            read, or metadata that would run code when it is loaded.
+        ValueError: nothing there, a file missing or of the wrong size, one without tensors of the
+            layout that has changed, a manifest that does not read, or metadata that would run code
+            when it is loaded.
     """
     if (path / LATEST).is_file():
         path = path / Path((path / LATEST).read_text(encoding="utf-8").strip()).name
@@ -87,6 +88,13 @@ def read_manifest(path: Path) -> Manifest:
             found = file.stat().st_size if file.is_file() else "no file"
             raise ValueError(
                 f"{path} is damaged: {name} should have {size} bytes, found {found}. "
+                "Use an earlier checkpoint."
+            )
+        # Those of tensors are large; who reads a tensor checks it (`saved_tensor`).
+        is_small = not name.endswith(".distcp")
+        if is_small and name in checksums and crc32_of(file) != checksums[name]:
+            raise ValueError(
+                f"{path} is damaged: {name} has changed since it was written. "
                 "Use an earlier checkpoint."
             )
     names = check_metadata(path / ".metadata")

@@ -10,12 +10,14 @@ Hugging Face checkpoint, of which there are two flavours:
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
+from megatron_gmai.convert.memory import new_tensor
 from megatron_gmai.weights import Shape, Weight, weights
 
 Flavour = Literal["transformers", "original"]
@@ -54,12 +56,20 @@ class Row:
         return self.rule.shapes(self.weight.shape)
 
 
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, into new memory of the faster kind."""
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.cat(list(parts), dim, out=new_tensor(tuple(shape), dtype))
+
+
 COPY = Rule(
     merge=lambda parts: parts[0], split=lambda tensor: [tensor], shapes=lambda shape: (shape,)
 )
 # Megatron's fused first MLP layer: the gate's rows, then the up projection's.  [2F, H]
 GATE_UP = Rule(
-    merge=lambda parts: torch.cat(list(parts)),
+    merge=_joined,
     split=lambda tensor: list(tensor.chunk(2)),
     shapes=lambda shape: ((shape[0] // 2, *shape[1:]),) * 2,
 )
@@ -81,7 +91,7 @@ def qkv_rule(groups: int, queries_per_group: int) -> Rule:
     def merge(parts: Sequence[Tensor]) -> Tensor:
         columns = parts[0].shape[1:]
         grouped = [part.reshape(groups, -1, *columns) for part in parts]
-        return torch.cat(grouped, dim=1).reshape(-1, *columns)
+        return _joined(grouped, dim=1).reshape(-1, *columns)
 
     def split(tensor: Tensor) -> list[Tensor]:
         columns = tensor.shape[1:]

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.utils.serialization import config as torch_files
 
 from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
@@ -116,8 +115,7 @@ class _Writer:
             self._close()
             self._file = self._next_file()
         start, offsets = self._file.tell(), torch.Size([0] * tensor.dim())
-        # The zip's own sums would take as long as ours, which cover them (torch reads neither).
-        with torch_files.patch("save.compute_crc32", False), _reason_of_torch():  # type: ignore[attr-defined]
+        with _reason_of_torch():
             torch.save(tensor, self._file)  # type: ignore[arg-type]  # all that it asks of a file
         length = self._file.tell() - start
         self._spans[MetadataIndex(name, offsets)] = _StorageInfo(

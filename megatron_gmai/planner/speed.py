@@ -31,10 +31,11 @@ from megatron_gmai.planner.cost import (
     tower_flops,
 )
 from megatron_gmai.planner.hardware import Gpu
-from megatron_gmai.planner.memory import static_bytes
+from megatron_gmai.planner.memory import static_bytes, weight_table
 from megatron_gmai.planner.schedule import Timeline, simulate
 from megatron_gmai.planner.share import HALF, SINGLE, Share
 from megatron_gmai.planner.vision import feature_bytes, recomputes_vision
+from megatron_gmai.weights import local_shape
 
 SIMULATED, SPAN = 8, 4  # rounds of PP micro-batches; and of which the pace is taken
 LAUNCH = 5e-6  # seconds of the host for an operator in eager PyTorch
@@ -43,9 +44,10 @@ SENT = 0.8  # share of a link's bandwidth that large messages get
 MOVED = 0.8  # of the memory's
 ATTENTION = 0.6  # of the products' speed, in fused attention
 TOWER = 0.8  # of the products' speed in the vision tower, whose matrices are smaller
-# Operators of a decoder layer and of a tower layer, counted by dry runs.
+# Operators of a decoder layer, of a tower layer and of an adapter, counted by dry runs.
 LAYER_LAUNCHES = {"forward": 45, "backward": 65}
 TOWER_LAUNCHES = {"forward": 22, "backward": 42}
+ADAPTER_LAUNCHES = {"forward": 4, "backward": 14}
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,27 @@ def layer_seconds(share: Share, gpu: Gpu, direction: str) -> float:
     attention *= 1 if direction == "forward" else 2.5  # scores are computed again
     device = products / gpu.product_flops + attention / (gpu.product_flops * ATTENTION)
     device += layer_traffic(share) * max(1, times) / (gpu.memory_gb_s * 1e9 * MOVED)
-    launches = LAYER_LAUNCHES[direction] * LAUNCH
-    return max(device, launches) + layer_messages(share, gpu, times)
+    device += adapter_seconds(share, gpu) * (1 if direction == "forward" else 2)
+    adapters = len(config.lora.targets)
+    launches = LAYER_LAUNCHES[direction] + adapters * ADAPTER_LAUNCHES[direction]
+    seconds = max(device, launches * LAUNCH) + layer_messages(share, gpu, times)
+    # An adapter exchanges r numbers a token: a message's latency is all that it takes.
+    return seconds + (adapters * LATENCY if layout.tensor > 1 else 0.0)
+
+
+def adapter_seconds(share: Share, gpu: Gpu) -> float:
+    """A decoder layer's adapters in a forward pass: products of rank r, which read and write more
+    than they compute."""
+    config, products, traffic = share.config, 0.0, 0.0
+    for weight in weight_table(config.model, config.lora):
+        if not (weight.is_adapter and weight.layer == 0):
+            continue
+        rows, columns = local_shape(weight, share.layout.tensor)
+        tokens = share.tokens / (share.scattered if weight.cut == "none" else 1)
+        products += 2 * tokens * rows * columns
+        # A reads the linear's input. B's output is written, scaled, and added to the linear's.
+        traffic += HALF * tokens * (6 * rows if weight.name.endswith(".b") else columns)
+    return products / gpu.product_flops + traffic / (gpu.memory_gb_s * 1e9 * MOVED)
 
 
 def layer_traffic(share: Share) -> float:

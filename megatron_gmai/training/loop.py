@@ -114,11 +114,8 @@ def speed_terms(run: Run, result: StepResult) -> tuple[float, float | None, floa
     return flops, gpu.peak_flops * layout.world_size, predicted(run.config, layout, result, gpu)
 
 
-def predicted(config: Config, layout: Layout, result: StepResult, gpu: Gpu) -> float | None:
-    """Seconds that the planner gives a step with so many samples and images; None with adapters,
-    whose products and launches it does not time."""
-    if config.lora.llm_use_lora:
-        return None
+def predicted(config: Config, layout: Layout, result: StepResult, gpu: Gpu) -> float:
+    """Seconds that the planner gives a step with so many samples and images."""
     packs = config.train.global_batch_size
     load = Load(config.data.max_length, max(1.0, result.samples / packs), result.images / packs)
     return step_time(config, layout, load, gpu).seconds

@@ -76,3 +76,20 @@ def test_a_damaged_file_is_told_with_the_tensor(
     name = next(iter(weights))
     with pytest.raises(ValueError, match=rf"distcp is damaged: {name} cannot be read"):
         found[name]
+
+
+def test_a_flipped_bit_is_told_with_the_tensor(
+    checkpoint: tuple[Path, dict[str, Tensor]], model_config: ModelConfig
+) -> None:
+    folder, weights = checkpoint
+    name = "language_model.decoder.final_layernorm.weight"
+    value = weights[name].numpy().tobytes()[:8]
+    for file in folder.glob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        if (position := content.find(value)) >= 0:
+            content[position] ^= 1  # of the lowest bits of a mantissa: still a number
+            file.write_bytes(content)
+    found = CheckpointWeights(folder, model_config)
+    with pytest.raises(ValueError, match=rf"distcp is damaged: {name} cannot .*Bad CRC-32"):
+        found[name]
+    assert all(torch.equal(found[other], weights[other]) for other in weights if other != name)

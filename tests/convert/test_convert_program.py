@@ -117,6 +117,26 @@ def test_a_killed_conversion_is_not_whole_and_starts_again(source: Export, tmp_p
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("file", ["__0_0.distcp", CARRIED, ".metadata"])
+def test_a_flipped_bit_is_told_and_not_exported(
+    source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    assert from_hf(source.folder, tmp_path / "checkpoints") == 0
+    path = tmp_path / "checkpoints" / "iter_0000000" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert to_hf(tmp_path / "checkpoints", tmp_path / "out") == 2
+    assert main(["verify", str(tmp_path / "checkpoints"), str(source.folder)]) == 2
+    assert capsys.readouterr().err.count("is damaged: ") == 2
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "sizes",
+        "source",
+        "tokenizer.model",
+        "checkpoints",
+    }
+
+
 def test_a_tokenizer_of_another_model_is_refused(
     source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

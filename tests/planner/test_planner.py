@@ -4,6 +4,7 @@ import dataclasses
 import json
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from megatron_gmai.planner.memory import is_trained, stage_memory
 from megatron_gmai.planner.schedule import order, simulate
 from megatron_gmai.planner.search import Plan, plan, search
 from megatron_gmai.planner.share import Share
-from megatron_gmai.planner.speed import pass_seconds, transfer
+from megatron_gmai.planner.speed import pass_seconds, step_time, transfer
 from megatron_gmai.presets import preset
 from megatron_gmai.weights import weights
 from tools.dry_run import main as dry_run_main
@@ -208,6 +209,20 @@ def test_adapters_cost_no_gradients_of_the_weights_below_them() -> None:
     lora = dataclasses.replace(SEVEN_B, lora=LoraConfig(llm_use_lora=True))
     whole, part = (step_flops(c, 2048, 0, 1) for c in (SEVEN_B, lora))
     assert part == pytest.approx(whole * 2 / 3)
+
+
+def test_adapters_take_time_by_their_number_and_rank() -> None:
+    layout, load = Layout(8, 2, 1), load_of(SEVEN_B, 3)
+
+    def seconds(**lora: Any) -> float:
+        config = dataclasses.replace(SEVEN_B, lora=LoraConfig(**lora))
+        return step_time(config, layout, load, GPUS["h100-80gb"]).seconds
+
+    one, all_of_them = (
+        seconds(llm_use_lora=True, lora_targets=targets) for targets in ("qkv", "qkv,proj,fc1,fc2")
+    )
+    wide = seconds(llm_use_lora=True, lora_targets="qkv,proj,fc1,fc2", lora_rank=256)
+    assert one < seconds() and one < all_of_them < wide
 
 
 def test_what_cannot_fit_is_told_with_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,8 +159,12 @@ def declare_a_weight_as_bytes(path: Path) -> None:
 
 def replace_metadata(path: Path, content: bytes) -> None:
     (path / ".metadata").write_bytes(content)
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    edit_manifest(path, files=files | {".metadata": len(content)})
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit_manifest(
+        path,
+        files=manifest["files"] | {".metadata": len(content)},
+        crc32=manifest["crc32"] | {".metadata": zlib.crc32(content)},
+    )
 
 
 DAMAGES: dict[Callable[[Path], None], str] = {
