@@ -33,5 +33,5 @@ def test_segments_attend_to_themselves(causal: bool, dtype: torch.dtype) -> None
         out = attend(*joined.split((4, 2, 2), dim=1))  # views, as of the joined projection
         (out * weight).sum().backward()
         found.append((out.detach(), joined.grad))
-    rounding = dict(rtol=0.02, atol=2e-3) if dtype is torch.bfloat16 else {}
+    rounding = dict(rtol=0.02, atol=0.03) if dtype is torch.bfloat16 else {}
     torch.testing.assert_close(found[0], found[1], **rounding)
