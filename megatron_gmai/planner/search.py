@@ -100,19 +100,20 @@ def _judge(
     config: Config, world_size: int, load: Load, gpu: Gpu, sizes: Sizes, found: Search
 ) -> Search:
     fitting: list[Plan] = []
-    for recompute in recomputations(config, load):
-        candidate = candidate_of(config, world_size, load, sizes, *recompute)
+    choices = tuple(recomputations(config, load))
+    for choice in choices:
+        candidate = candidate_of(config, world_size, load, sizes, *choice)
         if candidate is None:
             return dataclasses.replace(found, refused=found.refused + 1)
         memory = memory_of(candidate, world_size, load)
         if max(stage.peak for stage in memory) <= gpu.memory_gib * GIB:
             fitting.append(plan(candidate, world_size, load, gpu, memory))
-            if not any(recompute):
+            if choice == choices[0]:
                 break
+        elif choice == choices[-1] and not fitting:
+            found.too_large.append(plan(candidate, world_size, load, gpu, memory))
     if fitting:
         found.plans.append(min(fitting, key=lambda made: made.time.seconds))
-    else:
-        found.too_large.append(plan(candidate, world_size, load, gpu, memory))
     return found
 
 

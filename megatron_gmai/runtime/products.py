@@ -38,11 +38,13 @@ def use_onednn() -> Library:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """[M, K] x [K, N] -> [M, N], as aten::mm.
 
-    oneDNN would copy a left matrix with columns in a row: of weight gradients, in the main.
+    oneDNN copies a left matrix whose columns are in a row, as those of weight gradients are; that
+    does not pay where it is the larger one.
     """
     rows, columns = left.size(0), right.size(1)
     is_large = left.numel() * columns >= SMALLEST
-    if left.dtype is torch.float32 and is_large and left.is_contiguous():
+    pays = left.is_contiguous() or left.numel() < right.numel()
+    if left.dtype is torch.float32 and is_large and pays:
         linear = torch.ops.mkldnn._linear_pointwise
         return linear(left, right.T, None, "none", [], "")  # left (right^T)^T
     return torch.mm(left, right, out=left.new_empty(rows, columns))

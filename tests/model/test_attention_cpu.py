@@ -1,5 +1,7 @@
 """Attention over a pack on a CPU against one call a segment, with its gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,11 @@ from megatron_gmai.model.attention_cpu import attend_on_cpu
 LENGTHS = (5, 1, 9)
 
 
-def by_segment(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def by_segment(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], causal: bool
+) -> Tensor:
     parts = []
-    for q, k, v in zip(*(x.split(LENGTHS) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         parts.append(out.transpose(0, 1))
@@ -25,13 +29,12 @@ def test_segments_attend_to_themselves(causal: bool, dtype: torch.dtype) -> None
     joined = torch.randn(sum(LENGTHS), 8, 16, dtype=dtype, requires_grad=True)
     weight = torch.randn(sum(LENGTHS), 4, 16, dtype=dtype)
     found = []
-    for attend in (
-        lambda *a: attend_on_cpu(*a, LENGTHS, causal),
-        lambda *a: by_segment(*a, causal),
-    ):
+    ways: tuple[Callable[..., Tensor], ...] = (attend_on_cpu, by_segment)
+    for attend in ways:
         joined.grad = None
-        out = attend(*joined.split((4, 2, 2), dim=1))  # views, as of the joined projection
+        views = joined.split((4, 2, 2), dim=1)  # as of the joined projection
+        out = attend(*views, LENGTHS, causal)
         (out * weight).sum().backward()
         found.append((out.detach(), joined.grad))
-    rounding = dict(rtol=0.02, atol=0.03) if dtype is torch.bfloat16 else {}
-    torch.testing.assert_close(found[0], found[1], **rounding)
+    rounding = (0.02, 0.03) if dtype is torch.bfloat16 else (None, None)
+    torch.testing.assert_close(found[0], found[1], rtol=rounding[0], atol=rounding[1])
