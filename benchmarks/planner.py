@@ -30,10 +30,10 @@ from megatron_gmai.planner.memory import stage_memory
 from megatron_gmai.planner.schedule import simulate
 from megatron_gmai.planner.search import (
     GIB,
-    RECOMPUTED,
     Plan,
     candidate_of,
     plan,
+    recomputations,
     search,
     sizes_of,
 )
@@ -153,11 +153,11 @@ def chosen(draw: random.Random) -> dict[str, Any]:
 
 
 def every_plan(config: Config, world: int, load: Load, gpu: Gpu) -> list[Plan]:
-    """All layouts with every share of recomputed layers, whether they fit or not."""
+    """All layouts with everything that may be recomputed, whether they fit or not."""
     candidates = (
-        candidate_of(config, world, load, sizes, recomputed)
+        candidate_of(config, world, load, sizes, *recomputed)
         for sizes in sizes_of(config, world, load, gpu)
-        for recomputed in RECOMPUTED
+        for recomputed in recomputations(config, load)
     )
     return [plan(made, world, load, gpu) for made in candidates if made is not None]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_gmai.model.attention_cpu import attend_on_cpu
 from megatron_gmai.model.cache import KeyValueCache
 from megatron_gmai.model.rotary import rotate
 from megatron_gmai.runtime.implementation import Implementation
@@ -84,7 +85,7 @@ class SegmentAttention(torch.nn.Module):
         """query [S, B, A, D], key and value [S, B, G, D] -> [S, B, A·D]."""
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Segments)
-            q, k, v = query[:, 0], key[:, 0], value[:, 0]
+            q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # no batch
             if packed_seq_params.rotation is not None:
                 q, k = (rotate(x, *packed_seq_params.rotation) for x in (q, k))
             q, k, v = heads_for_tokens(q, k, v, self.cp)
@@ -116,6 +117,8 @@ class SegmentAttention(torch.nn.Module):
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
         """[T, A, D], [T, G, D], [T, G, D] -> [T, A, D]; no attention across segments."""
+        if query.device.type == "cpu":
+            return attend_on_cpu(query, key, value, segments.lengths, self.causal)
         pieces = []
         split = (x.transpose(0, 1).split(segments.lengths, dim=1) for x in (query, key, value))
         for q, k, v in zip(*split, strict=True):  # [A|G, length, D]

@@ -61,12 +61,14 @@ class OutputLayer(ColumnParallelLinear):
         first_row = tp.rank() * self.weight.size(0)
         where = dict(vocab_start=first_row, vocab_size=self.vocab_size)
         if self.loss_implementation == "fused-linear":
-            return linear_cross_entropy(hidden[:, 0], self.weight, labels, **where, **collectives)
+            return linear_cross_entropy(
+                hidden.squeeze(1), self.weight, labels, **where, **collectives
+            )
         logits, _ = super().forward(hidden, runtime_gather_output=False)  # [T, 1, V]
         plain = self.loss_implementation == "torch"
         with use_implementation("torch") if plain else nullcontext():
             return vocab_parallel_cross_entropy(
-                logits[:, 0], labels, **where, all_gather=collectives.get("all_gather")
+                logits.squeeze(1), labels, **where, all_gather=collectives.get("all_gather")
             )
 
 

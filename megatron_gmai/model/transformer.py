@@ -25,6 +25,7 @@ from megatron_gmai.config import Config, VisionConfig
 from megatron_gmai.layout import Chunk, Recompute, layers_of_chunks, virtual_stages
 from megatron_gmai.model.attention import SegmentAttention, attention_for
 from megatron_gmai.model.norm import layer_norm_for, rms_norm_for
+from megatron_gmai.model.swiglu import SwiGLU
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.runtime.implementation import Implementation
 from megatron_gmai.runtime.world import World
@@ -81,6 +82,7 @@ def language_transformer_config(config: Config, chunk: Chunk, world: World) -> T
         gated_linear_unit=True,
         activation_func=silu,
         bias_activation_fusion=device.is_cuda,
+        use_te_activation_func=not device.is_cuda,  # the slot of the activation is filled, by ours
         add_bias_linear=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
@@ -185,7 +187,10 @@ def _layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=column, activation_func=SwiGLU, linear_fc2=row),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -53,7 +53,6 @@ def stage_memory(config: Config, layout: Layout, stage: int, load: Load) -> Memo
     held, gradients, optimizer = static_bytes(config, layout, chunks)
     ahead = Ahead.of(share, stage)
     passes = max(ahead.before, _passes_peak(share, chunks, stage, ahead), ahead.after)
-    step = max(ahead.kept + passes, _update_peak(config, layout, chunks))
     constant: float = (SINGLE * config.model.language.max_position_embeddings) * _head(config)
     stream = HALF * share.tokens * config.model.language.hidden_size
     if share.scattered > 1 and trains_language(config):
@@ -62,7 +61,7 @@ def stage_memory(config: Config, layout: Layout, stage: int, load: Load) -> Memo
         # The gradient that was sent last; with overlapped transfers the one before it as well, and
         # an input and a gradient that have come early.
         constant += (4 if interleaves(config) else 1) * stream / share.scattered
-    return Memory(held, gradients, optimizer, step + constant)
+    return Memory(held, gradients, optimizer, ahead.kept + passes + constant)
 
 
 def static_bytes(
@@ -105,18 +104,6 @@ def _copies(weight: Weight, layout: Layout, ahead: bool) -> int:
     if weight.tower == "language_model":
         return copies
     return layout.world_size if ahead else copies * layout.tensor
-
-
-def _update_peak(config: Config, layout: Layout, chunks: tuple[Chunk, ...]) -> float:
-    """The optimizer's temporaries: a square root of the second moments of one of its two parts."""
-    sizes = {True: 0.0, False: 0.0}
-    sharded, ahead = config.parallel.use_distributed_optimizer, encodes_ahead(config.parallel)
-    for weight in weight_table(config.model, config.lora):
-        if is_trained(config, weight) and any(weight.is_in(chunk) for chunk in chunks):
-            ranks = _copies(weight, layout, ahead) if sharded else 1
-            size = math.prod(local_shape(weight, layout.tensor)) / ranks
-            sizes[weight.tower == "language_model"] += SINGLE * size
-    return max(sizes.values())
 
 
 def _passes_peak(share: Share, chunks: tuple[Chunk, ...], stage: int, ahead: Ahead) -> float:

@@ -14,9 +14,11 @@ from megatron_gmai.planner.hardware import Gpu
 from megatron_gmai.planner.layout import balanced_layers
 from megatron_gmai.planner.memory import Memory, stage_memory
 from megatron_gmai.planner.speed import StepTime, step_time
+from megatron_gmai.planner.vision import vision_trains
 
 GIB = 2**30
-RECOMPUTED = (0.0, 0.5, 1.0)  # shares of the layers
+# Shares of the layers whose attention is recomputed, each with and without the vision tower.
+RECOMPUTED = tuple(itertools.product((0.0, 0.5, 1.0), (False, True)))
 VISION_PHASES = ("first-stage", "all-ranks")
 
 
@@ -67,6 +69,8 @@ class Plan:
         words.append(f"--micro-batch-size {train.micro_batch_size}")
         if train.selective_recompute:
             words.append(f"--selective-recompute {train.selective_recompute:g}")
+        if train.recompute_vit:
+            words.append("--recompute-vit")
         return " ".join(words)
 
 
@@ -82,7 +86,7 @@ class Search:
 def search(config: Config, world_size: int, load: Load, gpu: Gpu) -> Search:
     """Judge every layout of `world_size` GPUs for this model, batch and what is trained.
 
-    Recomputation only costs where a layout fits without: of each the least that fits is kept.
+    Recomputation only costs where a layout fits without: of each the fastest that fits is kept.
     """
     found = Search([], [], 0)
     for sizes in sizes_of(config, world_size, load, gpu):
@@ -95,17 +99,30 @@ def search(config: Config, world_size: int, load: Load, gpu: Gpu) -> Search:
 def _judge(
     config: Config, world_size: int, load: Load, gpu: Gpu, sizes: Sizes, found: Search
 ) -> Search:
-    for recompute in RECOMPUTED:
-        candidate = candidate_of(config, world_size, load, sizes, recompute)
+    fitting: list[Plan] = []
+    choices = tuple(recomputations(config, load))
+    for choice in choices:
+        candidate = candidate_of(config, world_size, load, sizes, *choice)
         if candidate is None:
             return dataclasses.replace(found, refused=found.refused + 1)
         memory = memory_of(candidate, world_size, load)
-        fits = max(stage.peak for stage in memory) <= gpu.memory_gib * GIB
-        if fits or recompute == RECOMPUTED[-1]:
-            made = plan(candidate, world_size, load, gpu, memory)
-            (found.plans if fits else found.too_large).append(made)
-            break
+        if max(stage.peak for stage in memory) <= gpu.memory_gib * GIB:
+            fitting.append(plan(candidate, world_size, load, gpu, memory))
+            if choice == choices[0]:
+                break
+        elif choice == choices[-1] and not fitting:
+            found.too_large.append(plan(candidate, world_size, load, gpu, memory))
+    if fitting:
+        found.plans.append(min(fitting, key=lambda made: made.time.seconds))
     return found
+
+
+def recomputations(config: Config, load: Load) -> Iterator[tuple[float, bool]]:
+    """What of `RECOMPUTED` can matter; `--recompute-vit` always where it was asked for."""
+    has_tower = load.images > 0 and vision_trains(config.train)
+    for attention, tower in RECOMPUTED:
+        if tower == config.train.recompute_vit or (tower and has_tower):
+            yield attention, tower
 
 
 def memory_of(config: Config, world_size: int, load: Load) -> tuple[Memory, ...]:
@@ -152,7 +169,12 @@ def _vision_phases(config: Config, load: Load, stages: int) -> tuple[str, ...]:
 
 
 def candidate_of(
-    config: Config, world_size: int, load: Load, sizes: Sizes, recompute: float
+    config: Config,
+    world_size: int,
+    load: Load,
+    sizes: Sizes,
+    recompute: float,
+    recompute_vit: bool,
 ) -> Config | None:
     """The configuration of a combination; None if the rules refuse it."""
     parallel = ParallelConfig(
@@ -167,7 +189,10 @@ def candidate_of(
         overlap_param_gather=True,
     )
     train = dataclasses.replace(
-        config.train, micro_batch_size=sizes.micro, selective_recompute=recompute
+        config.train,
+        micro_batch_size=sizes.micro,
+        selective_recompute=recompute,
+        recompute_vit=recompute_vit,
     )
     made = dataclasses.replace(config, parallel=parallel, train=train)
     if sizes.pipeline > 1:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_gmai.config import TrainConfig
 from megatron_gmai.planner.cost import Load
 from megatron_gmai.planner.hardware import Gpu
 from megatron_gmai.planner.search import GIB, Plan, Search
@@ -34,12 +35,16 @@ def table(plans: list[Plan], load: Load, gpu: Gpu, samples: float, fill: float) 
         rows.append(
             f"{number:3}{layout.tensor:4}{layout.pipeline:4}"
             f"{parallel.num_virtual_stages_per_pipeline_rank:4}{layout.context:4}{layout.data:5}"
-            f"{train.micro_batch_size:4}{train.selective_recompute:11.0%}"
+            f"{train.micro_batch_size:4}{_recomputed(train):>11}"
             f"{parallel.vision_phase:>14}{made.peak_gib:10.1f}"
             f"{made.time.seconds:8.2f}{made.time.bubble:8.1%}{made.time.mfu(gpu):7.1%}"
             f"{tokens:12,.0f}{tokens / layout.world_size:14,.0f}{days(made, load, samples):7.2f}"
         )
     return "\n".join(rows)
+
+
+def _recomputed(train: TrainConfig) -> str:
+    return f"{train.selective_recompute:.0%}" + (" + ViT" if train.recompute_vit else "")
 
 
 def why(found: Search, gpu: Gpu) -> str:

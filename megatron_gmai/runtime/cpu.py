@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.library import Library
 from torch.overrides import TorchFunctionMode
+
+from megatron_gmai.runtime.products import onednn_is_faster, use_onednn
 
 CPU = torch.device("cpu")
 
@@ -164,6 +167,7 @@ class Installation:
     def __init__(self) -> None:
         self.saved: list[tuple[Any, str, Any]] = []
         self.mode: CudaMeans | None = None
+        self.products: Library | None = None
 
     def replace(self, owner: Any, names: dict[str, Any]) -> None:
         for name, stand_in in names.items():
@@ -179,6 +183,9 @@ class Installation:
         while self.saved:
             owner, name, original = self.saved.pop()
             setattr(owner, name, original)
+        if self.products is not None:
+            self.products._destroy()
+            self.products = None
 
 
 _installation = Installation()
@@ -210,6 +217,8 @@ def install() -> None:
         raise
     # Its tracker warns each time that the host's random state changes, which is the device's here.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
+    if onednn_is_faster():
+        _installation.products = use_onednn()
     _installation.mode = CudaMeans(CPU)
     _installation.mode.__enter__()
 

@@ -101,8 +101,9 @@ def build_optimizer(
     # Megatron's scheduler, which is not used here, would multiply these.
     for group in optimizer.param_groups:
         group["weight_decay"] = train.wd * group["wd_mult"]
-        if not device.is_cuda:
-            group["fused"] = True  # torch's AdamW is a loop over tensors on a CPU otherwise
+        # For torch's AdamW, which loops over tensors on a CPU otherwise and on a GPU takes a square
+        # root of all second moments at once. Transformer Engine's and Apex's are always fused.
+        group["fused"] = True
     return optimizer
 
 

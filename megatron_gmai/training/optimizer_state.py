@@ -68,8 +68,8 @@ def allocate(optimizer: MegatronOptimizer) -> None:
     for inner in _inner(optimizer):
         inner.init_state_fn(inner.optimizer, inner.config)
         if isinstance(inner.optimizer, torch.optim.AdamW):  # Megatron leaves torch's counter out
-            for state in inner.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+            for parameter, state in inner.optimizer.state.items():
+                state.setdefault("step", _counter(parameter))
 
 
 def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
@@ -79,9 +79,14 @@ def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
         for group in inner.optimizer.param_groups:
             if isinstance(inner.optimizer, torch.optim.AdamW):
                 for parameter in group["params"]:
-                    inner.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+                    inner.optimizer.state[parameter]["step"] = _counter(parameter, steps)
             else:
                 group["step"] = steps
+
+
+def _counter(parameter: Tensor, steps: int = 0) -> Tensor:
+    """torch's count of a parameter's updates; its fused AdamW raises it on the device."""
+    return torch.full((), float(steps), device=parameter.device)
 
 
 def steps_taken(optimizer: MegatronOptimizer, device: Device) -> int:

@@ -285,3 +285,15 @@ def test_a_long_step_repeats_its_middle() -> None:
     whole = simulate(4, 1, 512, forward, backward, transfer(share, gpu_called("h200")))
     assert time.parts["pipeline"] == pytest.approx(whole.seconds)
     assert time.bubble == pytest.approx(whole.bubble)
+
+
+def test_the_tower_is_recomputed_where_memory_asks_for_it() -> None:
+    config, gpu = with_vocabulary(preset("gmai-vl-tiny")), gpu_called("h100-80gb")
+    load = load_of(config, 3)
+    (plain, *_) = search(config, 1, load, gpu).plans
+    assert not plain.config.train.recompute_vit
+    again = dataclasses.replace(plain.config.train, recompute_vit=True)
+    least = plan(dataclasses.replace(plain.config, train=again), 1, load, gpu).peak_gib
+    assert least < plain.peak_gib
+    small = dataclasses.replace(gpu, memory_gib=(least + plain.peak_gib) / 2)
+    assert any("--recompute-vit" in p.flags() for p in search(config, 1, load, small).plans)
