@@ -169,7 +169,7 @@ def test_the_prediction_of_a_logged_step_is_the_planners() -> None:
     config, gpu = with_vocabulary(preset("gmai-vl-7b")), gpu_called("h100-80gb")
     packs = config.train.global_batch_size
     result = dataclasses.replace(RESULT, samples=3 * packs, images=3 * packs)
-    made = plan(config, 8, Load(config.data.max_length, 3, 3), gpu)
-    assert predicted(config, made.layout, result, gpu) == made.time.seconds
     adapters = dataclasses.replace(config, lora=dataclasses.replace(config.lora, llm_use_lora=True))
-    assert predicted(adapters, made.layout, result, gpu) is None
+    for trained in (config, adapters):
+        made = plan(trained, 8, Load(config.data.max_length, 3, 3), gpu)
+        assert predicted(trained, made.layout, result, gpu) == made.time.seconds
