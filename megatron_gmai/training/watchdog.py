@@ -164,10 +164,14 @@ class Watchdog:
 
     def _tell(self) -> None:
         before = self._ask(self._statuses) or {}
-        time.sleep(2 * self.interval)
-        self._publish()
-        after = self._ask(self._statuses) or {}
-        silent = self._silent(before, after)
+        # Ranks that write their stacks and records tell nothing meanwhile; later they wait for us
+        # `_STORE_SECONDS` beyond the first look.
+        for _ in range(1 + int(_STORE_SECONDS / (4 * self.interval))):
+            time.sleep(2 * self.interval)
+            self._publish()
+            after = self._ask(self._statuses) or {}
+            if not (silent := self._silent(before, after)):
+                break
         print(self.line(silent, after), file=sys.stderr, flush=True)
         for rank in silent:
             host, pid = self.peers[rank]
