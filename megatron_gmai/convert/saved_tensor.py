@@ -50,7 +50,8 @@ def _read(source: IO[bytes], size: int) -> Tensor:
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a file of their own."""
+    """Some bytes of a file as a file of their own. torch has one (`_ReaderView`), which seeks the
+    wrong way from the end, where zipfile looks for a table of contents."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0

@@ -59,7 +59,7 @@ def building(folder: Path, log: Log) -> Iterator[Holder]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
-    handle = _open(file)
+    handle = open_lock(file)
     try:
         _acquire(handle, file, log)
         ended = threading.Event()
@@ -77,9 +77,12 @@ def building(folder: Path, log: Log) -> Iterator[Holder]:
         os.close(handle)
 
 
-def _open(file: Path) -> int:
-    """Strangers' folders are indexed too: a link would have us write to whatever it names, and a
-    pipe would wait for ever."""
+def open_lock(file: Path) -> int:
+    """A lock's file, made if it is not there.
+
+    Strangers' folders are indexed too: a link would have us write to whatever it names, and a pipe
+    would wait for ever. Raises ValueError for these.
+    """
     try:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from megatron_gmai.config import Config
 from megatron_gmai.data.files import write_atomically
+from megatron_gmai.data.lock import BEAT_S, open_lock
 from megatron_gmai.data.prepare import copy_tokenizer
 from megatron_gmai.runtime.environment import record_start
 from megatron_gmai.training.watchdog import spans
 
 LOCK_FILE = ".run.lock"
-BEAT_S = 5.0  # the holder touches the lock's file so often
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -88,11 +88,11 @@ def hold(folder: Path) -> IO[str] | None:
     machine that is gone: it counts only as long as somebody touches the file.
 
     Raises:
-        ValueError: another run writes there.
+        ValueError: another run writes there, or the lock is a link or a pipe.
     """
     file = folder / LOCK_FILE
     try:
-        handle = file.open("a+", encoding="utf-8")
+        handle = os.fdopen(open_lock(file), "r+", encoding="utf-8")
     except OSError:  # a full disk, say
         return None
     try:

@@ -14,8 +14,8 @@ MAX_HEADER = 2**24  # bytes, as in Arrow
 MAX_DEPTH = 16
 # Fields of PageHeader; the last two are structures whose field 1 counts values.
 UNPACKED, PACKED, DATA_PAGE, DATA_PAGE_2 = 2, 3, 5, 8
-# Types of the compact protocol.
-STOP, TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12
+# Types of the compact protocol; 0 ends a structure.
+TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
 INTEGERS = (4, 5, 6)
 
 
