@@ -1,62 +1,66 @@
-"""A large file that goes to the disk while it is still being written."""
+"""A large new file that goes to the disk itself while its content is still being made."""
 
+import errno
+import fcntl
+import mmap
 import os
-import zlib
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-_FLUSHED_AT_ONCE = 1 << 27  # bytes
-# Bytes of a write. The kernel takes as large a part of its memory at once; where that has to be
-# fetched from a virtual machine's host first, megabytes take ten times as long.
-_WRITTEN_AT_ONCE = 1 << 16
+import numpy as np
+
+_BLOCK = 1 << 12  # bytes; O_DIRECT asks that memory, place and length are multiples of it
+_BUFFER = 1 << 23
+_BUFFERS = 5  # one is filled while others are written
+_THREADS = 2
 
 
 class DiskFile:
-    """A new file for writing; when it is closed, its bytes are on the disk itself.
+    """A new file for writing; when it is closed, its bytes are on the disk.
 
-    The kernel would keep gigabytes in memory and leave the disk idle until the last `fsync`, so a
-    thread asks for them every so often. Another one sums the bytes that are being written, which
-    saves reading them again; `crc32` is their CRC-32 so far.
+    Where the file system can, they go past the kernel's page cache (O_DIRECT). There they would be
+    copied into new memory, push out what other programs read, and leave the disk idle until the
+    last `fsync`. They are gathered in buffers instead; threads write the full ones while the caller
+    fills the next.
     """
 
-    def __init__(self, path: Path, summed: bool = False) -> None:
-        self.path, self.crc32, self._summed = path, 0, summed
-        self._file = path.open("wb")
-        self._threads = ThreadPoolExecutor(2)
-        self._flush: Future[None] | None = None
-        self._waiting = 0  # bytes that no flush was asked for
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._is_direct = _set_direct(self._file, True)
+        self._threads = ThreadPoolExecutor(_THREADS)
+        # Mapped memory begins with a page. [_BUFFERS, _BUFFER]
+        self._memory = np.frombuffer(mmap.mmap(-1, _BUFFERS * _BUFFER), np.uint8)
+        self._memory = self._memory.reshape(_BUFFERS, _BUFFER)
+        self._tasks: list[Future[None] | None] = [None] * _BUFFERS
+        self._buffer = self._filled = 0  # which one is filled, and its bytes so far
+        self._handed_over = 0  # bytes of the buffers before it
 
     def write(self, data: bytes | memoryview) -> int:
-        """As of any file; raises OSError, of an earlier flush too."""
-        summing = self._threads.submit(zlib.crc32, data, self.crc32) if self._summed else None
-        try:
-            count = sum(map(self._file.write, _blocks(data)))
-        finally:  # the caller may reuse the memory
-            self.crc32 = summing.result() if summing else 0
-        self._waiting += count
-        if self._waiting >= _FLUSHED_AT_ONCE and (self._flush is None or self._flush.done()):
-            self._finish_flush()
-            self._file.flush()
-            self._flush = self._threads.submit(os.fdatasync, self._file.fileno())
-            self._waiting = 0
-        return count
+        """As of any file; raises OSError, of bytes that came earlier too."""
+        values, at = np.frombuffer(data, np.uint8), 0
+        while at < len(values):
+            count = min(len(values) - at, _BUFFER - self._filled)
+            target = self._memory[self._buffer, self._filled : self._filled + count]
+            np.copyto(target, values[at : at + count])
+            self._filled, at = self._filled + count, at + count
+            if self._filled == _BUFFER:
+                self._hand_over()
+        return at
 
     def tell(self) -> int:
         """Bytes written so far."""
-        return self._file.tell()
-
-    def flush(self) -> None:
-        """Hand all bytes to the kernel; `torch.save` asks for it."""
-        self._file.flush()
+        return self._handed_over + self._filled
 
     def close(self) -> None:
         """Wait until all bytes are on the disk. Raises OSError where they are not."""
         try:
-            self._finish_flush()
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            size = self.tell()
+            for _ in range(_BUFFERS):  # and so back to this one, with nothing left in any
+                self._hand_over()
+            os.ftruncate(self._file, size)  # the last block went out whole
+            os.fsync(self._file)
         finally:
             self.abandon()
 
@@ -70,14 +74,38 @@ class DiskFile:
 
     def abandon(self) -> None:
         """Close it without waiting for the disk."""
-        self._threads.shutdown()
-        self._file.close()
+        if self._file >= 0:
+            self._threads.shutdown(cancel_futures=True)
+            os.close(self._file)
+            self._file = -1
 
-    def _finish_flush(self) -> None:
-        if self._flush is not None:
-            self._flush.result()
+    def _hand_over(self) -> None:
+        """Let a thread write the buffer; go on with the next when its bytes are written."""
+        blocks = self._memory[self._buffer, : -(-self._filled // _BLOCK) * _BLOCK]
+        task = self._threads.submit(self._put, blocks.data, self._handed_over)
+        self._tasks[self._buffer] = task
+        self._handed_over += self._filled
+        self._buffer, self._filled = (self._buffer + 1) % _BUFFERS, 0
+        if (earlier := self._tasks[self._buffer]) is not None:
+            earlier.result()
+
+    def _put(self, data: memoryview, at: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._file, data[done:], at + done)
+            except OSError as error:
+                # Some file systems say only now that they cannot, or that their blocks are larger.
+                if not self._is_direct or error.errno != errno.EINVAL:
+                    raise
+                self._is_direct = _set_direct(self._file, False)
 
 
-def _blocks(data: bytes | memoryview) -> Iterator[memoryview]:
-    view = memoryview(data).cast("B")
-    return (view[at : at + _WRITTEN_AT_ONCE] for at in range(0, len(view), _WRITTEN_AT_ONCE))
+def _set_direct(file: int, is_direct: bool) -> bool:
+    """Turn O_DIRECT on or off; returns whether it is on now."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT * is_direct)
+    except OSError:
+        return False
+    return is_direct

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_gmai.config import LoraConfig, ModelConfig
 from megatron_gmai.convert.files import check_finite
-from megatron_gmai.convert.memory import new_tensor
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.safe_metadata import CheckedReader
 from megatron_gmai.convert.saved_tensor import read_saved
 from megatron_gmai.weights import Shape, Weight, weights
@@ -27,10 +27,14 @@ from megatron_gmai.weights import Shape, Weight, weights
 class _Reader(CheckedReader):
     """Reads whole tensors; torch's `load` copies one once more even where it was stored whole."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._memory = ReusedMemory()
+
     def tensor(self, name: str, stored: TensorStorageMetadata) -> Tensor:
         if len(stored.chunks) == 1:
             return self._chunk(name, stored.chunks[0])
-        whole = new_tensor(tuple(stored.size), stored.properties.dtype)
+        whole = self._memory.new_tensor(tuple(stored.size), stored.properties.dtype)
         for chunk in stored.chunks:
             slices = tuple(
                 slice(start, start + size)
@@ -42,14 +46,13 @@ class _Reader(CheckedReader):
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self.table.storage_data[MetadataIndex(name, chunk.offsets)]
         path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
-        with path.open("rb") as file:
-            try:
-                tensor = read_saved(file, info.offset, info.length)
-            except Exception as error:  # torch raises many types for a damaged or hostile file
-                raise ValueError(
-                    f"{path} is damaged: {name} cannot be read from it ({error}). "
-                    "Use an earlier checkpoint"
-                ) from error
+        try:
+            tensor = read_saved(path, info.offset, info.length, self._memory)
+        except Exception as error:  # torch raises many types for a damaged or hostile file
+            raise ValueError(
+                f"{path} is damaged: {name} cannot be read from it ({error}). "
+                "Use an earlier checkpoint"
+            ) from error
         if tensor.shape != chunk.sizes:
             raise ValueError(f"{path} is damaged: it holds something else in the place of {name}")
         return tensor

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_gmai.convert.memory import ReusedMemory, aligned, mapped
+
 # transformers has moved these prefixes about between releases; the spelling kept is 4.46's.
 _RESPELLINGS = (
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
@@ -22,7 +24,8 @@ _RESPELLINGS = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     (r"^language_model\.(?!model\.|lm_head\.|output\.)", "language_model.model."),
 )
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = tuple(SAFETENSORS_DTYPES.values())
 # Buffers that old releases saved; they follow from the sizes.
 _BUFFERS = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
 # A folder of the whole CLIP: its text tower and what compares the two.
@@ -40,14 +43,11 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file, memory-mapped for as long as one of its tensors is in use.
-
-    Pages of a mapping count as memory of the process until it ends, so a mapping that lasts would
-    grow to the size of the file.
-    """
+    """A safetensors file. The library checks it once; its tensors are then mapped one at a time
+    (see `mapped`), which the library does by reading the whole header again."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._memory = path, ReusedMemory()
 
     def _open(self) -> Any:
         try:
@@ -60,6 +60,19 @@ class SafetensorsFile:
         handle = self._open()
         return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
 
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, int, int]]:
+        """Name to dtype, first byte and number of bytes."""
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {
+            name: (entry["dtype"], 8 + length + begin, end - begin)
+            for name, entry in header.items()
+            if name != "__metadata__"
+            for begin, end in [entry["data_offsets"]]
+        }
+
     def names(self) -> list[str]:
         return list(self._shapes)
 
@@ -67,13 +80,17 @@ class SafetensorsFile:
         return self._shapes[name]
 
     def tensor(self, name: str) -> Tensor:
-        return self._open().get_tensor(name)
+        spelled, start, count = self._places[name]
+        if spelled not in SAFETENSORS_DTYPES or not count:  # nothing that is ever converted
+            return self._open().get_tensor(name)
+        values = mapped(self.path, start, count)
+        return aligned(values, SAFETENSORS_DTYPES[spelled], self._memory).view(self._shapes[name])
 
 
 class TorchFile:
     """A `.bin` file of `torch.save`; never unpickles anything but tensors.
 
-    Memory-mapped, and like `SafetensorsFile` only for as long as a tensor is in use.
+    Memory-mapped for as long as one of its tensors is in use.
     """
 
     def __init__(self, path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
-from megatron_gmai.convert.memory import new_tensor
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.weights import Shape, Weight, weights
 
 Flavour = Literal["transformers", "original"]
@@ -30,7 +30,7 @@ class Rule:
     """How one of our tensors is made from its sources (`merge`) and cut again (`split`);
     `shapes` are those of the sources."""
 
-    merge: Callable[[Sequence[Tensor]], Tensor]
+    merge: Callable[[Sequence[Tensor], ReusedMemory], Tensor]
     split: Callable[[Tensor], list[Tensor]]
     shapes: Callable[[Shape], tuple[Shape, ...]]
 
@@ -56,16 +56,18 @@ class Row:
         return self.rule.shapes(self.weight.shape)
 
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """`torch.cat`, into new memory of the faster kind."""
+def _joined(parts: Sequence[Tensor], memory: ReusedMemory, dim: int = 0) -> Tensor:
+    """`torch.cat`, into memory that was used before."""
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     dtype = reduce(torch.promote_types, (part.dtype for part in parts))
-    return torch.cat(list(parts), dim, out=new_tensor(tuple(shape), dtype))
+    return torch.cat(list(parts), dim, out=memory.new_tensor(tuple(shape), dtype))
 
 
 COPY = Rule(
-    merge=lambda parts: parts[0], split=lambda tensor: [tensor], shapes=lambda shape: (shape,)
+    merge=lambda parts, memory: parts[0],
+    split=lambda tensor: [tensor],
+    shapes=lambda shape: (shape,),
 )
 # Megatron's fused first MLP layer: the gate's rows, then the up projection's.  [2F, H]
 GATE_UP = Rule(
@@ -75,7 +77,7 @@ GATE_UP = Rule(
 )
 # CLIP stores [Hv]; Megatron's class token broadcasts over batch and sequence: [1, 1, Hv].
 CLASS_TOKEN = Rule(
-    merge=lambda parts: parts[0].view(1, 1, -1),
+    merge=lambda parts, memory: parts[0].view(1, 1, -1),
     split=lambda tensor: [tensor.view(-1)],
     shapes=lambda shape: (shape[2:],),
 )
@@ -88,10 +90,10 @@ def qkv_rule(groups: int, queries_per_group: int) -> Rule:
     [rows, columns] and for biases [rows].
     """
 
-    def merge(parts: Sequence[Tensor]) -> Tensor:
+    def merge(parts: Sequence[Tensor], memory: ReusedMemory) -> Tensor:
         columns = parts[0].shape[1:]
         grouped = [part.reshape(groups, -1, *columns) for part in parts]
-        return _joined(grouped, dim=1).reshape(-1, *columns)
+        return _joined(grouped, memory, dim=1).reshape(-1, *columns)
 
     def split(tensor: Tensor) -> list[Tensor]:
         columns = tensor.shape[1:]

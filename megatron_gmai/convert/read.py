@@ -12,6 +12,7 @@ from megatron_gmai.config import Config, ModelConfig
 from megatron_gmai.convert.configs import Described, read_config, read_separate_configs
 from megatron_gmai.convert.files import TensorFolder, weight_files
 from megatron_gmai.convert.mapping import Flavour, Row, leftover_shapes, rows
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.weights import EMBEDDING, OUTPUT, Shape
 
@@ -67,7 +68,8 @@ def open_pretrained(folder: str | Path) -> Pretrained:
     tensors = TensorFolder(folder)
     table = rows(described.model, described.flavour)
     _check(f"{folder} is not a whole {described.flavour} checkpoint", described, table, tensors)
-    makers = {row.canonical: _maker(row, tensors) for row in table}
+    memory = ReusedMemory()
+    makers = {row.canonical: _maker(row, tensors, memory) for row in table}
     return _pretrained(described, makers, tensors, [folder])
 
 
@@ -97,7 +99,8 @@ def open_separate(
     rows_given = described.model.language.vocab_size
     language = replace(described.model.language, vocab_size=max(rows_given, vocab_size))
     model = replace(described.model, language=language, image_token_id=image_token_id)
-    makers = {row.canonical: _maker(row, tensors) for row in table}
+    memory = ReusedMemory()
+    makers = {row.canonical: _maker(row, tensors, memory) for row in table}
     for name in {EMBEDDING, OUTPUT} & makers.keys():
         makers[name] = _with_rows(makers[name], language.vocab_size)
     norm = makers["language_model.decoder.final_layernorm.weight"]
@@ -159,8 +162,8 @@ def _pretrained(
     )
 
 
-def _maker(row: Row, tensors: TensorFolder) -> Callable[[], Tensor]:
-    return lambda: row.rule.merge([tensors.tensor(source) for source in row.sources])
+def _maker(row: Row, tensors: TensorFolder, memory: ReusedMemory) -> Callable[[], Tensor]:
+    return lambda: row.rule.merge([tensors.tensor(source) for source in row.sources], memory)
 
 
 def _with_rows(make: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:

@@ -1,27 +1,34 @@
-"""The next tensor is read while the one before it is written."""
+"""The next tensors are read while the one before them is written."""
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+_THREADS = 2
+_WAITING = 3  # large tensors and small ones take turns: a large one has to be begun in time
+
 Item = TypeVar("Item")
 
 
-def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; a thread makes one while the caller is at work with the one before.
+def read_ahead(makers: Iterable[Callable[[], Item]]) -> Iterator[Item]:
+    """What the functions return, in their order; threads call the next ones while the caller is at
+    work.
 
-    One item waits at most, so memory grows by the largest item. What making an item raises is
-    raised here.
+    A few items wait at most, so memory grows by the largest that follow one another. What a
+    function raises is raised here, after the items before it.
     """
-    source = iter(items)
-    with _one_thread_of_torch(), ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(next, source, _END)
-        while (item := waiting.result()) is not _END:
-            waiting = reader.submit(next, source, _END)
-            yield item  # type: ignore[misc]  # not the end
+    waiting: deque[Future[Item]] = deque()
+    with _one_thread_of_torch(), ThreadPoolExecutor(_THREADS) as readers:
+        for make in makers:
+            waiting.append(readers.submit(make))
+            if len(waiting) > _WAITING:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextmanager
@@ -34,6 +41,3 @@ def _one_thread_of_torch() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-_END = object()

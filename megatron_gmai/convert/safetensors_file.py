@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.convert.disk_file import DiskFile
+from megatron_gmai.convert.files import SAFETENSORS_DTYPES
 from megatron_gmai.convert.output import Advance, not_counted
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SPELLINGS = {dtype: spelled for spelled, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_safetensors(
@@ -45,7 +46,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     start = 0
     for name, shape in shapes.items():
         end = start + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": _SPELLINGS[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers map the file: tensors start at an aligned place

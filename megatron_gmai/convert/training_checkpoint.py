@@ -6,11 +6,15 @@ torch's own writer (`torch.distributed.checkpoint.save`) keeps every tensor unti
 """
 
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -24,12 +28,16 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
+from megatron_gmai.convert.crc32 import joined
 from megatron_gmai.convert.disk_file import DiskFile
 from megatron_gmai.convert.manifest import LATEST, write_manifest
 from megatron_gmai.convert.output import Advance, new_folder, not_counted, sync
 from megatron_gmai.convert.read_ahead import read_ahead
 
 _MAX_FILE_BYTES = 4 * 10**9
+# Of an archive's start, in bytes. torch puts the content at a multiple of it inside the archive, so
+# that readers can use it where it lies in the file.
+_ALIGNMENT = 64
 
 
 def write_training_checkpoint(
@@ -53,13 +61,14 @@ def write_training_checkpoint(
     Raises:
         ValueError, OSError: as `new_folder`, and what reading a weight raises.
     """
-    with new_folder(folder, needed_bytes) as partial:
-        checkpoint = partial / "iter_0000000"
+    with new_folder(folder, needed_bytes) as unfinished:
+        checkpoint = unfinished / "iter_0000000"
         checkpoint.mkdir()
         writer = _Writer(checkpoint, advance)
         try:
-            for name, tensor in read_ahead(_stored(weights, dtype)):
-                writer.write(name, tensor)
+            makers = (partial(_stored, weights, name, dtype) for name in weights)
+            for name, (tensor, archive) in zip(weights, read_ahead(makers), strict=True):
+                writer.write(name, tensor, archive)
             writer.finish()
         finally:
             writer.abandon()
@@ -69,16 +78,16 @@ def write_training_checkpoint(
         for path in checkpoint.iterdir():
             sync(path)
         sync(checkpoint)
-        (partial / LATEST).write_text(checkpoint.name, encoding="utf-8")
+        (unfinished / LATEST).write_text(checkpoint.name, encoding="utf-8")
 
 
 def _stored(
-    weights: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors as the checkpoint holds them."""
-    for name in weights:
-        tensor = weights[name].detach().cpu()
-        yield name, _alone((tensor if dtype is None else tensor.to(dtype)).contiguous())
+    weights: Mapping[str, Tensor], name: str, dtype: torch.dtype | None
+) -> tuple[Tensor, list["_Piece"]]:
+    """A tensor as the checkpoint holds it, and the archive of it."""
+    tensor = weights[name].detach().cpu()
+    tensor = _alone((tensor if dtype is None else tensor.to(dtype)).contiguous())
+    return tensor, _archive(tensor)
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -88,16 +97,49 @@ def _alone(tensor: Tensor) -> Tensor:
     return torch.from_numpy(values).view(tensor.dtype).view(tensor.shape)
 
 
-@contextmanager
-def _reason_of_torch() -> Iterator[None]:
-    """A file that cannot be written (a full disk) is told as such: torch puts a complaint about
-    positions in the zip above the OSError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of an archive and their CRC-32."""
+
+    data: memoryview
+    crc32: int
+
+
+def _archive(tensor: Tensor) -> list[_Piece]:
+    """What `torch.save` writes: the tensor's own memory, and copies of the bytes around it."""
+    content = tensor.flatten().view(torch.uint8).numpy()
+    written = _Written(content.ctypes.data)
+    torch.save(tensor, written)  # type: ignore[arg-type]  # all that it asks of a file
+    before, after = (b"".join(pieces) for pieces in (written.before, written.after))
+    assert written.content_length == content.nbytes
+    # torch has summed the content, and a zip's data descriptor says what it found (APPNOTE 4.3.9).
+    signature, summed = struct.unpack_from("<4sI", after)
+    content_crc32 = summed if signature == b"PK\x07\x08" else zlib.crc32(content.data)
+    return [
+        _Piece(memoryview(before), zlib.crc32(before)),
+        _Piece(content.data, content_crc32),
+        _Piece(memoryview(after), zlib.crc32(after)),
+    ]
+
+
+class _Written:
+    """A file for torch: keeps all bytes but those at one address, whose number it keeps."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+        self.before: list[bytes] = []
+        self.after: list[bytes] = []
+        self.content_length = 0
+
+    def write(self, data: memoryview) -> int:
+        values = np.frombuffer(data, np.uint8)
+        if values.ctypes.data == self._address:
+            self.content_length = len(values)
+        else:
+            (self.after if self.content_length else self.before).append(values.tobytes())
+        return len(values)
+
+    def flush(self) -> None: ...
 
 
 class _Writer:
@@ -108,16 +150,19 @@ class _Writer:
         self._tensors: dict[str, Any] = {}
         self._spans: dict[MetadataIndex, Any] = {}
         self.checksums: dict[str, int] = {}  # CRC-32 by the name of each file that is finished
+        self._crc32 = 0  # of the file so far
         self._file = self._next_file()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        if self._file.tell() and self._file.tell() + tensor.nbytes > _MAX_FILE_BYTES:
+    def write(self, name: str, tensor: Tensor, archive: Sequence[_Piece]) -> None:
+        length = sum(len(piece.data) for piece in archive)
+        if self._file.tell() and self._file.tell() + length > _MAX_FILE_BYTES:
             self._close()
             self._file = self._next_file()
-        start, offsets = self._file.tell(), torch.Size([0] * tensor.dim())
-        with _reason_of_torch():
-            torch.save(tensor, self._file)  # type: ignore[arg-type]  # all that it asks of a file
-        length = self._file.tell() - start
+        gap = bytes(-self._file.tell() % _ALIGNMENT)
+        for piece in (_Piece(memoryview(gap), zlib.crc32(gap)), *archive):
+            self._file.write(piece.data)
+            self._crc32 = joined(self._crc32, piece.crc32, len(piece.data))
+        start, offsets = self._file.tell() - length, torch.Size([0] * tensor.dim())
         self._spans[MetadataIndex(name, offsets)] = _StorageInfo(
             self._file.path.name, start, length
         )
@@ -138,8 +183,8 @@ class _Writer:
 
     def _close(self) -> None:
         self._file.close()
-        self.checksums[self._file.path.name] = self._file.crc32
+        self.checksums[self._file.path.name] = self._crc32
 
     def _next_file(self) -> DiskFile:
-        name = f"__0_{len(self.checksums)}.distcp"
-        return DiskFile(self._folder / name, summed=True)
+        self._crc32 = 0
+        return DiskFile(self._folder / f"__0_{len(self.checksums)}.distcp")

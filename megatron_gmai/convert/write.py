@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from megatron_gmai.convert.export_configs import (
     transformers_config,
 )
 from megatron_gmai.convert.export_readme import readme
-from megatron_gmai.convert.mapping import VISION, Flavour, leftover_shapes, rows
+from megatron_gmai.convert.mapping import VISION, Flavour, Row, leftover_shapes, rows
 from megatron_gmai.convert.output import Advance, new_folder, not_counted
 from megatron_gmai.convert.processor import processor_files
 from megatron_gmai.convert.read_ahead import read_ahead
@@ -76,14 +78,17 @@ def write_pretrained(
     }
     texts = {**files.text, "README.md": readme(model, flavour, pad_to_square, bool(leftovers))}
     shapes = export_shapes(model, flavour)
-    with new_folder(Path(folder), dtype.itemsize * sum(map(math.prod, shapes.values()))) as partial:
+    with new_folder(
+        Path(folder), dtype.itemsize * sum(map(math.prod, shapes.values()))
+    ) as unfinished:
         for name, content in json_files.items():
-            _write_json(partial / name, content)
+            _write_json(unfinished / name, content)
         for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        shutil.copyfile(tokenizer_model, partial / "tokenizer.model")
-        tensors = read_ahead(_export_tensors(model, weights, leftovers, flavour))
-        _write_shards(partial, shapes, tensors, dtype, max_shard_bytes, advance)
+            (unfinished / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(tokenizer_model, unfinished / "tokenizer.model")
+        makers = _export_tensors(model, weights, leftovers, flavour)
+        tensors = chain.from_iterable(read_ahead(makers))
+        _write_shards(unfinished, shapes, tensors, dtype, max_shard_bytes, advance)
 
 
 def export_shapes(model: ModelConfig, flavour: Flavour = "transformers") -> dict[str, Shape]:
@@ -115,16 +120,23 @@ def _export_tensors(
     weights: Mapping[str, Tensor],
     leftovers: Mapping[str, Tensor],
     flavour: Flavour,
-) -> Iterator[Tensor]:
-    """The tensors of `export_shapes`, in its order."""
-    for row in rows(model, flavour):
+) -> Iterator[Callable[[], list[Tensor]]]:
+    """Functions that read the tensors of `export_shapes`, in its order."""
+
+    def split(row: Row) -> list[Tensor]:
         tensor = weights[row.canonical]
         _check_shape(row.canonical, tensor, row.shape)
-        yield from row.rule.split(tensor)
-    for name, shape in leftover_shapes(model).items():
+        return row.rule.split(tensor)
+
+    def leftover(name: str, shape: Shape) -> list[Tensor]:
         tensor = leftovers[name] if leftovers else _identity(name, shape)
         _check_shape(name, tensor, shape)
-        yield tensor
+        return [tensor]
+
+    for row in rows(model, flavour):
+        yield partial(split, row)
+    for name, shape in leftover_shapes(model).items():
+        yield partial(leftover, name, shape)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:

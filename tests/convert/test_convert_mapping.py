@@ -10,6 +10,7 @@ from megatron_gmai.convert.mapping import (
     qkv_rule,
     rows,
 )
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.weights import weights
 
 FLAVOURS: tuple[Flavour, ...] = ("transformers", "original")
@@ -53,9 +54,9 @@ def test_split_and_merge_undo_each_other(sizes: tuple[int, ...], flavour: Flavou
         tensor = torch.randn(row.shape)
         parts = row.rule.split(tensor)
         assert tuple(tuple(part.shape) for part in parts) == row.source_shapes, row.canonical
-        assert torch.equal(row.rule.merge(parts), tensor), row.canonical
+        assert torch.equal(row.rule.merge(parts, ReusedMemory()), tensor), row.canonical
         sources = [torch.randn(shape) for shape in row.source_shapes]
-        again = row.rule.split(row.rule.merge(sources))
+        again = row.rule.split(row.rule.merge(sources, ReusedMemory()))
         assert all(torch.equal(a, b) for a, b in zip(sources, again, strict=True)), row.canonical
 
 
@@ -64,7 +65,7 @@ def test_qkv_rows_stand_group_by_group() -> None:
     query = torch.tensor([[10.0], [11.0], [20.0], [21.0]])
     key = torch.tensor([[12.0], [22.0]])
     value = torch.tensor([[13.0], [23.0]])
-    merged = qkv_rule(groups=2, queries_per_group=2).merge([query, key, value])
+    merged = qkv_rule(groups=2, queries_per_group=2).merge([query, key, value], ReusedMemory())
     assert merged.flatten().tolist() == [10, 11, 12, 13, 20, 21, 22, 23]
 
 

@@ -1,9 +1,13 @@
 """A folder is whole or not there; what is there already is never touched."""
 
 import errno
+import fcntl
 import os
 import shutil
+import time
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_gmai.convert.crc32 import joined
+from megatron_gmai.convert.disk_file import _BUFFER, DiskFile
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.output import Progress, new_folder
 from megatron_gmai.convert.read_ahead import read_ahead
 from megatron_gmai.convert.safetensors_file import write_safetensors
@@ -124,28 +131,71 @@ def test_a_safetensors_file_reads_back_in_the_library(tmp_path: Path, dtype: tor
 
 
 def test_reading_ahead_keeps_order_and_errors() -> None:
-    def items() -> Iterator[int]:
-        yield from range(5)
-        raise ValueError("the sixth")
+    def make(number: int) -> int:
+        time.sleep(0.01 * (number % 2))  # later ones are there earlier
+        if number == 5:
+            raise ValueError("the sixth")
+        return number
 
     seen = []
     with pytest.raises(ValueError, match="the sixth"):
-        for item in read_ahead(items()):
+        for item in read_ahead(partial(make, number) for number in range(9)):
             seen.append(item)
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_reading_ahead_makes_one_item_before_its_time() -> None:
-    made = []
+def test_reading_ahead_makes_few_items_before_their_time() -> None:
+    asked: list[int] = []
 
-    def items() -> Iterator[int]:
-        for number in range(9):
-            made.append(number)
-            yield number
+    def makers() -> Iterator[Callable[[], int]]:
+        for number in range(99):
+            asked.append(number)
+            yield partial(int, number)
 
-    ahead = read_ahead(items())
-    next(ahead)
-    assert next(ahead) == 1 and len(made) <= 3
+    ahead = read_ahead(makers())
+    assert [next(ahead), next(ahead)] == [0, 1] and len(asked) == 5
+
+
+def test_memory_is_used_again_when_nobody_has_a_part_of_it() -> None:
+    memory = ReusedMemory()
+    first = memory.new_tensor((4, 8), torch.float32)
+    address, part = first.data_ptr(), first[2:]
+    second = memory.new_tensor((8,), torch.float32)
+    del first
+    third = memory.new_tensor((4, 8), torch.float32)
+    assert address not in (second.data_ptr(), third.data_ptr())
+    part.fill_(7)
+    del part
+    assert memory.new_tensor((8, 8), torch.bfloat16).data_ptr() == address
+
+
+@pytest.mark.parametrize("sizes", [(0,), (1, 4095, 1), (3, 2 * _BUFFER, 5), (_BUFFER,) * 5])
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_disk_file_holds_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], is_direct: bool
+) -> None:
+    if not is_direct:  # a file system that says so with the first bytes
+        write = os.pwrite
+
+        def pwrite(file: int, data: memoryview, at: int) -> int:
+            if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return write(file, data, at)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+    parts = [os.urandom(1 << 10) * (size >> 10) + os.urandom(size % (1 << 10)) for size in sizes]
+    with DiskFile(tmp_path / "x") as file:
+        for part in parts:
+            assert file.write(part) == len(part)
+        assert file.tell() == sum(sizes)
+    assert (tmp_path / "x").read_bytes() == b"".join(parts)
+
+
+def test_checksums_of_parts_join() -> None:
+    whole = os.urandom(100_000)
+    for cut in (0, 1, 77, 65_536, 100_000):
+        first, second = whole[:cut], whole[cut:]
+        assert joined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(whole)
 
 
 def test_progress_tells_speed_and_time_left(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_gmai.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_gmai.convert.mapping import Flavour, rows
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.sharding import shard, unshard
 from megatron_gmai.weights import Cut, Weight, local_shape, weights
 
@@ -60,7 +61,7 @@ def test_published_tensors_of_any_size_come_back_from_their_parts(
     model, tp = drawn_model(seed)
     for row in rows(model, flavour):
         sources = [torch.randn(shape) for shape in row.source_shapes]
-        whole = row.rule.merge(sources)
+        whole = row.rule.merge(sources, ReusedMemory())
         parts = [shard(row.weight, whole, rank, tp) for rank in range(tp)]
         again = row.rule.split(unshard(row.weight, parts))
         assert all(map(torch.equal, again, sources)), row.canonical

@@ -18,6 +18,7 @@ from megatron_gmai.convert.carried import CARRIED, read_carried
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.manifest import read_manifest
 from megatron_gmai.convert.mapping import Flavour, leftover_shapes, rows
+from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.convert.write import export_shapes
 from tests.parallel.batches import CONFIG, MODEL
@@ -124,7 +125,7 @@ def merged(model: ModelConfig, flavour: Flavour) -> dict[str, Tensor]:
     """The same under our names; CLIP's unused parts apart."""
     tensors = published(model, flavour)
     return {
-        row.canonical: row.rule.merge([tensors[source] for source in row.sources])
+        row.canonical: row.rule.merge([tensors[source] for source in row.sources], ReusedMemory())
         for row in rows(model, flavour)
     }
 
