@@ -86,8 +86,7 @@ def write_pretrained(
         for name, text in texts.items():
             (unfinished / name).write_text(text, encoding="utf-8")
         shutil.copyfile(tokenizer_model, unfinished / "tokenizer.model")
-        makers = _export_tensors(model, weights, leftovers, flavour)
-        tensors = chain.from_iterable(read_ahead(makers))
+        tensors = chain.from_iterable(read_ahead(_readers(model, weights, leftovers, flavour)))
         _write_shards(unfinished, shapes, tensors, dtype, max_shard_bytes, advance)
 
 
@@ -115,7 +114,7 @@ def _check_names(
         raise ValueError(f"{len(problems)} weights do not fit the model: {'; '.join(problems[:8])}")
 
 
-def _export_tensors(
+def _readers(
     model: ModelConfig,
     weights: Mapping[str, Tensor],
     leftovers: Mapping[str, Tensor],
@@ -169,9 +168,12 @@ def _write_shards(
         write_safetensors(folder / file, content, dtype, here, advance)
         weight_map |= dict.fromkeys(names, file)
     if len(plan) > 1:
-        total = dtype.itemsize * sum(map(math.prod, shapes.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": _num_bytes(shapes, dtype)}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _num_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
+    return dtype.itemsize * sum(map(math.prod, shapes.values()))
 
 
 def plan_shards(shapes: Mapping[str, Shape], itemsize: int, max_bytes: int) -> list[list[str]]:
