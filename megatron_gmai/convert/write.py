@@ -44,8 +44,8 @@ def write_pretrained(
 ) -> None:
     """Write a whole folder: weights, configs, tokenizer, image processor, chat template, README.
 
-    Tensors are asked for one at a time and written at once, so memory holds the largest of them,
-    not a file. The folder appears under its name only when it is complete.
+    Tensors are asked for a few ahead of the one that is written, so memory holds the largest of
+    them, not a file. The folder appears under its name only when it is complete.
 
     Args:
         weights: canonical name to full tensor, vocabulary not padded.
@@ -78,9 +78,7 @@ def write_pretrained(
     }
     texts = {**files.text, "README.md": readme(model, flavour, pad_to_square, bool(leftovers))}
     shapes = export_shapes(model, flavour)
-    with new_folder(
-        Path(folder), dtype.itemsize * sum(map(math.prod, shapes.values()))
-    ) as unfinished:
+    with new_folder(Path(folder), _num_bytes(shapes, dtype)) as unfinished:
         for name, content in json_files.items():
             _write_json(unfinished / name, content)
         for name, text in texts.items():
