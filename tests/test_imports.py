@@ -34,6 +34,7 @@ ALLOWED = {
     "training": {"model", "data", "convert", "runtime", "planner", "observe"},
     "dry_run": {"gmai_kernels", "training", "model", "data", "runtime", "planner"},
     "evaluate": {"model", "data", "runtime"},
+    "verification": {"evaluate", "training", "model", "convert", "runtime"},
     "report": {"data", "planner"},
     "gpu_check": {"training", "model", "data", "convert", "runtime", "planner", "dry_run"},
     "preflight": {"data", "convert", "runtime", "planner"},
@@ -49,7 +50,8 @@ DATA_ROOMS = {
     "inspection": {"text", "images", "sources", "shards"},
 }
 DATA_TOP = {"files", "ledger", "lock", "pool", "progress", "schema"}
-MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate", "dry_run", "gpu_check"}
+MEGATRON_LAYERS = {"runtime", "model", "training", "evaluate", "dry_run"}
+MEGATRON_LAYERS |= {"gpu_check", "verification"}
 
 
 def layer_of(module: str) -> str | None:

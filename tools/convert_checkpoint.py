@@ -5,28 +5,28 @@
     python tools/convert_checkpoint.py to-hf --load CHECKPOINT --output DIR [--flavour gmai-vl]
     python tools/convert_checkpoint.py to-peft --load CHECKPOINT --output DIR
     python tools/convert_checkpoint.py verify A B
+    torchrun --nproc-per-node 4 tools/convert_checkpoint.py verify A B --tp 2 --pp 2
 
 `from-hf` reads either flavour, or a language model and a CLIP, and writes weights to start from
 with `--load`. `to-hf` reads a checkpoint of any layout, and merges adapters; `to-peft` writes them
 alone. All go tensor by tensor and keep the dtype unless told otherwise. `verify` exits with 1 where
-the two differ.
+the two differ; in a layout, A is what its ranks hold and say.
 """
 
 import argparse
 import json
 import math
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import psutil
 import torch
 
-from megatron_gmai.config import Config, DataConfig, ModelConfig, RunConfig
+from megatron_gmai.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_gmai.convert.adapters import has_other_towers, open_base, open_trained
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
@@ -40,19 +40,23 @@ from megatron_gmai.convert.huggingface import (
 )
 from megatron_gmai.convert.manifest import Manifest, read_manifest
 from megatron_gmai.convert.mapping import Flavour
-from megatron_gmai.convert.output import Progress
+from megatron_gmai.convert.output import Progress, not_counted
 from megatron_gmai.convert.peft_adapter import write_peft
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.convert.write import export_shapes
 from megatron_gmai.data.files import write_atomically
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_gmai.evaluate.loading import add_layout_flags
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.tokenizer_file import tokenizer_file
+from megatron_gmai.training.resilience import run_guarded
 from megatron_gmai.weights import weights as table_of_weights
+
+if TYPE_CHECKING:
+    from megatron_gmai.verification.ranks import Ranks
 
 _TRAINING = "training checkpoint"
 _FINAL_NORM = "language_model.decoder.final_layernorm.weight"
-_LOGITS_TOLERANCE = 1e-5  # of the largest logit, in fp32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         with _stopped_by_exceptions():
             return int(flags.command(flags))
     except (ValueError, OSError) as error:
+        if "RANK" in os.environ:  # of torchrun: one rank tells it, and all end
+            raise
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
 
@@ -133,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument(
         "--card", type=Path, help="default: B/card.json if B is a Hugging Face folder"
     )
+    add_layout_flags(both)
     return parser
 
 
@@ -268,23 +275,40 @@ def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
 
 def verify(flags: argparse.Namespace) -> int:
     """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
+    from megatron_gmai.verification.ranks import training_world
+
     a, b = open_side(flags.a, flags.base), open_side(flags.b, flags.base)
-    count = parameters(a.model)
-    groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
-    print(table(groups))
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=flags.tensor_model_parallel_size,
+        pipeline_model_parallel_size=flags.pipeline_model_parallel_size,
+    )
+    if parallel == ParallelConfig() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _verify(flags, a, b, None)
+    with training_world(a.model, parallel) as ranks:
+        return _verify(flags, ranks.hold(a), b, ranks)
+
+
+def _verify(flags: argparse.Namespace, a: Side, b: Side, ranks: "Ranks | None") -> int:
+    from megatron_gmai.verification.run import ran_in_words, reason_not_to_run, run_both
+
+    is_told = ranks is None or ranks.world.is_first_rank  # all ranks compare, one says so
+    tell: Callable[[str], None] = print if is_told else (lambda line: None)
+    size = parameters(a.model) * a.weights[_FINAL_NORM].dtype.itemsize
+    groups = compare(a, b, Progress(size) if is_told else not_counted)
+    tell(table(groups))
     if missing := only_in_one(a, b):
-        print(missing)
+        tell(missing)
     same = all(group.largest_difference <= flags.tolerance for group in groups)
     rounded = any(len(set(group.dtypes)) > 1 for group in groups)
-    ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b)
-    print(ran if isinstance(ran, str) else ran_in_words(ran))
+    ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b, ranks)
+    tell(ran if isinstance(ran, str) else ran_in_words(ran))
     same &= isinstance(ran, str) or ran["same"]
     file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
-    if file is not None:
+    if file is not None and is_told:
         content = card(sys.argv, (a, b), flags.tolerance, groups, ran)
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
-        print(f"wrote {file}")
-    print("the same" if same else "they differ")
+        tell(f"wrote {file}")
+    tell("the same" if same else "they differ")
     return 0 if same else 1
 
 
@@ -301,72 +325,10 @@ def open_side(path: Path, base: Path | None = None) -> Side:
     return Side(checkpoint.path, _TRAINING, model, weights, carried)
 
 
-def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | None:
-    """Why the two are not asked for logits; None if they are."""
-    if not same or rounded:
-        return "not run: the weights differ, or one side was cast"
-    if find_spec("transformers") is None:
-        return "not run: transformers is not installed"
-    needed = 6 * parameters(model)  # fp32, and room to work
-    if needed > psutil.virtual_memory().available:
-        return f"not run: it takes {needed / 1e9:.0f} GB of memory"
-    return None
-
-
-def run_both(a: Side, b: Side) -> dict[str, Any]:
-    """Logits and greedy tokens of the two, in fp32 on the CPU: the transformers flavour through
-    transformers, everything else through the training model."""
-    from megatron_gmai.evaluate.agreement import difference, run_megatron, run_transformers, samples
-
-    prompts = samples(a.model)
-    ran = []
-    for side in (a, b):
-        if side.kind == "transformers":
-            ran.append(run_transformers(side.path, prompts))
-        else:
-            with _training_model(side) as model:
-                ran.append(run_megatron(model, prompts))
-    largest, agreeing, tokens = difference(*ran)
-    scale = max(1.0, *(float(logits.abs().max()) for logits in ran[0].logits))
-    return {
-        "samples": len(prompts),
-        "logits_difference": largest,
-        "largest_logit": scale,
-        "logits_tolerance": _LOGITS_TOLERANCE * scale,
-        "greedy_tokens_agreeing": f"{agreeing} of {tokens}",
-        "same": largest <= _LOGITS_TOLERANCE * scale and agreeing == tokens,
-    }
-
-
-def ran_in_words(ran: dict[str, Any]) -> str:
-    """What `run_both` found, as a line for a terminal."""
-    return (
-        f"run on {ran['samples']} samples: logits differ by {ran['logits_difference']:.2g} "
-        f"({ran['logits_tolerance']:.2g} is allowed), "
-        f"{ran['greedy_tokens_agreeing']} greedy tokens agree"
-    )
-
-
-@contextmanager
-def _training_model(side: Side) -> Iterator[Any]:
-    from megatron_gmai.model.gmai_vl import build_chunks
-    from megatron_gmai.runtime.groups import destroy_groups
-    from megatron_gmai.runtime.world import open_world
-    from megatron_gmai.training.weights import fill
-
-    config = Config(model=side.model, run=RunConfig(device="cpu", dtype="fp32"))
-    (model,) = build_chunks(config, open_world(config))
-    try:
-        fill([model], side.weights)
-        yield model.requires_grad_(False).eval()
-    finally:
-        destroy_groups()
-
-
 def parameters(model: ModelConfig) -> int:
     """Values in all weights that are run."""
     return sum(math.prod(weight.shape) for weight in table_of_weights(model).values())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_guarded(lambda: sys.exit(main()))

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gmai.config import ModelConfig
-from megatron_gmai.evaluate.generate import Prompt, generate
+from megatron_gmai.evaluate.generate import Decoding, Prompt, generate
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.model.vit import CLIP_MEAN, CLIP_STD
+from megatron_gmai.weights import EMBEDDING
 
 NEW_TOKENS = 16
 _NEVER = -1  # as a stop id: every answer has full length
@@ -50,16 +52,22 @@ def samples(model: ModelConfig) -> list[Prompt]:
 
 @torch.no_grad()
 def run_megatron(model: GMAIVL, prompts: list[Prompt]) -> Ran:
-    """A model that holds every layer, in eval mode."""
+    """A model in eval mode, in fp32 on CPUs; all ranks that share it get the same."""
+    decoding, pp = Decoding(model), model.groups.pp
     logits = []
     for prompt in prompts:
         length = len(prompt.tokens)
         bounds = torch.tensor([0, length], dtype=torch.int32)
         segments = Segments.from_cu_seqlens(bounds, length, torch.device("cpu"))
-        embeddings = model.language_model.embed(prompt.tokens[None])
-        embeddings = model.merge(embeddings, model.encode(prompt.pixels), prompt.image_starts)
-        hidden = model.language_model(embeddings, torch.arange(length), segments)
-        logits.append(model.language_model.output_layer(hidden)[:, 0].float())
+        hidden = decoding.hidden_states(
+            prompt.tokens, torch.arange(length), segments, prompt.pixels, prompt.image_starts
+        )
+        found = torch.empty(length, model.table[EMBEDDING].shape[0])
+        if model.post_process:
+            found = model.language_model.output_layer(hidden)[:, 0].float().contiguous()
+        if pp.size() > 1:
+            dist.broadcast(found, dist.get_global_rank(pp, pp.size() - 1), group=pp)
+        logits.append(found)
     return Ran(logits, [generate(model, [one], _NEVER, NEW_TOKENS)[0] for one in prompts])
 
 

@@ -84,7 +84,7 @@ class Decoding:
         cache = KeyValueCache(lengths, rooms)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         starts = [p.image_starts + at for p, at in zip(prompts, bounds.tolist(), strict=False)]
-        hidden = self._run(
+        hidden = self.hidden_states(
             torch.cat([prompt.tokens for prompt in prompts]),
             torch.cat([torch.arange(length) for length in lengths]),
             self._segments(lengths, cache),
@@ -108,7 +108,7 @@ class Decoding:
         positions = torch.tensor(self.cache.lengths)
         self.cache.begin_step(self.device)
         segments = self._segments([1] * len(self.tokens), self.cache)
-        hidden = self._run(torch.tensor(self.tokens), positions, segments)
+        hidden = self.hidden_states(torch.tensor(self.tokens), positions, segments)
         self.tokens = self._choose(hidden, self.drawings)
         return self.tokens
 
@@ -119,7 +119,7 @@ class Decoding:
             self.tokens = [self.tokens[row] for row in rows]
             self.drawings = [self.drawings[row] for row in rows]
 
-    def _run(
+    def hidden_states(
         self,
         tokens: Tensor,
         positions: Tensor,
