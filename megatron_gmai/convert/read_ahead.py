@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 _THREADS = 2
-_WAITING = 3  # large tensors and small ones take turns: a large one has to be begun in time
+_WAITING = 2  # large tensors and small ones take turns: a large one has to be begun in time
 
 Item = TypeVar("Item")
 

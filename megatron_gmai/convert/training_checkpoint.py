@@ -67,8 +67,9 @@ def write_training_checkpoint(
         writer = _Writer(checkpoint, advance)
         try:
             makers = (partial(_stored, weights, name, dtype) for name in weights)
-            for name, (tensor, archive) in zip(weights, read_ahead(makers), strict=True):
-                writer.write(name, tensor, archive)
+            for stored in read_ahead(makers):
+                writer.write(*stored)
+                del stored  # before the next one is waited for
             writer.finish()
         finally:
             writer.abandon()
@@ -83,11 +84,11 @@ def write_training_checkpoint(
 
 def _stored(
     weights: Mapping[str, Tensor], name: str, dtype: torch.dtype | None
-) -> tuple[Tensor, list["_Piece"]]:
-    """A tensor as the checkpoint holds it, and the archive of it."""
+) -> tuple[str, Tensor, list["_Piece"]]:
+    """A tensor's name, the tensor as the checkpoint holds it, and the archive of it."""
     tensor = weights[name].detach().cpu()
     tensor = _alone((tensor if dtype is None else tensor.to(dtype)).contiguous())
-    return tensor, _archive(tensor)
+    return name, tensor, _archive(tensor)
 
 
 def _alone(tensor: Tensor) -> Tensor:

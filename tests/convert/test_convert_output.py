@@ -153,7 +153,7 @@ def test_reading_ahead_makes_few_items_before_their_time() -> None:
             yield partial(int, number)
 
     ahead = read_ahead(makers())
-    assert [next(ahead), next(ahead)] == [0, 1] and len(asked) == 5
+    assert [next(ahead), next(ahead)] == [0, 1] and len(asked) == 4
 
 
 def test_memory_is_used_again_when_nobody_has_a_part_of_it() -> None:
