@@ -12,19 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_gmai.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_gmai.config import Config, DataConfig, ModelConfig
 from megatron_gmai.convert.carried import CARRIED
-from megatron_gmai.convert.compare import compare
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import open_pretrained
 from megatron_gmai.convert.manifest import read_manifest
 from megatron_gmai.convert.mapping import leftover_shapes
-from megatron_gmai.convert.output import Progress, not_counted
+from megatron_gmai.convert.output import Progress
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
-from megatron_gmai.verification.ranks import HeldWeights, training_world
 from tests.convert.conftest import Export
+from tests.convert.in_a_layout import change_one_value_on_one_rank, verify_in_a_layout
 from tests.parallel.world import run_world
-from tools.convert_checkpoint import main, open_side
+from tools.convert_checkpoint import main
 
 NORM = "language_model.decoder.final_layernorm.weight"
 
@@ -249,28 +248,6 @@ def test_sources_that_do_not_go_together_are_refused(
     assert "give --model DIR, or both --llm DIR and --vision DIR" in capsys.readouterr().err
 
 
-LAYOUT = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-
-
-def verify_in_a_layout(checkpoints: Path, folder: Path) -> None:
-    """What each rank does; all of them exit with what was found."""
-    assert main(["verify", str(checkpoints), str(folder), "--tp", "2", "--pp", "2"]) == 0
-
-
-def change_one_value_on_one_rank(folder: Path) -> None:
-    """All ranks find it."""
-    side = open_side(folder)
-    with training_world(side.model, LAYOUT) as ranks, torch.no_grad():
-        held = ranks.hold(side)
-        assert max(group.largest_difference for group in compare(held, side, not_counted)) == 0
-        if ranks.world.rank == 3:  # the second half of the second stage
-            assert isinstance(held.weights, HeldWeights)
-            held.weights.model.language_model.decoder.layers[0].mlp.linear_fc1.weight[-1, 0] += 0.25
-        found = {g.name: g.largest_difference for g in compare(held, side, not_counted)}
-        assert found.pop("language_model.decoder.layers.*.mlp.linear_fc1.weight") == 0.25
-        assert set(found.values()) == {0}
-
-
 class TestVerify:
     def test_a_checkpoint_and_both_flavours_agree(
         self, source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -301,7 +278,7 @@ class TestVerify:
         assert card["run"]["greedy_tokens_agreeing"] == "48 of 48"
 
     def test_a_value_that_one_rank_holds_otherwise_is_found(self, source: Export) -> None:
-        run_world(4, change_one_value_on_one_rank, source.folder)
+        run_world(2, change_one_value_on_one_rank, source.folder)
 
     def test_one_changed_value_is_found_and_measured(
         self, source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
