@@ -289,7 +289,7 @@ def verify(flags: argparse.Namespace) -> int:
 
 
 def _verify(flags: argparse.Namespace, a: Side, b: Side, ranks: "Ranks | None") -> int:
-    from megatron_gmai.verification.run import ran_in_words, reason_not_to_run, run_both
+    from megatron_gmai.verification.run import ran_in_words, run_both
 
     is_told = ranks is None or ranks.world.is_first_rank  # all ranks compare, one says so
     tell: Callable[[str], None] = print if is_told else (lambda line: None)
@@ -300,7 +300,7 @@ def _verify(flags: argparse.Namespace, a: Side, b: Side, ranks: "Ranks | None") 
         tell(missing)
     same = all(group.largest_difference <= flags.tolerance for group in groups)
     rounded = any(len(set(group.dtypes)) > 1 for group in groups)
-    ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b, ranks)
+    ran = run_both(a, b, same and not rounded, ranks)
     tell(ran if isinstance(ran, str) else ran_in_words(ran))
     same &= isinstance(ran, str) or ran["same"]
     file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)

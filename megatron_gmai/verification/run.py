@@ -24,9 +24,29 @@ from megatron_gmai.weights import weights
 _LOGITS_TOLERANCE = 1e-5  # of the largest logit, in fp32
 
 
-def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | None:
-    """Why the two are not asked for logits; None if they are."""
-    if not same or rounded:
+def run_both(a: Side, b: Side, is_exact: bool, ranks: Ranks | None = None) -> dict[str, Any] | str:
+    """Logits and greedy tokens of the two, in fp32 on the CPU: the transformers flavour through
+    transformers, on the first rank alone, everything else through the training model.
+
+    Returns why they were not run where that tells nothing, as with weights that are not the same,
+    or is not possible here. All ranks get the same.
+    """
+    reason = [_reason_not_to_run(a.model, is_exact)]
+    if ranks is not None:  # each sees another amount of free memory
+        dist.broadcast_object_list(reason, src=0)
+    if reason[0] is not None:
+        return reason[0]
+    prompts = samples(a.model)
+    one, two = _run(a, prompts, ranks), _run(b, prompts, ranks)
+    found = [_judged(one, two) if one and two else None]
+    if ranks is not None:
+        dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None  # the first rank runs both
+    return found[0]
+
+
+def _reason_not_to_run(model: ModelConfig, is_exact: bool) -> str | None:
+    if not is_exact:
         return "not run: the weights differ, or one side was cast"
     if find_spec("transformers") is None:
         return "not run: transformers is not installed"
@@ -35,18 +55,6 @@ def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | No
     if needed > psutil.virtual_memory().available:
         return f"not run: it takes {needed / 1e9:.0f} GB of memory"
     return None
-
-
-def run_both(a: Side, b: Side, ranks: Ranks | None) -> dict[str, Any]:
-    """Logits and greedy tokens of the two, in fp32 on the CPU: the transformers flavour through
-    transformers, on the first rank alone, everything else through the training model."""
-    prompts = samples(a.model)
-    one, two = _run(a, prompts, ranks), _run(b, prompts, ranks)
-    found = [_judged(one, two) if one and two else None]
-    if ranks is not None:
-        dist.broadcast_object_list(found, src=0)
-    assert found[0] is not None  # the first rank runs both
-    return found[0]
 
 
 def _run(side: Side, prompts: list[Prompt], ranks: Ranks | None) -> Ran | None:
