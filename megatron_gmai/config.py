@@ -271,9 +271,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of the language model, whose own weights then stay as they are."""
+    """Low-rank adapters of a tower's linears; its own weights then stay as they are."""
 
     llm_use_lora: bool = option(False, "train low-rank adapters in the language model's place")
+    vit_use_lora: bool = option(
+        False, "train low-rank adapters in the vision tower's place, with the same settings"
+    )
     lora_rank: int = option(16, "rank of the adapters", "--lora-r")
     lora_alpha: float = option(32.0, "the adapters' output is scaled by alpha / rank")
     lora_dropout: float = option(0.0, "dropout before the adapters")
@@ -282,9 +285,20 @@ class LoraConfig:
     )
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        """The linears that have an adapter; none without `--llm-use-lora`."""
-        return tuple(self.lora_targets.split(",")) if self.llm_use_lora else ()
+    def towers(self) -> tuple[str, ...]:
+        """The towers that train adapters, by their names in `weights.py`."""
+        towers = {"vision_model": self.vit_use_lora, "language_model": self.llm_use_lora}
+        return tuple(tower for tower, has_adapters in towers.items() if has_adapters)
+
+    @property
+    def flags(self) -> str:
+        """What turned them on, as it is typed; empty without adapters."""
+        flags = {"--llm-use-lora": self.llm_use_lora, "--vit-use-lora": self.vit_use_lora}
+        return " ".join(flag for flag, is_on in flags.items() if is_on)
+
+    def targets_in(self, tower: str) -> tuple[str, ...]:
+        """The linears of each of its layers that have an adapter."""
+        return tuple(self.lora_targets.split(",")) if tower in self.towers else ()
 
 
 @dataclass(frozen=True)

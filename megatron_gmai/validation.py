@@ -286,17 +286,23 @@ def _memory(config: Config, world_size: int) -> Iterator[Problem]:
 
 def _lora(config: Config, world_size: int) -> Iterator[Problem]:
     lora = config.lora
-    if not lora.llm_use_lora and lora != LoraConfig():
+    if not lora.towers and lora != LoraConfig():
         yield Problem(
             "--lora-rank, --lora-alpha, --lora-dropout or --lora-targets",
             "they belong to adapters",
-            "add --llm-use-lora or leave them out",
+            "add --llm-use-lora or --vit-use-lora, or leave them out",
         )
-    for target in lora.targets:
+    if lora.vit_use_lora and config.train.freeze_vit:
+        yield Problem(
+            "--vit-use-lora with --freeze-vit",
+            "adapters train the vision tower, whose own weights they leave as they are",
+            "leave one of them out",
+        )
+    for target in lora.lora_targets.split(",") if lora.towers else ():
         if target not in LORA_TARGETS:
             yield Problem(
                 f"--lora-targets {lora.lora_targets}",
-                f"{target!r} is no linear of a decoder layer",
+                f"{target!r} is no linear of a layer",
                 f"choose from {','.join(LORA_TARGETS)}",
             )
     if lora.lora_rank < 1:

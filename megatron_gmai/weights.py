@@ -9,7 +9,7 @@ Letters in shapes: `H` language hidden, `Hv` vision hidden, `F` feed-forward, `V
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -24,7 +24,7 @@ Cut = Literal["none", "vocabulary", "rows", "columns", "gate_up"]
 Tower = Literal["vision_model", "projector", "language_model"]
 Place = Literal["vision", "first", "layer", "last", "ends"]
 
-# Where adapters can be, by the words of `--lora-targets`: modules of a decoder layer.
+# Where adapters can be, by the words of `--lora-targets`: modules of a layer of either tower.
 LORA_TARGETS = {
     "qkv": "self_attention.linear_qkv",
     "proj": "self_attention.linear_proj",
@@ -73,13 +73,15 @@ def weights(model: ModelConfig, lora: LoraConfig = LoraConfig()) -> dict[str, We
 
     CLIP's last layer and final norm never run (`VisionConfig.layers_used`), so they are not here.
     """
-    rows = (*_vision(model), *_projector(model), *_language(model))
-    table = {weight.name: weight for weight in rows}
-    for target in lora.targets:
-        for layer in range(model.language.num_layers):
-            base = table[f"{_decoder(layer)}.{LORA_TARGETS[target]}.weight"]
-            table |= {weight.name: weight for weight in _adapter(base, lora.lora_rank)}
-    return table
+    own = (*_vision(model), *_projector(model), *_language(model))
+    adapters = (pair for base in own if _has_adapter(base, lora) for pair in _adapter(base, lora))
+    return {weight.name: weight for weight in (*own, *adapters)}
+
+
+def is_stored(weight: Weight, lora: LoraConfig) -> bool:
+    """Whether checkpoints of a run hold it: of a tower with adapters these alone, since its own
+    weights never change."""
+    return weight.is_adapter == (weight.tower in lora.towers)
 
 
 def name_in_model(chunk: Chunk, name: str, tied: bool = False) -> str:
@@ -91,6 +93,12 @@ def name_in_model(chunk: Chunk, name: str, tied: bool = False) -> str:
     if match is None:
         return name
     return f"{match[1]}{chunk.layers[int(match[2])]}{match[3]}"
+
+
+def in_words(towers: Iterable[str]) -> str:
+    """As `the vision tower and the projector`, for messages."""
+    words = {"vision_model": "vision tower"}
+    return " and ".join(f"the {words.get(tower, tower.replace('_', ' '))}" for tower in towers)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -168,14 +176,19 @@ def _decoder(layer: int) -> str:
     return f"language_model.decoder.layers.{layer}"
 
 
-def _adapter(base: Weight, rank: int) -> Iterator[Weight]:
+def _has_adapter(weight: Weight, lora: LoraConfig) -> bool:
+    targets = lora.targets_in(weight.tower)
+    return weight.name.endswith(tuple(f".{LORA_TARGETS[target]}.weight" for target in targets))
+
+
+def _adapter(base: Weight, lora: LoraConfig) -> Iterator[Weight]:
     """A [r, in] and B [out, r] of one linear: the side that the linear divides is divided."""
-    out, inside = base.shape
+    rank, (out, inside) = lora.lora_rank, base.shape
     stem = f"{base.name.removesuffix('.weight')}.lora"
     is_row_parallel = base.cut == "columns"
     cut_of_a, cut_of_b = ("columns", "none") if is_row_parallel else ("none", base.cut)
-    yield Weight(f"{stem}.a", (rank, inside), cast(Cut, cut_of_a), "layer", base.layer)
-    yield Weight(f"{stem}.b", (out, rank), cast(Cut, cut_of_b), "layer", base.layer)
+    yield Weight(f"{stem}.a", (rank, inside), cast(Cut, cut_of_a), base.place, base.layer)
+    yield Weight(f"{stem}.b", (out, rank), cast(Cut, cut_of_b), base.place, base.layer)
 
 
 def _affine(name: str, shape: Shape) -> Iterator[Weight]:

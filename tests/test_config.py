@@ -157,7 +157,13 @@ PROBLEMS: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         "nothing is left to train",
     ),
     (1, {"run": {"dtype": "fp16"}}, "--dtype fp16: .* train in bf16 or fp32"),
-    (1, {"lora": {"lora_rank": 4}}, "they belong to adapters; add --llm-use-lora"),
+    (1, {"lora": {"lora_rank": 4}}, "they belong to adapters; add --llm-use-lora or --vit-use"),
+    (
+        1,
+        {"lora": {"vit_use_lora": True}, "train": {"freeze_vit": True}},
+        "--vit-use-lora with --freeze-vit: adapters train the vision tower",
+    ),
+    (1, {"lora": {"vit_use_lora": True, "lora_targets": "qkv,up"}}, "'up' is no linear of a layer"),
     (1, {"parallel": {"overlap_param_gather": True}}, "add --use-distributed-optimizer and"),
     (
         1,

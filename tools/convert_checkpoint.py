@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from megatron_gmai.config import Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_gmai.convert.adapters import has_other_towers, open_base, open_trained
+from megatron_gmai.convert.adapters import changed_towers, open_base, open_trained
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
 from megatron_gmai.convert.distributed import CheckpointWeights
@@ -50,6 +50,7 @@ from megatron_gmai.evaluate.loading import add_layout_flags
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.tokenizer_file import tokenizer_file
 from megatron_gmai.training.resilience import run_guarded
+from megatron_gmai.weights import in_words
 from megatron_gmai.weights import weights as table_of_weights
 
 if TYPE_CHECKING:
@@ -185,23 +186,23 @@ def to_peft(flags: argparse.Namespace) -> int:
     mistakes."""
     checkpoint = read_manifest(Path(flags.load))
     config = checkpoint.config
-    if not config.lora.llm_use_lora:
+    if not config.lora.towers:
         raise ValueError(f"{checkpoint.path} holds no adapters; a whole model goes out by to-hf")
     own = CheckpointWeights(checkpoint.path, config.model, config.lora)
-    other_towers = has_other_towers(own, open_base(config, flags.base))
+    changed = changed_towers(own, open_base(config, flags.base))
     base = str(flags.base or config.run.llava or "")
-    usable = not other_towers and base and open_side(Path(base)).kind == "transformers"
+    usable = not changed and base and open_side(Path(base)).kind == "transformers"
     write_peft(
         Path(flags.output),
         config.model,
         config.lora,
         own,
         base if usable else None,
-        other_towers,
+        changed,
         _dtype(flags, checkpoint),
     )
-    if other_towers:
-        print("the vision tower or the projector was trained too: see README.md in the folder")
+    if changed:
+        print(f"the run also trained {in_words(changed)}: see README.md in the folder")
     print(f"wrote {flags.output}")
     return 0
 

@@ -1,5 +1,5 @@
-"""The weights of a run with `--llm-use-lora`: its checkpoints hold adapters in the language model's
-place, on top of the weights that the run began with."""
+"""The weights of a run with `--llm-use-lora` or `--vit-use-lora`: its checkpoints hold adapters in
+that tower's place, on top of the weights that the run began with."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.manifest import Manifest, read_manifest
 from megatron_gmai.convert.read import open_pretrained, open_start
 from megatron_gmai.convert.seeded import SeededWeights
-from megatron_gmai.weights import weights
+from megatron_gmai.weights import Tower, weights
 
 
 class MergedWeights(Mapping[str, Tensor]):
@@ -22,7 +22,7 @@ class MergedWeights(Mapping[str, Tensor]):
     Args:
         own: what the checkpoint holds: adapters, and the towers that are trained or frozen whole.
         base: what the run began with.
-        scale: of the adapters, alpha / r; 0 leaves the language model as it was.
+        scale: of the adapters, alpha / r; 0 leaves what is below them as it was.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ def open_trained(
     ValueError where it is missing or of another model.
     """
     config = checkpoint.config
-    if not config.lora.llm_use_lora:
+    if not config.lora.towers:
         return CheckpointWeights(checkpoint.path, config.model)
     scale = config.lora.lora_alpha / config.lora.lora_rank if with_adapters else 0.0
     own = CheckpointWeights(checkpoint.path, config.model, config.lora)
@@ -85,7 +85,7 @@ def open_base(config: Config, given: Path | None = None) -> Mapping[str, Tensor]
     if run.load is None:
         return SeededWeights(config.model, config.train.seed)
     earlier = read_manifest(Path(run.load)).config
-    if earlier.lora.llm_use_lora:  # this run went on with the adapters of an earlier one
+    if earlier.lora.towers:  # this run went on with the adapters of an earlier one
         return open_base(earlier)
     return open_base(config, Path(run.load))
 
@@ -95,7 +95,7 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         source = open_pretrained(folder)
         return source.model, source.weights
     checkpoint = read_manifest(folder)
-    if checkpoint.config.lora.llm_use_lora:
+    if checkpoint.config.lora.towers:
         raise ValueError(f"{folder} holds adapters itself; give --base what they lie on")
     model = checkpoint.config.model
     return model, CheckpointWeights(checkpoint.path, model)
@@ -125,13 +125,20 @@ def _of_model(
     return found
 
 
-def has_other_towers(own: CheckpointWeights, base: Mapping[str, Tensor]) -> bool:
-    """Whether the run changed the vision tower or the projector, which no adapter can hold."""
-    return any(
-        not torch.equal(own[name], base[name].to(own[name].dtype))
-        for name in own
-        if not name.startswith("language_model.")
+def changed_towers(own: CheckpointWeights, base: Mapping[str, Tensor]) -> tuple[Tower, ...]:
+    """The parts of the model whose own weights the run changed, which no adapter can hold."""
+    stored: dict[Tower, list[str]] = {}
+    for weight in own.table.values():
+        if not weight.is_adapter:
+            stored.setdefault(weight.tower, []).append(weight.name)
+    return tuple(
+        tower for tower, names in stored.items() if any(_differs(own, base, name) for name in names)
     )
+
+
+def _differs(own: CheckpointWeights, base: Mapping[str, Tensor], name: str) -> bool:
+    tensor = own[name]
+    return not torch.equal(tensor, base[name].to(tensor.dtype))
 
 
 def adapter_names(model: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:

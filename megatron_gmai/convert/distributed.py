@@ -21,7 +21,7 @@ from megatron_gmai.convert.files import check_finite
 from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.safe_metadata import CheckedReader
 from megatron_gmai.convert.saved_tensor import read_saved
-from megatron_gmai.weights import Shape, Weight, weights
+from megatron_gmai.weights import Shape, Weight, is_stored, weights
 
 
 class _Reader(CheckedReader):
@@ -61,8 +61,8 @@ class _Reader(CheckedReader):
 class CheckpointWeights(Mapping[str, Tensor]):
     """Canonical weights of one checkpoint folder, each read when it is asked for.
 
-    Tensors are whole, in the dtype of training, vocabulary not padded. With `lora` the language
-    model is its adapters (`adapters.py` puts them together with the rest). Check the folder before
+    Tensors are whole, in the dtype of training, vocabulary not padded. With `lora` a tower may be
+    its adapters (`adapters.py` puts them together with the rest). Check the folder before
     (`training.checkpoint.open_checkpoint`): its metadata is a pickle.
 
     Raises ValueError if a weight of the model is missing or has another shape; reading one whose
@@ -76,40 +76,37 @@ class CheckpointWeights(Mapping[str, Tensor]):
         lora: LoraConfig = LoraConfig(),  # noqa: B008
     ) -> None:
         self.folder = folder
-        self._weights = {
-            name: weight
-            for name, weight in weights(model, lora).items()
-            # With adapters the language model's own weights never change, so nobody saves them.
-            if not lora.llm_use_lora or weight.is_adapter or weight.tower != "language_model"
+        self.table = {
+            name: weight for name, weight in weights(model, lora).items() if is_stored(weight, lora)
         }
         self._reader = _Reader(folder)
         stored = self._reader.table.state_dict_metadata
         self._stored = {n: m for n, m in stored.items() if isinstance(m, TensorStorageMetadata)}
-        problems = [problem for name in self._weights if (problem := self._problem(name))]
+        problems = [problem for name in self.table if (problem := self._problem(name))]
         if problems:
             raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:8])}")
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._reader.tensor(name, self._stored[name])
         check_finite(f"{self.folder}: {name}", tensor)
-        return tensor[: self._weights[name].shape[0]]
+        return tensor[: self.table[name].shape[0]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self.table)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self.table)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that holds every weight exactly."""
-        found = {self._stored[name].properties.dtype for name in self._weights}
+        found = {self._stored[name].properties.dtype for name in self.table}
         return found.pop() if len(found) == 1 else torch.float32
 
     def _problem(self, name: str) -> str | None:
         if name not in self._stored:
             return f"{name} is missing"
-        weight, found = self._weights[name], tuple(self._stored[name].size)
+        weight, found = self.table[name], tuple(self._stored[name].size)
         return None if _fits(weight, found) else f"{name} has shape {found}, not {weight.shape}"
 
 

@@ -7,7 +7,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ from megatron_gmai.convert.adapters import adapter_names
 from megatron_gmai.convert.mapping import Row, rows
 from megatron_gmai.convert.output import Advance, new_folder, not_counted
 from megatron_gmai.convert.safetensors_file import write_safetensors
-from megatron_gmai.weights import Shape
+from megatron_gmai.weights import Shape, Tower, in_words
 
-# Where transformers has had the language model of LLaVA since 4.52; a checkpoint's own name for the
-# same place, `language_model.model.`, is the older one.
-_IN_FILE, _IN_MODEL = "language_model.model.", "base_model.model.model.language_model."
+# Where transformers has had the towers of LLaVA since 4.52; a checkpoint's own names for the same
+# places are the older ones.
+_PLACES = {
+    "language_model.model.": "base_model.model.model.language_model.",
+    "vision_tower.": "base_model.model.model.vision_tower.",
+}
 
 _README = """\
-# Adapters of GMAI-VL's language model, exported by megatron_gmai
+# Adapters of {towers} of GMAI-VL, exported by megatron_gmai
 
-In PEFT's format, for {base} in transformers 4.52 or newer:
+In PEFT's format, for {base} in transformers 4.52 or newer
+(adapters of the vision tower: with transformers 5 in peft 0.20 or newer):
 
 ```python
 from peft import PeftModel
@@ -39,10 +43,10 @@ model = PeftModel.from_pretrained(model, FOLDER)
 ```
 
 The tokenizer, the processor and the chat template are those of a whole export (`to-hf`).
-{towers}"""
+{below}"""
 _CHANGED = """
-**The run trained the vision tower or the projector too, which these adapters do not hold.** BASE
-must be an export of the same checkpoint: `to-hf --without-adapters`.
+**The run also trained {changed}, which these adapters do not hold.** BASE must be an export of the
+same checkpoint: `to-hf --without-adapters`.
 """
 
 
@@ -52,7 +56,7 @@ def write_peft(
     lora: LoraConfig,
     adapters: Mapping[str, Tensor],
     base: str | None,
-    other_towers: bool,
+    changed: Sequence[Tower],
     dtype: torch.dtype = torch.float32,
     advance: Advance = not_counted,
 ) -> None:
@@ -61,28 +65,30 @@ def write_peft(
     Args:
         adapters: canonical names (`...linear_qkv.lora.a` and `.b`) to whole tensors.
         base: the folder of the model that the adapters belong to, if it can be loaded as it is.
-        other_towers: whether that model's vision tower or projector was trained too.
+        changed: the parts of that model whose own weights were trained too.
 
     Raises ValueError or OSError as `new_folder`.
     """
     names = set(adapter_names(model, lora))
     table = [row for row in rows(model, "transformers") if row.canonical in names]
     shapes = {name: shape for row in table for name, shape in _shapes(row, lora).items()}
-    words = {"base": base or "the model that training began with (BASE)"}
-    towers = _CHANGED if other_towers else ""
+    words = {
+        "towers": in_words(lora.towers),
+        "base": base or "the model that training began with (BASE)",
+        "below": _CHANGED.format(changed=in_words(changed)) if changed else "",
+    }
     needed = dtype.itemsize * sum(map(math.prod, shapes.values()))
     with new_folder(folder, needed) as partial:
         content = json.dumps(_config(table, lora, base), indent=2) + "\n"
         (partial / "adapter_config.json").write_text(content, encoding="utf-8")
-        readme = _README.format(**words, towers=towers)
-        (partial / "README.md").write_text(readme, encoding="utf-8")
+        (partial / "README.md").write_text(_README.format(**words), encoding="utf-8")
         file = partial / "adapter_model.safetensors"
         write_safetensors(file, shapes, dtype, _tensors(table, adapters), advance)
 
 
 def _config(table: list[Row], lora: LoraConfig, base: str | None) -> dict[str, Any]:
     alpha = lora.lora_alpha
-    linears = {source.split(".")[-2]: None for row in table for source in row.sources}
+    linears = (source.removesuffix(".weight") for row in table for source in row.sources)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -90,8 +96,7 @@ def _config(table: list[Row], lora: LoraConfig, base: str | None) -> dict[str, A
         "r": lora.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": lora.lora_dropout,
-        # A pattern, because CLIP's attention has linears of the same names.
-        "target_modules": rf".*language_model.*\.({'|'.join(linears)})",
+        "target_modules": _pattern(linears),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -100,10 +105,27 @@ def _config(table: list[Row], lora: LoraConfig, base: str | None) -> dict[str, A
     }
 
 
+def _pattern(linears: Iterable[str]) -> str:
+    """Matches these alone, of all in the model: the towers have linears of the same names, and
+    CLIP a last layer that never runs."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for linear in linears:
+        tower, _, inside = linear.partition(".")
+        layers, names = found.setdefault(tower, ({}, {}))
+        *_, layer, _, name = inside.split(".")
+        layers[layer] = names[name] = None
+    return "|".join(
+        rf".*\.{tower}\..*layers\.({'|'.join(layers)})\.\w+\.({'|'.join(names)})"
+        for tower, (layers, names) in found.items()
+    )
+
+
 def _shapes(row: Row, lora: LoraConfig) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
     for source, (out, inside) in zip(row.sources, row.source_shapes, strict=True):
-        stem = source.removesuffix(".weight").replace(_IN_FILE, _IN_MODEL)
+        stem = source.removesuffix(".weight")
+        for in_file, in_model in _PLACES.items():
+            stem = stem.replace(in_file, in_model)
         found[f"{stem}.lora_A.weight"] = (lora.lora_rank, inside)
         found[f"{stem}.lora_B.weight"] = (out, lora.lora_rank)
     return found

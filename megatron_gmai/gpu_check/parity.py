@@ -44,7 +44,7 @@ CASES = (
     Case("phase 2", train={"freeze_llm": True}),
     Case("phase 3"),
     Case("recomputed", train={"selective_recompute": 1.0, "vit_micro_batch_size": 1}),
-    Case("adapters", lora=LoraConfig(llm_use_lora=True)),
+    Case("adapters", lora=LoraConfig(llm_use_lora=True, vit_use_lora=True)),
     Case("TP 2, sequence parallel", 2, ParallelConfig(**_TENSOR)),
     Case("PP 2", 2, ParallelConfig(pipeline_model_parallel_size=2)),
     Case("CP 2", 2, ParallelConfig(context_parallel_size=2)),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -14,7 +15,7 @@ from megatron_gmai.config import Config
 from megatron_gmai.layout import Chunk
 from megatron_gmai.model.attention import Segments
 from megatron_gmai.model.language import LanguageModel
-from megatron_gmai.model.lora import add_adapters
+from megatron_gmai.model.lora import add_adapters, drawing_the_same_again
 from megatron_gmai.model.projector import Projector
 from megatron_gmai.model.transformer import language_transformer_config
 from megatron_gmai.model.vision_parallel import encode_shared, gather_features
@@ -51,13 +52,14 @@ class GMAIVL(MegatronModule):
         if chunk.has_vision:
             self.vision_model = VisionTower(config.model.vision, world)
             self.projector = Projector(config.model, world.device)
+            tower, alone = self.vision_model, world.groups.solo
+            add_adapters("vision_model", tower.decoder.layers, config.lora, tower.config, alone)
             self._mark_vision_parameters(config.parallel.use_distributed_optimizer)
         self.language_model = LanguageModel(
             self.config, config.model.language, config.train.loss_implementation, chunk, world
         )
-        if config.lora.llm_use_lora:
-            layers = self.language_model.decoder.layers
-            add_adapters(layers, config.lora, self.config, world.groups.tp)
+        layers = self.language_model.decoder.layers
+        add_adapters("language_model", layers, config.lora, self.config, world.groups.tp)
         self._freeze(config)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
@@ -156,7 +158,8 @@ class GMAIVL(MegatronModule):
             return run(images)
         # Not reentrant: one backward pass, so each gradient is complete when its hook runs and
         # its bucket may be reduced.
-        return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
+        again = partial(checkpoint, run, use_reentrant=False, context_fn=drawing_the_same_again)
+        return torch.cat([again(part) for part in parts])
 
     def vision_trains(self) -> bool:
         """Whether the tower or the projector is trained."""
@@ -187,6 +190,6 @@ class GMAIVL(MegatronModule):
         }
         for name, module in self.named_children():
             module.requires_grad_(not frozen[name])
-        if config.lora.llm_use_lora:
-            for name, parameter in self.language_model.named_parameters():
-                parameter.requires_grad_(".lora." in name)
+            if name in config.lora.towers:
+                for inside, parameter in module.named_parameters():
+                    parameter.requires_grad_(".lora." in inside)

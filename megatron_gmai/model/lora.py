@@ -1,10 +1,12 @@
-"""Low-rank adapters of the language model's linears (Hu et al., 2021, arXiv 2106.09685).
+"""Low-rank adapters of the two towers' linears (Hu et al., 2021, arXiv 2106.09685).
 
 y = W x + alpha / r · B A x, with A [r, in] and B [out, r]. Fused linears (q, k and v; gate and up)
 have one A and a fused B, which is the same as separate adapters that share their A; so an export
 to PEFT, which knows the parts only, is exact.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch.nn.functional import dropout, linear
 
 from megatron_gmai.config import LoraConfig
 from megatron_gmai.runtime.groups import OF_RANK, OF_TOKENS
-from megatron_gmai.weights import LORA_TARGETS
+from megatron_gmai.weights import LORA_TARGETS, Tower
 
 ROW_PARALLEL = ("proj", "fc2")  # of LORA_TARGETS
 
@@ -32,7 +34,8 @@ class Adapter(torch.nn.Module):
     """The low-rank part of one tensor-parallel linear, added to its output by a hook.
 
     Of a column-parallel linear (qkv, fc1) B is cut by rows like the weight, and A is whole; of a
-    row-parallel one (proj, fc2) A is cut by columns, and B is whole.
+    row-parallel one (proj, fc2) A is cut by columns, and B is whole. In the vision tower, which is
+    built on a group of this rank alone, nothing is cut.
     """
 
     def __init__(
@@ -81,21 +84,51 @@ class Adapter(torch.nn.Module):
         if self.dropout == 0 or not self.training:
             return x
         # The tensor-parallel ranks hold the same input only where it is not divided. There, another
-        # mask on each of them would give each another gradient of A.
+        # mask on each of them would give each another gradient of A. The tower of each rank, whose
+        # group has no other, encodes images of its own: all ranks draw other masks.
         is_divided = self.is_row_parallel or self.sequence_parallel
-        with get_cuda_rng_tracker().fork(OF_RANK if is_divided else OF_TOKENS):
+        is_shared = self.tp.size() > 1 and not is_divided
+        with get_cuda_rng_tracker().fork(OF_TOKENS if is_shared else OF_RANK):
             return dropout(x, self.dropout)
 
 
 def add_adapters(
-    layers: torch.nn.ModuleList, lora: LoraConfig, config: TransformerConfig, tp: ProcessGroup
+    tower: Tower,
+    layers: torch.nn.ModuleList,
+    lora: LoraConfig,
+    config: TransformerConfig,
+    tp: ProcessGroup,
 ) -> None:
-    """Hang an adapter on every targeted linear of decoder layers, as its child `lora`."""
+    """Hang an adapter on every targeted linear of a tower's layers, as its child `lora`.
+
+    config, tp: what the layers were built with.
+    """
     for layer in layers:
-        for target in lora.targets:
+        for target in lora.targets_in(tower):
             base = layer.get_submodule(LORA_TARGETS[target])
             base.lora = Adapter(base, target in ROW_PARALLEL, lora, config, tp)
             base.register_forward_hook(_add)
+
+
+def drawing_the_same_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's checkpoint: its recomputation draws the masks of its forward pass.
+
+    torch puts back the states of its own generators; Megatron's recomputation of decoder layers
+    those of the tracker too, from which the masks are drawn.
+    """
+    before = get_cuda_rng_tracker().get_states()
+
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        tracker = get_cuda_rng_tracker()
+        since = tracker.get_states()
+        tracker.set_states({**before})
+        try:
+            yield
+        finally:
+            tracker.set_states(since)
+
+    return nullcontext(), as_before()
 
 
 def _add(base: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:

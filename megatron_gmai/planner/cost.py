@@ -84,8 +84,8 @@ def projector_flops(model: ModelConfig) -> int:
 class Passes:
     """Backward passes of each part, in units of its forward pass.
 
-    Adapters need the language model's gradients but none of its weights'; their own products, of
-    rank r instead of H, are left out.
+    Adapters need the gradients of their tower's activations but none of its weights'; their own
+    products, of rank r instead of H, are left out.
     """
 
     tower: int
@@ -95,7 +95,7 @@ class Passes:
     @classmethod
     def of(cls, config: Config) -> "Passes":
         train, lora = config.train, config.lora.llm_use_lora
-        tower = 0 if train.freeze_vit else 2
+        tower = 0 if train.freeze_vit else 1 if config.lora.vit_use_lora else 2
         projector = (0 if train.freeze_projector else 1) + (0 if train.freeze_vit else 1)
         # Gradients pass through the language model unless nothing before it is trained.
         through = 1 if lora or not (train.freeze_vit and train.freeze_projector) else 0

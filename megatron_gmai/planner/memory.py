@@ -89,7 +89,7 @@ def weight_table(model: ModelConfig, lora: LoraConfig) -> tuple[Weight, ...]:
 
 def is_trained(config: Config, weight: Weight) -> bool:
     train = config.train
-    if config.lora.llm_use_lora and weight.tower == "language_model":
+    if weight.tower in config.lora.towers:
         return weight.is_adapter
     return not {
         "vision_model": train.freeze_vit,
@@ -185,7 +185,8 @@ def layer_bytes(share: Share, without_attention: bool = False) -> float:
         kept += queries if without_attention or share.layout.context > 1 else 0.0
     lora = share.config.lora
     inputs = {"qkv": stream, "proj": queries, "fc1": stream, "fc2": ffn}
-    for target in lora.targets:  # of A, what dropout made of it with its mask, and of B
+    # Of A, what dropout made of it with its mask, and of B.
+    for target in lora.targets_in("language_model"):
         dropped = inputs[target] / HALF if lora.lora_dropout else 0.0
         kept += inputs[target] + dropped + HALF * s * lora.lora_rank
     return kept

@@ -35,7 +35,7 @@ from megatron_gmai.planner.memory import static_bytes, weight_table
 from megatron_gmai.planner.schedule import Timeline, simulate
 from megatron_gmai.planner.share import HALF, SINGLE, Share
 from megatron_gmai.planner.vision import feature_bytes, recomputes_vision
-from megatron_gmai.weights import local_shape
+from megatron_gmai.weights import Tower, local_shape
 
 SIMULATED, SPAN = 8, 4  # rounds of PP micro-batches; and of which the pace is taken
 LAUNCH = 5e-6  # seconds of the host for an operator in eager PyTorch
@@ -150,26 +150,28 @@ def layer_seconds(share: Share, gpu: Gpu, direction: str) -> float:
     attention *= 1 if direction == "forward" else 2.5  # scores are computed again
     device = products / gpu.product_flops + attention / (gpu.product_flops * ATTENTION)
     device += layer_traffic(share) * max(1, times) / (gpu.memory_gb_s * 1e9 * MOVED)
-    device += adapter_seconds(share, gpu) * (1 if direction == "forward" else 2)
-    adapters = len(config.lora.targets)
+    adapted = adapter_seconds(share, gpu, "language_model", share.tokens) / language.num_layers
+    device += adapted * (1 if direction == "forward" else 2)
+    adapters = len(config.lora.targets_in("language_model"))
     launches = LAYER_LAUNCHES[direction] + adapters * ADAPTER_LAUNCHES[direction]
     seconds = max(device, launches * LAUNCH) + layer_messages(share, gpu, times)
     # An adapter exchanges r numbers a token: a message's latency is all that it takes.
     return seconds + (adapters * LATENCY if layout.tensor > 1 else 0.0)
 
 
-def adapter_seconds(share: Share, gpu: Gpu) -> float:
-    """A decoder layer's adapters in a forward pass: products of rank r, which read and write more
-    than they compute."""
+def adapter_seconds(share: Share, gpu: Gpu, tower: Tower, tokens: int) -> float:
+    """All adapters of a tower in a forward pass of so many tokens: products of rank r, which read
+    and write more than they compute."""
     config, products, traffic = share.config, 0.0, 0.0
+    scattered = share.scattered if tower == "language_model" else 1
     for weight in weight_table(config.model, config.lora):
-        if not (weight.is_adapter and weight.layer == 0):
+        if not (weight.is_adapter and weight.tower == tower):
             continue
         rows, columns = local_shape(weight, share.layout.tensor)
-        tokens = share.tokens / (share.scattered if weight.cut == "none" else 1)
-        products += 2 * tokens * rows * columns
+        seen = tokens / (scattered if weight.cut == "none" else 1)
+        products += 2 * seen * rows * columns
         # A reads the linear's input. B's output is written, scaled, and added to the linear's.
-        traffic += HALF * tokens * (6 * rows if weight.name.endswith(".b") else columns)
+        traffic += HALF * seen * (6 * rows if weight.name.endswith(".b") else columns)
     return products / gpu.product_flops + traffic / (gpu.memory_gb_s * 1e9 * MOVED)
 
 
@@ -226,10 +228,14 @@ def vision_seconds(share: Share, gpu: Gpu, direction: str, images: int) -> float
     tower = (1 if forward else passes.tower) * tower_flops(model)
     projector = (1 if forward else passes.projector) * projector_flops(model)
     device = images * (tower + projector) / (gpu.product_flops * TOWER)
+    tokens = images * (model.vision.tokens_per_image + 1)
+    adapted = adapter_seconds(share, gpu, "vision_model", tokens)
+    device += adapted * (1 if forward else 2)
     turns = math.ceil(images / config.train.vit_micro_batch_size)
     busy = turns if forward or passes.tower else 0
-    launches = busy * TOWER_LAUNCHES[direction] * model.vision.layers_used * LAUNCH
-    seconds = max(device, launches)
+    adapters = len(config.lora.targets_in("vision_model"))
+    operators = TOWER_LAUNCHES[direction] + adapters * ADAPTER_LAUNCHES[direction]
+    seconds = max(device, busy * operators * model.vision.layers_used * LAUNCH)
     if not forward and passes.tower and recomputes_vision(config.train, images):
         seconds += vision_seconds(share, gpu, "forward", images)
     return seconds

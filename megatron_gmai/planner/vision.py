@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-from megatron_gmai.config import TrainConfig
+from megatron_gmai.config import Config, TrainConfig
 from megatron_gmai.layout import encodes_ahead
 from megatron_gmai.planner.share import HALF, SINGLE, Share
 
@@ -45,10 +45,29 @@ def vision_bytes(share: Share, images: int) -> float:
     if config.train.freeze_vit:
         return projector
     tokens = images * (patches + 1)
-    layer = 16 * vision.hidden_size + 6 * vision.ffn_hidden_size
-    layer += 4 * SINGLE + SINGLE * vision.num_attention_heads
+    layer = _layer_bytes(config)
+    if config.lora.vit_use_lora:  # what comes before the first adapter needs no gradient
+        return projector + vision.layers_used * tokens * layer
     start = HALF * images * 3 * vision.image_size**2 + 2 * HALF * tokens * vision.hidden_size
     return projector + start + vision.layers_used * tokens * layer
+
+
+def _layer_bytes(config: Config) -> float:
+    """What a layer of the tower keeps of a token."""
+    vision, lora = config.model.vision, config.lora
+    hidden, ffn = HALF * vision.hidden_size, HALF * vision.ffn_hidden_size
+    statistics = 4 * SINGLE + SINGLE * vision.num_attention_heads
+    if not lora.vit_use_lora:
+        return 8 * hidden + 3 * ffn + statistics
+    # Two sums, queries, keys, values, attention's output (which is the input of proj), and two
+    # factors of the quick GELU; the other inputs of products are kept for adapters only.
+    kept: float = 6 * hidden + 2 * ffn + statistics
+    proj = hidden if lora.lora_dropout else 0.0
+    inputs = {"qkv": hidden, "proj": proj, "fc1": hidden, "fc2": ffn}
+    for target in lora.targets_in("vision_model"):  # of A, with dropout's mask, and of B
+        dropped = inputs[target] / HALF if lora.lora_dropout else 0.0
+        kept += inputs[target] + dropped + HALF * lora.lora_rank
+    return kept
 
 
 def backward_bytes(share: Share, images: int) -> float:

@@ -13,8 +13,9 @@ from megatron_gmai.config import Config
 from megatron_gmai.data.ledger import BadSample
 from megatron_gmai.data.shards.reader import Shards
 from megatron_gmai.data.sources.remote import is_url
+from megatron_gmai.planner.memory import is_trained
 from megatron_gmai.preflight.check import FAIL, PASS, WARN, Check
-from megatron_gmai.weights import weights
+from megatron_gmai.weights import is_stored, weights
 
 WRITTEN = 64 * 2**20  # bytes of the speed test
 SLOW_SAVE = 600.0  # seconds of a checkpoint from which it costs more than the interval is worth
@@ -27,18 +28,12 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def checkpoint_bytes(config: Config, dtype: str) -> int:
-    """Size of one checkpoint: all weights, and the optimizer's state of the trained ones."""
-    sizes: dict[str, int] = {}
-    for name, shape in ((w.name, w.shape) for w in weights(config.model, config.lora).values()):
-        part = name.partition(".")[0]
-        sizes[part] = sizes.get(part, 0) + math.prod(shape)
-    train = config.train
-    frozen = {"vision_model": train.freeze_vit, "language_model": train.freeze_llm}
-    trained = sum(
-        size for part, size in sizes.items() if not frozen.get(part, train.freeze_projector)
-    )
+    """Size of one checkpoint: its weights, and the optimizer's state of the trained ones."""
+    table = weights(config.model, config.lora).values()
+    stored = sum(math.prod(w.shape) for w in table if is_stored(w, config.lora))
+    trained = sum(math.prod(w.shape) for w in table if is_trained(config, w))
     state = 0 if config.run.checkpoint_drop_optimizer else OPTIMIZER_BYTES * trained
-    return WEIGHT_BYTES[dtype] * sum(sizes.values()) + state
+    return WEIGHT_BYTES[dtype] * stored + state
 
 
 def checkpoints_kept(config: Config) -> int:

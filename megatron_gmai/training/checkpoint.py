@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_gmai.config import Config
+from megatron_gmai.config import Config, LoraConfig
 from megatron_gmai.convert.carried import write_carried
 from megatron_gmai.convert.manifest import LATEST, MANIFEST, read_manifest, write_manifest
 from megatron_gmai.data.plan.plan import Bookmark
@@ -39,6 +39,7 @@ from megatron_gmai.training.pieces import Piece
 from megatron_gmai.training.rng import restore_rng, rng_piece
 from megatron_gmai.training.shares import Held, own_share
 from megatron_gmai.training.weights import weight_pieces
+from megatron_gmai.weights import in_words
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def pieces_to_write(
     """This rank's share of a checkpoint."""
     if optimizer is not None:
         optimizer_state.allocate(optimizer)  # a run that is saved before its first step
-    held = _held(chunks, optimizer, adapters_only=config.lora.llm_use_lora)
+    held = _held(chunks, optimizer, config.lora)
     return own_share(list(held), chunks[0].groups)
 
 
@@ -213,17 +214,11 @@ def load_checkpoint(
             f"{checkpoint.path} holds weights only (--checkpoint-drop-optimizer), so a run cannot "
             "resume from it. Start from its weights with --load."
         )
+    _check_adapters(checkpoint, chunks[0], resumes=optimizer is not None)
     if optimizer is not None:
         optimizer_state.allocate(optimizer)
-    adapters = checkpoint.config.lora.llm_use_lora
-    if adapters and not any(weight.is_adapter for weight in chunks[0].table.values()):
-        raise CheckpointError(
-            f"{checkpoint.path} holds adapters of a language model. Continue with --llm-use-lora, "
-            "or merge them first (tools/convert_checkpoint.py)."
-        )
-    pieces = [held.piece for held in _held(chunks, optimizer, adapters_only=adapters)]
     # Adapters on top of a checkpoint without any keep the values that they start from.
-    pieces = [piece for piece in pieces if adapters or ".lora." not in piece.name]
+    pieces = [held.piece for held in _held(chunks, optimizer, checkpoint.config.lora)]
     # States of random numbers of another layout are left alone.
     pieces = [p for p in pieces if not p.name.startswith("rng.") or p.name in checkpoint.names]
     _read(checkpoint, pieces, group)
@@ -232,6 +227,22 @@ def load_checkpoint(
     for piece in pieces:
         if piece.name.startswith("rng."):
             restore_rng(piece.tensor)
+
+
+def _check_adapters(checkpoint: Checkpoint, chunk: GMAIVL, resumes: bool) -> None:
+    """Its adapters lie on weights that it does not hold, so they fit towers with adapters alone."""
+    saved = checkpoint.config.lora
+    own = {weight.tower for weight in chunk.table.values() if weight.is_adapter}
+    if saved.towers and own != set(saved.towers):
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters of {in_words(saved.towers)}. Continue with "
+            f"{saved.flags} alone, or merge them first (tools/convert_checkpoint.py)."
+        )
+    if resumes and own != set(saved.towers):
+        raise CheckpointError(
+            f"{checkpoint.path} holds no adapters, so a run that trains some cannot resume from "
+            "it. Start from its weights with --load."
+        )
 
 
 def _read(checkpoint: Checkpoint, pieces: Sequence[Piece], group: ProcessGroup | None) -> None:
@@ -248,10 +259,10 @@ def _read(checkpoint: Checkpoint, pieces: Sequence[Piece], group: ProcessGroup |
 
 
 def _held(
-    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, adapters_only: bool
+    chunks: Sequence[GMAIVL], optimizer: MegatronOptimizer | None, lora: LoraConfig
 ) -> Iterator[Held]:
-    """All that this rank holds of a checkpoint."""
-    yield from weight_pieces(chunks, adapters_only)
+    """All that this rank holds of a checkpoint of a run with these adapters."""
+    yield from weight_pieces(chunks, lora)
     if optimizer is not None:
         yield from optimizer_state.optimizer_pieces(optimizer, chunks)
         yield Held(rng_piece(chunks[0].groups))

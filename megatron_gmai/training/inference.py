@@ -49,7 +49,7 @@ def load_for_inference(trained: Trained, config: Config, world: World) -> GMAIVL
     """This rank's chunk of the model (there must be one), in eval mode."""
     (model,) = build_chunks(config, world)
     checkpoint = trained.start.load
-    if checkpoint is None or checkpoint.config.lora.llm_use_lora:
+    if checkpoint is None or checkpoint.config.lora.towers:
         fill_base([model], config, trained.start)
     if checkpoint is not None:
         verify_checkpoint(checkpoint)

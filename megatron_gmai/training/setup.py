@@ -124,9 +124,9 @@ def build_model(
     wrapped = wrap_for_training(chunks, config, world.groups)
     optimizer = build_optimizer(wrapped, config, world.device, world.groups)
     checkpoint = start.resume or start.load
-    if checkpoint is None or checkpoint.config.lora.llm_use_lora:
+    if checkpoint is None or checkpoint.config.lora.towers:
         fill_base(chunks, config, start, world.storage)
-    if config.lora.llm_use_lora:
+    if config.lora.towers:
         seeded = SeededWeights(config.model, config.train.seed, config.lora)
         fill(chunks, seeded, adapters=True)
     if checkpoint is not None:

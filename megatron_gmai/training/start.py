@@ -120,7 +120,7 @@ def with_base(start: Start, config: Config) -> Start:
     run names, or else those that the run that saved it named."""
     checkpoint = start.resume or start.load
     assert checkpoint is not None
-    if not checkpoint.config.lora.llm_use_lora:
+    if not checkpoint.config.lora.towers:
         return start
     own, saved = config.run, checkpoint.config.run
     model = checkpoint.config.model
@@ -131,7 +131,7 @@ def with_base(start: Start, config: Config) -> Start:
     if load is None:
         return start
     base = open_checkpoint(Path(load))
-    if base.config.lora.llm_use_lora:  # the run went on with an earlier one's adapters
+    if base.config.lora.towers:  # the run went on with an earlier one's adapters
         below = with_base(Start(load=base), base.config)
         return dataclasses.replace(start, pretrained=below.pretrained, base=below.base)
     return dataclasses.replace(start, base=base)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_gmai.config import LoraConfig
 from megatron_gmai.convert.sharding import shard
 from megatron_gmai.model.gmai_vl import GMAIVL
 from megatron_gmai.training.pieces import pieces_of_run
 from megatron_gmai.training.shares import Held
-from megatron_gmai.weights import Weight, name_in_model
+from megatron_gmai.weights import Weight, is_stored, name_in_model
 
 
 def named_weights(chunks: Sequence[GMAIVL]) -> Iterator[tuple[Weight, Parameter]]:
@@ -46,15 +47,15 @@ def fill(chunks: Sequence[GMAIVL], source: Mapping[str, Tensor], adapters: bool 
             parameter.copy_(shard(weight, tensor, tp.rank(), tp.size()))
 
 
-def weight_pieces(chunks: Sequence[GMAIVL], adapters_only: bool) -> Iterator[Held]:
-    """This rank's parameters as boxes of whole tensors.
+def weight_pieces(chunks: Sequence[GMAIVL], lora: LoraConfig) -> Iterator[Held]:
+    """This rank's parameters as boxes of whole tensors: those that checkpoints of a run with these
+    adapters hold.
 
-    With `adapters_only` the language model is its adapters: its own weights never change.
     Every copy is read into, but one of them is written (`own_share`).
     """
     tp = chunks[0].groups.tp
     for weight, parameter in named_weights(chunks):
-        if adapters_only and weight.tower == "language_model" and not weight.is_adapter:
+        if not is_stored(weight, lora):
             continue
         run, local = parameter.detach().view(-1), tuple(parameter.shape)
         for piece in pieces_of_run(weight.name, weight, local, tp.rank(), run, 0):

@@ -89,12 +89,13 @@ def test_what_the_run_would_refuse_fails(shards: Path, tmp_path: Path) -> None:
 
 
 def test_the_size_of_a_checkpoint_is_the_size_on_disk(shards: Path, tmp_path: Path) -> None:
-    output = trained(shards, tmp_path, 1, "--freeze-llm", "--train-iters", "1")
+    flags = ["--freeze-llm", "--vit-use-lora", "--train-iters", "1"]
+    output = trained(shards, tmp_path, 1, *flags)
     checkpoint = open_checkpoint(tmp_path / "checkpoints")
     size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
-    assert storage.checkpoint_bytes(checkpoint.config, "fp32") == pytest.approx(size, rel=0.05), (
-        output
-    )
+    # In a file each tensor has a header, and adapters are many and small.
+    expected = pytest.approx(size, rel=0.1)
+    assert storage.checkpoint_bytes(checkpoint.config, "fp32") == expected, output
 
 
 @pytest.mark.parametrize(("free", "status"), [(0.9, FAIL), (1.5, WARN), (4.0, PASS)])

@@ -25,7 +25,7 @@ from megatron_gmai.config import (
 from megatron_gmai.convert.huggingface import write_pretrained
 from megatron_gmai.convert.training_checkpoint import write_training_checkpoint
 from megatron_gmai.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_gmai.weights import weights
+from megatron_gmai.weights import is_stored, weights
 from tests.llava import random_llava
 
 # Every size differs, so that no exchange of two dimensions goes unnoticed.
@@ -198,7 +198,7 @@ def save_adapters(
         if weight.is_adapter
         else source.weights[name]
         for name, weight in weights(source.model, lora).items()
-        if weight.is_adapter or weight.tower != "language_model"
+        if is_stored(weight, lora)
     }
     tokenizer = DataConfig(tokenizer=str(source.folder / "tokenizer.model"))
     config = Config(model=source.model, lora=lora, data=tokenizer, run=run)

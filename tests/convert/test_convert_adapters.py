@@ -27,12 +27,15 @@ from tests.convert.conftest import Export, save_adapters
 from tools.convert_checkpoint import main
 
 ALL = "qkv,proj,fc1,fc2"
-TARGETS = ["qkv", "proj", "fc1", "fc2", ALL]
+TARGETS = ["qkv", "proj", "fc1", "fc2"]
+VISION = {"llm_use_lora": False, "vit_use_lora": True}
+BOTH = {"vit_use_lora": True}
 PROJECTOR = "projector.linear_fc1.weight"
+DOWN = "language_model.decoder.layers.0.mlp.linear_fc2.weight"
 
 
-def lora(targets: str = ALL) -> LoraConfig:
-    return LoraConfig(llm_use_lora=True, lora_rank=3, lora_alpha=7.5, lora_targets=targets)
+def lora(targets: str = ALL, llm_use_lora: bool = True, vit_use_lora: bool = False) -> LoraConfig:
+    return LoraConfig(llm_use_lora, vit_use_lora, 3, 7.5, lora_targets=targets)
 
 
 @pytest.fixture
@@ -58,11 +61,15 @@ def logits(folder: Path, adapter: Path | None = None) -> Tensor:
         return model.eval()(input_ids=ids, pixel_values=pixels).logits
 
 
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize(
+    ("targets", "towers"),
+    [*((target, towers) for towers in ({}, VISION) for target in TARGETS), (ALL, {}), (ALL, BOTH)],
+    ids=str,
+)
 def test_peft_and_merged_weights_agree_and_change_the_model(
-    source: Export, tmp_path: Path, targets: str
+    source: Export, tmp_path: Path, targets: str, towers: dict[str, bool]
 ) -> None:
-    run = save_adapters(tmp_path / "run", source, lora(targets), on_source(source))
+    run = save_adapters(tmp_path / "run", source, lora(targets, **towers), on_source(source))
     assert program("to-hf", run, tmp_path / "merged") == 0
     assert program("to-peft", run, tmp_path / "adapter") == 0
     stock, merged = logits(source.folder), logits(tmp_path / "merged")
@@ -73,10 +80,11 @@ def test_peft_and_merged_weights_agree_and_change_the_model(
     assert config["base_model_name_or_path"] == str(source.folder)
 
 
+@pytest.mark.parametrize("towers", [{}, VISION], ids=["language model", "vision tower"])
 def test_merged_weights_say_what_the_training_model_with_adapters_says(
-    source: Export, tmp_path: Path
+    source: Export, tmp_path: Path, towers: dict[str, bool]
 ) -> None:
-    run = save_adapters(tmp_path / "run", source, lora(), on_source(source))
+    run = save_adapters(tmp_path / "run", source, lora(ALL, **towers), on_source(source))
     assert program("to-hf", run, tmp_path / "merged") == 0
     prompts = samples(source.model)
     trained = open_trained_run(run)
@@ -141,16 +149,30 @@ def test_a_base_of_another_model_or_of_adapters_is_refused(
     assert "holds adapters itself" in capsys.readouterr().err
 
 
-def test_a_projector_that_was_trained_too_goes_into_the_model_below_the_adapters(
-    source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("towers", "trained", "words"),
+    [
+        ({}, [PROJECTOR], "the projector"),
+        (VISION, [PROJECTOR, DOWN], "the projector and the language model"),
+    ],
+    ids=["language model", "vision tower"],
+)
+def test_what_was_trained_in_full_goes_into_the_model_below_the_adapters(
+    source: Export,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    towers: dict[str, bool],
+    trained: list[str],
+    words: str,
 ) -> None:
-    changes = {PROJECTOR: source.weights[PROJECTOR] + 0.2}
-    run = save_adapters(tmp_path / "run", source, lora(), on_source(source), changes)
+    changes = {name: source.weights[name] + 0.2 for name in trained}
+    run = save_adapters(tmp_path / "run", source, lora(ALL, **towers), on_source(source), changes)
     assert program("to-hf", run, tmp_path / "merged") == 0
     assert program("to-hf", run, tmp_path / "below", "--without-adapters") == 0
     assert program("to-peft", run, tmp_path / "adapter") == 0
-    assert "was trained too" in capsys.readouterr().out
-    assert "--without-adapters" in (tmp_path / "adapter" / "README.md").read_text()
+    assert f"the run also trained {words}: see" in capsys.readouterr().out
+    readme = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"also trained {words}, which" in readme and "--without-adapters" in readme
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
     merged = logits(tmp_path / "merged")

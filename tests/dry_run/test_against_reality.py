@@ -34,6 +34,7 @@ NAMES = (
     "tp2-pp2-cp2-all",
     "pp2-all-ranks-phase3",
     "vpp2-tp2-all-ranks-phase1",
+    "vit-lora-dp2-in-turns",
 )
 CHOSEN = [(size, case) for size in CASES for case in CASES[size] if case.name in NAMES]
 IN_GLOO_WORLDS = (

@@ -45,7 +45,7 @@ def run_all(folder: Path) -> None:
         parallel = ParallelConfig(
             **layout, use_distributed_optimizer=True, overlap_grad_reduce=True
         )
-        lora = LoraConfig(llm_use_lora="lora" in name)
+        lora = LoraConfig(llm_use_lora="lora" in name, vit_use_lora="lora" in name)
         one_image = (("vit_micro_batch_size", 1),)  # at once: the tower is recomputed
         outcome = run_case(Case(name, parallel, lora=lora, train=one_image), processes)
         if dist.get_rank() == 0:

@@ -23,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     @cache
     def run() -> Path:
         made = tmp_path_factory.mktemp("stand-ins")
-        references = [Case("plain"), Case("plain-lora", lora=LoraConfig(llm_use_lora=True))]
+        lora = LoraConfig(llm_use_lora=True, vit_use_lora=True)
+        references = [Case("plain"), Case("plain-lora", lora=lora)]
         run_world(1, run_cases, references, made)
         in_processes(2, MOST_SECONDS, run_all, made)  # before Megatron-Core is imported
         return made

@@ -169,7 +169,7 @@ class Trainer:
         self.world = processes.world(self.config, case.dtype)
         self.chunks = build_chunks(self.config, self.world)
         fill(self.chunks, SeededWeights(case.model, seed=1))
-        if case.lora.llm_use_lora:
+        if case.lora.towers:
             fill(self.chunks, started_adapters(case.lora), adapters=True)
         self.wrapped = wrap_for_training(self.chunks, self.config, self.world.groups)
         self.optimizer = build_optimizer(

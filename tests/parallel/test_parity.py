@@ -10,7 +10,16 @@ import torch
 from megatron_gmai.config import LoraConfig, ParallelConfig
 from megatron_gmai.convert.seeded import SeededWeights
 from tests.parallel.batches import MODEL, global_batch
-from tests.parallel.cases import STEPS, Case, Outcome, Processes, identify, run_case, run_cases
+from tests.parallel.cases import (
+    STEPS,
+    Case,
+    Outcome,
+    Processes,
+    identify,
+    run_case,
+    run_cases,
+    started_adapters,
+)
 from tests.parallel.world import run_world
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -77,10 +86,12 @@ UNIFORM = (
 )
 ONE_IMAGE = (("vit_micro_batch_size", 1),)
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4, lora_alpha=8)
+VIT_LORA = dataclasses.replace(LORA, llm_use_lora=False, vit_use_lora=True)
+BOTH_LORA = dataclasses.replace(LORA, vit_use_lora=True)
 PHASES = (1, 2, 3)
 IN_BF16 = 5
 TIED = 10  # and the phase
-WITH_LORA = 4  # trains everything, but of the language model the adapters only
+ADAPTED = {LORA: 4, VIT_LORA: 6, BOTH_LORA: 7}  # trains everything else in full
 ENCODED = sorted(
     number
     for step in range(STEPS)
@@ -130,6 +141,9 @@ CASES = {
         Case("tied-tp2-sp", TP2_SP, tied=True),
         Case("tied-dp2-small-buckets", SMALL_BUCKETS, tied=True),
         Case("lora-pp2-all-ranks", PP2_AHEAD, lora=LORA),
+        Case("vit-lora-tp2", TP2, lora=VIT_LORA),
+        Case("vit-lora-dp2-in-turns", SMALL_BUCKETS, train=ONE_IMAGE, lora=VIT_LORA),
+        Case("both-lora-pp2-all-ranks", PP2_AHEAD, lora=BOTH_LORA),
     ],
     4: [
         *(Case(f"tp2-pp2-sp-zero-phase{phase}", ALL, phase) for phase in PHASES),
@@ -143,6 +157,9 @@ CASES = {
         Case("cp2-dp2-small-buckets", CP2_ALL),
         Case("lora-tp2-pp2-sp-zero", ALL, lora=LORA),
         Case("lora-vpp2-tp2-sp-zero", VPP2_ALL, lora=LORA),
+        Case("both-lora-tp2-pp2-sp-zero", ALL, lora=BOTH_LORA),
+        Case("vit-lora-tp2-cp2-sp-zero", TP2_CP2, lora=VIT_LORA),
+        Case("vit-lora-vpp2-tp2-all-ranks", VPP2_ALL_AHEAD, lora=VIT_LORA),
         Case("pp2-cp2", PP2_CP2),
         *(Case(f"vpp2-tp2-all-phase{phase}", VPP2_ALL, phase) for phase in PHASES),
         *(Case(f"vpp2-tp2-all-ranks-phase{phase}", VPP2_ALL_AHEAD, phase) for phase in PHASES),
@@ -189,10 +206,13 @@ BF16 = [
 ]
 # Dropout's masks follow the layout, so no other layout says the same.
 DROPPED = dataclasses.replace(LORA, lora_dropout=0.4)
+VIT_DROPPED = dataclasses.replace(VIT_LORA, lora_dropout=0.4)
 DROPOUT = [
     Case("dropout-tp2", TP2, lora=DROPPED),
     Case("dropout-tp2-sp", TP2_SP, lora=DROPPED),
     Case("dropout-tp2-sp-recompute", TP2_SP, train=HALF_RECOMPUTED, lora=DROPPED),
+    Case("dropout-vit", TP2, lora=VIT_DROPPED),
+    Case("dropout-vit-recompute", TP2, train=(("recompute_vit", True),), lora=VIT_DROPPED),
 ]
 # Wrong from the second step on, or in the loss itself.
 LOSS_FAULTS = [
@@ -211,7 +231,8 @@ def references() -> dict[int, Outcome]:
     found[IN_BF16] = run_case(Case("reference", dtype="bf16"), processes)
     for phase in (2, 3):
         found[TIED + phase] = run_case(Case("reference", phase=phase, tied=True), processes)
-    found[WITH_LORA] = run_case(Case("reference", lora=LORA), processes)
+    for lora, number in ADAPTED.items():
+        found[number] = run_case(Case("reference", lora=lora), processes)
     processes.close()
     return found
 
@@ -219,7 +240,7 @@ def references() -> dict[int, Outcome]:
 def reference_of(case: Case) -> int:
     if case.tied:
         return TIED + case.phase
-    return WITH_LORA if case.lora.llm_use_lora else case.phase
+    return ADAPTED.get(dataclasses.replace(case.lora, lora_dropout=0.0), case.phase)
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +308,13 @@ def test_dropout_acts_and_leaves_copies_of_adapters_the_same(
 ) -> None:
     found = outcomes(2)[case.name]
     assert found.drifted == []
-    assert found.losses != pytest.approx(references[WITH_LORA].losses, rel=1e-3)
+    assert found.losses != pytest.approx(references[reference_of(case)].losses, rel=1e-3)
 
 
-def test_recomputation_draws_the_same_masks_again(outcomes: Outcomes) -> None:
+@pytest.mark.parametrize("name", ["dropout-tp2-sp", "dropout-vit"])
+def test_recomputation_draws_the_same_masks_again(name: str, outcomes: Outcomes) -> None:
     found = outcomes(2)
-    again, kept = found["dropout-tp2-sp-recompute"], found["dropout-tp2-sp"]
+    again, kept = found[f"{name}-recompute"], found[name]
     assert again.grad_norms == pytest.approx(kept.grad_norms, rel=1e-5)
 
 
@@ -313,15 +335,24 @@ def test_the_losses_reveal_a_planted_fault(
     assert found.losses != pytest.approx(expected.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+TRAINED = {
+    1: {"projector"},
+    2: {"projector", "vision_model"},
+    3: {"projector", "vision_model", "language_model"},
+    ADAPTED[LORA]: {"projector", "vision_model", "adapters of language_model"},
+    ADAPTED[VIT_LORA]: {"projector", "adapters of vision_model", "language_model"},
+    ADAPTED[BOTH_LORA]: {"projector", "adapters of vision_model", "adapters of language_model"},
+}
+
+
+@pytest.mark.parametrize("reference", TRAINED)
 def test_what_is_frozen_stays_and_what_trains_moves(
-    phase: int, references: dict[int, Outcome]
+    reference: int, references: dict[int, Outcome]
 ) -> None:
-    start = SeededWeights(MODEL, seed=1)
+    start = {**SeededWeights(MODEL, seed=1), **started_adapters(BOTH_LORA)}
     moved = {
-        name.split(".")[0]
-        for name, weight in references[phase].weights.items()
+        f"adapters of {name.split('.')[0]}" if ".lora." in name else name.split(".")[0]
+        for name, weight in references[reference].weights.items()
         if not torch.equal(weight, start[name])
     }
-    trained = {1: {"projector"}, 2: {"projector", "vision_model"}}
-    assert moved == trained.get(phase, {"projector", "vision_model", "language_model"})
+    assert moved == TRAINED[reference]

@@ -12,7 +12,14 @@ from megatron_gmai.cli import parse
 from megatron_gmai.config import Config, LoraConfig, ParallelConfig
 from megatron_gmai.dry_run.run import dry_run
 from megatron_gmai.layout import Layout, chunks_of_rank
-from megatron_gmai.planner.cost import Load, load_of, step_flops, typical_images, with_vocabulary
+from megatron_gmai.planner.cost import (
+    Load,
+    load_of,
+    step_flops,
+    tower_flops,
+    typical_images,
+    with_vocabulary,
+)
 from megatron_gmai.planner.figure import timeline_svg
 from megatron_gmai.planner.hardware import GPUS, gpu_called, gpu_of_driver
 from megatron_gmai.planner.layout import balanced_layers, imbalance, settle_layout
@@ -181,12 +188,11 @@ def test_the_program_prints_a_table_and_confirms_it(
     assert xml.etree.ElementTree.parse(figure).getroot().tag.endswith("svg")
 
 
-def test_adapters_take_the_place_of_the_language_models_gradients_and_state(
-    tmp_path: Path,
-) -> None:
+def test_adapters_take_the_place_of_their_towers_gradients_and_state(tmp_path: Path) -> None:
     """Bytes of state are those that a dry run counts, the peak is close to it."""
     flags = ["--preset", "gmai-vl-tiny", "--tp", "2", "--pp", "2", "--sequence-parallel"]
-    lora = [*flags, "--use-distributed-optimizer", "--llm-use-lora", "--lora-dropout", "0.1"]
+    lora = [*flags, "--use-distributed-optimizer", "--llm-use-lora", "--vit-use-lora"]
+    lora += ["--lora-dropout", "0.1"]
     file = tmp_path / "dry.json"
     assert dry_run_main([*lora, "--world-size", "4", "--dtype", "bf16", "--json", str(file)]) == 0
     config = with_vocabulary(parse([*lora, "--dtype", "bf16"]).config)
@@ -202,13 +208,16 @@ def test_adapters_take_the_place_of_the_language_models_gradients_and_state(
         assert found.optimizer == pytest.approx(static["optimizer"], rel=0.01)
         assert found.peak == pytest.approx(report["peak_bytes"], rel=0.05)
         table = [w for w in weights(config.model, config.lora).values() if is_trained(config, w)]
-        assert all(w.is_adapter or w.tower != "language_model" for w in table)
+        assert all(w.is_adapter or w.tower == "projector" for w in table)
 
 
 def test_adapters_cost_no_gradients_of_the_weights_below_them() -> None:
     lora = dataclasses.replace(SEVEN_B, lora=LoraConfig(llm_use_lora=True))
     whole, part = (step_flops(c, 2048, 0, 1) for c in (SEVEN_B, lora))
     assert part == pytest.approx(whole * 2 / 3)
+    lora = dataclasses.replace(SEVEN_B, lora=LoraConfig(vit_use_lora=True))
+    whole, part = (step_flops(c, 0, 1, 1) for c in (SEVEN_B, lora))
+    assert whole - part == pytest.approx(tower_flops(SEVEN_B.model))
 
 
 def test_adapters_take_time_by_their_number_and_rank() -> None:
@@ -223,6 +232,10 @@ def test_adapters_take_time_by_their_number_and_rank() -> None:
     )
     wide = seconds(llm_use_lora=True, lora_targets="qkv,proj,fc1,fc2", lora_rank=256)
     assert one < seconds() and one < all_of_them < wide
+    one, all_of_them = (
+        seconds(vit_use_lora=True, lora_targets=targets) for targets in ("qkv", "qkv,proj,fc1,fc2")
+    )
+    assert one < all_of_them  # in a tower of few images, launches count and not products
 
 
 def test_what_cannot_fit_is_told_with_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_gmai.config import Config, RunConfig
+from megatron_gmai.config import Config, LoraConfig, RunConfig
 from megatron_gmai.data.plan.plan import Bookmark
 from megatron_gmai.runtime.device import Device
 from megatron_gmai.training.checkpoint import (
@@ -282,6 +282,27 @@ def test_weights_alone_start_a_stage_but_cannot_resume(folder: Path, alone: Proc
     load_checkpoint(checkpoint, trainer.chunks, None)
     moved = [n for n, p in trainer.chunks[0].named_parameters() if not torch.equal(p, start[n])]
     assert len(moved) == len(start)
+
+
+def test_adapters_fit_only_towers_that_have_some(folder: Path, alone: Processes) -> None:
+    both = LoraConfig(llm_use_lora=True, vit_use_lora=True, lora_rank=2)
+    trainer = Trainer(Case("run", lora=both), alone)
+    with pytest.raises(CheckpointError, match="holds no adapters, so .* Start from its weights"):
+        load_checkpoint(open_checkpoint(folder), trainer.chunks, trainer.optimizer)
+    load_checkpoint(open_checkpoint(folder), trainer.chunks, None)
+    path = save(trainer, folder / "adapters", 3)
+    names = pickle.loads((path / ".metadata").read_bytes()).state_dict_metadata
+    weights = {name for name in names if not name.startswith(("optimizer", "rng", "projector"))}
+    assert weights and all(".lora." in name for name in weights)
+    one = dataclasses.replace(both, llm_use_lora=False)
+    for lora in (LoraConfig(), one):
+        trainer = Trainer(Case("run", lora=lora), alone)
+        with pytest.raises(
+            CheckpointError,
+            match="adapters of the vision tower and the language model. Continue with "
+            "--llm-use-lora --vit-use-lora alone, or merge them",
+        ):
+            load_checkpoint(open_checkpoint(path), trainer.chunks, None)
 
 
 def test_saving_an_iteration_again_replaces_it(folder: Path, alone: Processes) -> None:

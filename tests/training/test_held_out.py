@@ -33,7 +33,7 @@ CASES = [
         ),
     ),
     Case("recomputing", train=(("selective_recompute", 1.0),)),
-    Case("dropout", lora=LoraConfig(llm_use_lora=True, lora_rank=4, lora_dropout=0.5)),
+    Case("dropout", lora=LoraConfig(True, vit_use_lora=True, lora_rank=4, lora_dropout=0.5)),
 ]
 
 

@@ -40,6 +40,7 @@ AHEAD_OVERLAP = dataclasses.replace(
     OVERLAP, pipeline_model_parallel_size=2, vision_phase="all-ranks"
 )
 LORA = LoraConfig(llm_use_lora=True, lora_rank=4)
+VIT_LORA = LoraConfig(vit_use_lora=True, lora_rank=4)
 DROPOUT = LoraConfig(llm_use_lora=True, lora_rank=4, lora_dropout=0.3)
 ALL = ParallelConfig(
     tensor_model_parallel_size=2,
@@ -60,6 +61,7 @@ SAVED = [
     Job("ahead-phase2", Case("ahead", AHEAD, phase=2), save_to="from-ahead-phase2"),
     Job("ahead-overlap", Case("ahead", AHEAD_OVERLAP), save_to="from-ahead-overlap"),
     Job("dropout-zero", Case("dropout", ZERO, lora=DROPOUT), save_to="from-dropout-zero"),
+    Job("vit-lora-zero", Case("vit-lora", ZERO, lora=VIT_LORA), save_to="from-vit-lora-zero"),
 ]
 SAME = [
     Job(f"same-{job.name}", job.case, load_from=str(job.save_to)) for job in SAVED
@@ -78,6 +80,7 @@ OTHER = {
         Job("pp2-from-tp2-phase1", Case("pp2", PP2, phase=1), load_from="from-tp2-phase1"),
         Job("pp2-from-zero-phase3", Case("pp2", PP2, phase=3), load_from="from-zero-phase3"),
         Job("vpp2-from-lora", Case("v", VPP2, lora=LORA), load_from="from-lora-phase3"),
+        Job("ahead-from-vit-lora", Case("a", AHEAD, lora=VIT_LORA), load_from="from-vit-lora-zero"),
         Job("cp2-from-vpp2-phase3", Case("cp2", CP2, phase=3), load_from="from-vpp2-phase3"),
         Job("vpp2-from-overlap-phase3", Case("v", VPP2, phase=3), load_from="from-overlap-phase3"),
         Job("tp2-from-zero-phase3", Case("tp2", TP2, phase=3), load_from="from-zero-phase3"),

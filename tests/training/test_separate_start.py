@@ -12,7 +12,12 @@ from megatron_gmai.data.text.tokenizer import load_tokenizer
 from tests.training.command import losses, trained
 from tools.convert_checkpoint import main
 
-Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
+V_PROJ = "layers.0.self_attn.v_proj"
+# What stands before it in an export, and in PEFT's format: of the language model, of CLIP.
+PREFIXES = [
+    ("language_model.model", "language_model"),
+    ("vision_tower.vision_model.encoder", "vision_tower.vision_model.encoder"),
+]
 
 
 @pytest.fixture
@@ -60,15 +65,17 @@ def test_adapters_trained_in_two_ranks_leave_merged_and_for_peft(
     folders: tuple[Path, Path], shards: Path, tmp_path: Path
 ) -> None:
     llm, clip = map(str, folders)
-    flags = ["--llm", llm, "--vision", clip, "--llm-use-lora", "--freeze-vit", "--lr", "1e-2"]
+    flags = ["--llm", llm, "--vision", clip, "--llm-use-lora", "--vit-use-lora", "--lr", "1e-2"]
     trained(shards, tmp_path / "run", 2, "--tp", "2", *flags)
     run = str(tmp_path / "run" / "checkpoints")
     assert main(["to-hf", "--load", run, "--output", str(tmp_path / "merged")]) == 0
     assert main(["to-peft", "--load", run, "--output", str(tmp_path / "adapter")]) == 0
-    before = load_file(folders[0] / "model.safetensors")[Q_PROJ.removeprefix("language_model.")]
-    merged = load_file(tmp_path / "merged" / "model.safetensors")[Q_PROJ]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    stem = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
-    delta = 2 * adapter[f"{stem}B.weight"] @ adapter[f"{stem}A.weight"]  # alpha / r is 2
-    assert delta.abs().max() > 1e-3
-    torch.testing.assert_close(merged, before + delta)
+    for folder, (in_export, in_peft) in zip(folders, PREFIXES, strict=True):
+        start = load_file(folder / "model.safetensors")
+        (before,) = (tensor for name, tensor in start.items() if f"{V_PROJ}.weight" in name)
+        stem = f"base_model.model.model.{in_peft}.{V_PROJ}.lora_"
+        delta = 2 * adapter[f"{stem}B.weight"] @ adapter[f"{stem}A.weight"]  # alpha / r is 2
+        assert delta.abs().max() > 1e-3
+        torch.testing.assert_close(merged[f"{in_export}.{V_PROJ}.weight"], before + delta)
