@@ -189,6 +189,20 @@ def check_finite(where: str, tensor: Tensor) -> None:
         )
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`. Raises ValueError, naming it, if that makes infinity of a number."""
+    found = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and found.numel():
+        smallest, largest = torch.aminmax(found)
+        if not torch.isfinite(smallest) or not torch.isfinite(largest):
+            spelled = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} holds values up to {float(tensor.abs().max()):.3g}, more than {spelled} "
+                "can hold; choose another --dtype"
+            )
+    return found
+
+
 def respell(name: str) -> str:
     """The kept spelling of a tensor's name."""
     for pattern, replacement in _RESPELLINGS:

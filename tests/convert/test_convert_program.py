@@ -82,6 +82,20 @@ def test_the_dtype_is_kept_unless_told_otherwise(source: Export, tmp_path: Path)
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
 
 
+def test_a_cast_that_would_make_infinity_is_refused(
+    source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = source.folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["language_model.model.norm.weight"][3] = -7e4
+    save_file(tensors, file)
+    assert from_hf(source.folder, tmp_path / "start") == 0
+    for convert, start in ((from_hf, source.folder), (to_hf, tmp_path / "start")):
+        assert convert(start, tmp_path / "cast", "--dtype", "fp16") == 2
+        assert "norm.weight holds values up to 7e+04, more than float16" in capsys.readouterr().err
+        assert not (tmp_path / "cast").exists()
+
+
 def test_a_training_run_is_not_taken_over(
     source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
