@@ -70,6 +70,7 @@ def open_pretrained(folder: str | Path) -> Pretrained:
     _check(f"{folder} is not a whole {described.flavour} checkpoint", described, table, tensors)
     memory = ReusedMemory()
     makers = {row.canonical: _maker(row, tensors, memory) for row in table}
+    _expect_tied(makers, described, tensors)
     return _pretrained(described, makers, tensors, [folder])
 
 
@@ -101,6 +102,7 @@ def open_separate(
     model = replace(described.model, language=language, image_token_id=image_token_id)
     memory = ReusedMemory()
     makers = {row.canonical: _maker(row, tensors, memory) for row in table}
+    _expect_tied(makers, described, tensors)
     for name in {EMBEDDING, OUTPUT} & makers.keys():
         makers[name] = _with_rows(makers[name], language.vocab_size)
     norm = makers["language_model.decoder.final_layernorm.weight"]
@@ -178,6 +180,35 @@ def _with_rows(make: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
     return more
 
 
+def _untied_output(described: Described) -> Row:
+    """Where the output layer would lie: some files of a tied model repeat the embedding there."""
+    language = replace(described.model.language, tie_word_embeddings=False)
+    untied = replace(described.model, language=language)
+    return next(row for row in rows(untied, described.flavour) if row.canonical == OUTPUT)
+
+
+def _expect_tied(
+    makers: dict[str, Callable[[], Tensor]], described: Described, tensors: TensorFolder
+) -> None:
+    """Let a tied embedding be read only if an output layer beside it is the same: one that is
+    another would be lost."""
+    tied, output = described.model.language.tie_word_embeddings, _untied_output(described).sources[0]
+    if not tied or output not in tensors:
+        return
+    make = makers[EMBEDDING]
+
+    def same() -> Tensor:
+        embedding = make()
+        if not torch.equal(embedding, tensors.tensor(output)):
+            raise ValueError(
+                f"{tensors.folder}: {output} is not the embedding, but config.json ties the two; "
+                "set tie_word_embeddings there to false (in text_config, if it has one)"
+            )
+        return embedding
+
+    makers[EMBEDDING] = same
+
+
 def _check(
     complaint: str, described: Described, table: tuple[Row, ...], tensors: TensorFolder
 ) -> None:
@@ -187,14 +218,9 @@ def _check(
         for source, shape in zip(row.sources, row.source_shapes, strict=True)
     }
     known = {**needed, **leftover_shapes(described.model)}
-    language = described.model.language
-    if language.tie_word_embeddings:  # some files repeat the embedding as the output layer
-        untied = replace(described.model, language=replace(language, tie_word_embeddings=False))
-        known |= {
-            source: row.shape
-            for row in rows(untied, described.flavour)
-            for source in row.sources * (row.canonical == OUTPUT)
-        }
+    if described.model.language.tie_word_embeddings:
+        output = _untied_output(described)
+        known[output.sources[0]] = output.shape
     problems = [
         f"{name} is missing (expected {shape})"
         for name, shape in needed.items()

@@ -260,6 +260,16 @@ def test_a_tied_output_layer_is_the_embedding(saved: Path) -> None:
     assert torch.equal(embedding, expected)
 
 
+def test_another_output_layer_of_a_tied_model_is_not_lost(saved: Path) -> None:
+    name, output = "language_model.embedding.word_embeddings.weight", "language_model.lm_head.weight"
+    edit_config(saved, lambda config: config["text_config"].update(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=f"{output} is not the embedding.* tie_word_embeddings"):
+        open_pretrained(saved).weights[name]
+    embedding = "language_model.model.embed_tokens.weight"
+    edit_tensors(saved, lambda tensors: tensors.update({output: tensors[embedding].clone()}))
+    assert len(open_pretrained(saved).weights[name]) == 101
+
+
 def test_a_foreign_model_type_is_refused(saved: Path) -> None:
     edit_config(saved, lambda config: config.update(model_type="qwen2_vl"))
     with pytest.raises(ValueError, match="model_type 'qwen2_vl' is not supported"):
