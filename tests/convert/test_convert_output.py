@@ -46,6 +46,33 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").is_file()
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_is_followed(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "disk" / "target"
+    target.parent.mkdir()
+    if exists:
+        target.mkdir()
+    (tmp_path / "out").symlink_to(target)
+    with new_folder(tmp_path / "out") as partial:
+        assert partial.parent == target.parent
+        (partial / "a").write_text("x")
+    assert (tmp_path / "out").is_symlink() and (target / "a").is_file()
+
+
+@pytest.mark.parametrize("kind", ["a mount point", "the working directory"])
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda self: kind == "a mount point")
+    with (
+        pytest.raises(ValueError, match=f"is {kind}; choose a new folder inside it"),
+        new_folder(Path(".")),
+    ):
+        raise AssertionError("never entered")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["file", "folder"])
 def test_what_exists_is_refused_and_untouched(tmp_path: Path, content: str) -> None:
     if content == "file":
