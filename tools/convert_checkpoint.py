@@ -15,6 +15,7 @@ the two differ.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -269,6 +270,9 @@ def _open_source(flags: argparse.Namespace, tokenizer: Tokenizer) -> Pretrained:
 def verify(flags: argparse.Namespace) -> int:
     """Compares two checkpoints and writes card.json. Raises ValueError for other models."""
     a, b = open_side(flags.a, flags.base), open_side(flags.b, flags.base)
+    file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
+    if file is not None:
+        _check_card(file)
     count = parameters(a.model)
     groups = compare(a, b, Progress(count * a.weights[_FINAL_NORM].dtype.itemsize))
     print(table(groups))
@@ -279,13 +283,18 @@ def verify(flags: argparse.Namespace) -> int:
     ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b)
     print(ran if isinstance(ran, str) else ran_in_words(ran))
     same &= isinstance(ran, str) or ran["same"]
-    file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
     if file is not None:
         content = card(sys.argv, (a, b), flags.tolerance, groups, ran)
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
         print(f"wrote {file}")
     print("the same" if same else "they differ")
     return 0 if same else 1
+
+
+def _check_card(file: Path) -> None:
+    """Raises ValueError, before hours of comparing, if the card could not be written."""
+    if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written; name another file with --card FILE")
 
 
 def open_side(path: Path, base: Path | None = None) -> Side:

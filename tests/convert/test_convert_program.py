@@ -307,6 +307,14 @@ class TestVerify:
         assert card["groups"][0]["dtypes"] == ["float32", "bfloat16"]
         assert card["run"].startswith("not run: the weights differ, or one side was cast")
 
+    @pytest.mark.parametrize("card", [".", "missing/card.json", "/dev/null"])
+    def test_a_card_that_cannot_be_written_is_told_before_the_comparison(
+        self, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str
+    ) -> None:
+        assert main(["verify", str(bare), str(bare), "--card", str(tmp_path / card)]) == 2
+        said = capsys.readouterr()
+        assert "cannot be written; name another file with --card" in said.err and not said.out
+
     def test_other_models_are_refused(
         self, source: Export, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
