@@ -35,6 +35,7 @@ from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import (
     Pretrained,
     check_tokenizer,
+    existing_folder,
     open_pretrained,
     open_separate,
     write_pretrained,
@@ -237,6 +238,8 @@ def from_hf(flags: argparse.Namespace) -> int:
     separate = (flags.llm, flags.vision)
     if any(separate) == bool(flags.model) or any(separate) != all(separate):
         raise ValueError("give --model DIR, or both --llm DIR and --vision DIR")
+    for folder in filter(None, (flags.model, flags.llm, flags.vision)):
+        existing_folder(folder)  # or the tokenizer is what would be missed in it
     file = tokenizer_file(flags.tokenizer or flags.model or flags.llm)
     source = _open_source(flags, load_tokenizer(file))
     config = Config(model=source.model, data=DataConfig(tokenizer=str(file.absolute())))

@@ -63,7 +63,7 @@ def open_pretrained(folder: str | Path) -> Pretrained:
             missing, broken or outside the folder, or tensors that are missing, of another shape,
             or unknown; the message names them.
     """
-    folder = _folder(folder)
+    folder = existing_folder(folder)
     described = read_config(folder)
     tensors = TensorFolder(folder)
     table = rows(described.model, described.flavour)
@@ -90,7 +90,7 @@ def open_separate(
     Raises:
         ValueError: as `open_pretrained`.
     """
-    llm, vision = _folder(llm), _folder(vision)
+    llm, vision = existing_folder(llm), existing_folder(vision)
     described = read_separate_configs(llm, vision)
     tensors = TensorFolder(llm, "language_model.")
     tensors.join(TensorFolder(vision, "vision_tower."))
@@ -141,7 +141,8 @@ def check_tokenizer(model: ModelConfig, vocab_size: int, image_token_id: int) ->
         )
 
 
-def _folder(path: str | Path) -> Path:
+def existing_folder(path: str | Path) -> Path:
+    """The path of a source. Raises ValueError if it is no folder."""
     if not Path(path).is_dir():
         raise ValueError(f"{path} is not a folder; give the one that holds config.json")
     return Path(path)

@@ -260,6 +260,14 @@ def test_sources_that_do_not_go_together_are_refused(
     assert "give --model DIR, or both --llm DIR and --vision DIR" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--model nowhere", "--llm nowhere --vision clip"])
+def test_a_source_that_is_not_there_is_told(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["from-hf", *flags.split(), "--output", str(tmp_path / "out")]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
 class TestVerify:
     def test_a_checkpoint_and_both_flavours_agree(
         self, source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -340,6 +340,18 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
         open_pretrained(saved)
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_what_is_no_file_of_tensors_is_to_be_downloaded_again(
+    saved: Path, name: str, content: bytes
+) -> None:
+    (saved / "model.safetensors").unlink()
+    (saved / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is not a whole .*: download it again") as told:
+        open_pretrained(saved)
+    assert "\n" not in str(told.value) and "mmap" not in str(told.value)
+
+
 class Hostile:
     """Would create a file if it were unpickled."""
 
@@ -354,8 +366,9 @@ def test_a_bin_file_runs_no_code(saved: Path, tmp_path: Path) -> None:
     (saved / "model.safetensors").unlink()
     torch.save({"language_model.lm_head.weight": Hostile(tmp_path / "ran")},
                saved / "pytorch_model.bin")  # fmt: skip
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a whole file of tensors"):
+    with pytest.raises(ValueError, match=r"bin is not a whole file of tensors .*trust") as told:
         open_pretrained(saved)
+    assert "\n" not in str(told.value)
     assert not (tmp_path / "ran").exists()
 
 
