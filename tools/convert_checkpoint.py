@@ -282,8 +282,9 @@ def verify(flags: argparse.Namespace) -> int:
     if missing := only_in_one(a, b):
         print(missing)
     same = all(group.largest_difference <= flags.tolerance for group in groups)
+    exact = all(group.largest_difference == 0 for group in groups)
     rounded = any(len(set(group.dtypes)) > 1 for group in groups)
-    ran = reason_not_to_run(a.model, same, rounded) or run_both(a, b)
+    ran = reason_not_to_run(a.model, exact, rounded) or run_both(a, b)
     print(ran if isinstance(ran, str) else ran_in_words(ran))
     same &= isinstance(ran, str) or ran["same"]
     if file is not None:
@@ -313,9 +314,9 @@ def open_side(path: Path, base: Path | None = None) -> Side:
     return Side(checkpoint.path, _TRAINING, model, weights, carried)
 
 
-def reason_not_to_run(model: ModelConfig, same: bool, rounded: bool) -> str | None:
+def reason_not_to_run(model: ModelConfig, exact: bool, rounded: bool) -> str | None:
     """Why the two are not asked for logits; None if they are."""
-    if not same or rounded:
+    if not exact or rounded:
         return "not run: the weights differ, or one side was cast"
     if find_spec("transformers") is None:
         return "not run: transformers is not installed"

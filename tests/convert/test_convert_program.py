@@ -300,6 +300,8 @@ class TestVerify:
         lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" 0.25")]
         (line,) = lines
         assert line.startswith("language_model.decoder.layers.*.mlp.linear_fc2.weight")
+        assert main([*words, "--tolerance", "0.2"]) == 1
+        assert main([*words, "--tolerance", "0.3"]) == 0
 
     def test_what_only_one_side_has_is_told(
         self, source: Export, bare: Path, capsys: pytest.CaptureFixture[str]
