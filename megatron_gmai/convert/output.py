@@ -94,8 +94,8 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{needed / 1e9:.1f} GB are needed on the disk of {folder.parent.absolute()}, "
-            f"{free / 1e9:.1f} GB are free; make room or choose another folder"
+            f"{needed / 1e9:.3g} GB are needed on the disk of {folder.parent.absolute()}, "
+            f"{free / 1e9:.3g} GB are free; make room or choose another folder"
         )
 
 

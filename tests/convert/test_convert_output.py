@@ -105,13 +105,17 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [(15_200_000_000, 3 * 10**9, "15.2 GB .* 3 GB"), (482_000, 307_200, "0.000482 GB .* 0.000307")],
+)
 def test_a_disk_too_small_is_told_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, free: int, said: str
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with (
-        pytest.raises(ValueError, match=r"15\.2 GB are needed .* 3\.0 GB are free"),
-        new_folder(tmp_path / "out", needed_bytes=15_200_000_000),
+        pytest.raises(ValueError, match=said),
+        new_folder(tmp_path / "out", needed_bytes=needed),
     ):
         raise AssertionError("never entered")
     assert not list(tmp_path.iterdir())

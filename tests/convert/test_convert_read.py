@@ -260,16 +260,6 @@ def test_a_tied_output_layer_is_the_embedding(saved: Path) -> None:
     assert torch.equal(embedding, expected)
 
 
-def test_another_output_layer_of_a_tied_model_is_not_lost(saved: Path) -> None:
-    name, output = "language_model.embedding.word_embeddings.weight", "language_model.lm_head.weight"
-    edit_config(saved, lambda config: config["text_config"].update(tie_word_embeddings=True))
-    with pytest.raises(ValueError, match=f"{output} is not the embedding.* tie_word_embeddings"):
-        open_pretrained(saved).weights[name]
-    embedding = "language_model.model.embed_tokens.weight"
-    edit_tensors(saved, lambda tensors: tensors.update({output: tensors[embedding].clone()}))
-    assert len(open_pretrained(saved).weights[name]) == 101
-
-
 def test_a_foreign_model_type_is_refused(saved: Path) -> None:
     edit_config(saved, lambda config: config.update(model_type="qwen2_vl"))
     with pytest.raises(ValueError, match="model_type 'qwen2_vl' is not supported"):
@@ -338,18 +328,6 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         open_pretrained(saved)
-
-
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_what_is_no_file_of_tensors_is_to_be_downloaded_again(
-    saved: Path, name: str, content: bytes
-) -> None:
-    (saved / "model.safetensors").unlink()
-    (saved / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} is not a whole .*: download it again") as told:
-        open_pretrained(saved)
-    assert "\n" not in str(told.value) and "mmap" not in str(told.value)
 
 
 class Hostile:
