@@ -34,6 +34,7 @@ from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.huggingface import (
     Pretrained,
     check_tokenizer,
+    existing_folder,
     open_pretrained,
     open_separate,
     write_pretrained,
@@ -244,6 +245,8 @@ def from_hf(flags: argparse.Namespace) -> int:
     separate = (flags.llm, flags.vision)
     if any(separate) == bool(flags.model) or any(separate) != all(separate):
         raise ValueError("give --model DIR, or both --llm DIR and --vision DIR")
+    for folder in filter(None, (flags.model, flags.llm, flags.vision)):
+        existing_folder(folder)  # or the tokenizer is what would be missed in it
     file = tokenizer_file(flags.tokenizer or flags.model or flags.llm)
     source = _open_source(flags, load_tokenizer(file))
     config = Config(model=source.model, data=DataConfig(tokenizer=str(file.absolute())))
@@ -279,17 +282,20 @@ def verify(flags: argparse.Namespace) -> int:
     from megatron_gmai.verification.ranks import training_world
 
     a, b = open_side(flags.a, flags.base), open_side(flags.b, flags.base)
+    file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
+    if file is not None:
+        _check_card(file)
     parallel = ParallelConfig(
         tensor_model_parallel_size=flags.tensor_model_parallel_size,
         pipeline_model_parallel_size=flags.pipeline_model_parallel_size,
     )
     if parallel == ParallelConfig() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _verify(flags, a, b, None)
+        return _verify(a, b, flags.tolerance, file, None)
     with training_world(a.model, parallel) as ranks:
-        return _verify(flags, ranks.hold(a), b, ranks)
+        return _verify(ranks.hold(a), b, flags.tolerance, file, ranks)
 
 
-def _verify(flags: argparse.Namespace, a: Side, b: Side, ranks: "Ranks | None") -> int:
+def _verify(a: Side, b: Side, tolerance: float, file: Path | None, ranks: "Ranks | None") -> int:
     from megatron_gmai.verification.run import ran_in_words, run_both
 
     is_told = ranks is None or ranks.world.is_first_rank  # all ranks compare, one says so
@@ -299,18 +305,24 @@ def _verify(flags: argparse.Namespace, a: Side, b: Side, ranks: "Ranks | None") 
     tell(table(groups))
     if missing := only_in_one(a, b):
         tell(missing)
-    same = all(group.largest_difference <= flags.tolerance for group in groups)
+    same = all(group.largest_difference <= tolerance for group in groups)
+    exact = all(group.largest_difference == 0 for group in groups)
     rounded = any(len(set(group.dtypes)) > 1 for group in groups)
-    ran = run_both(a, b, same and not rounded, ranks)
+    ran = run_both(a, b, exact and not rounded, ranks)
     tell(ran if isinstance(ran, str) else ran_in_words(ran))
     same &= isinstance(ran, str) or ran["same"]
-    file = flags.card or (b.path / "card.json" if b.kind != _TRAINING else None)
     if file is not None and is_told:
-        content = card(sys.argv, (a, b), flags.tolerance, groups, ran)
+        content = card(sys.argv, (a, b), tolerance, groups, ran)
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
         tell(f"wrote {file}")
     tell("the same" if same else "they differ")
     return 0 if same else 1
+
+
+def _check_card(file: Path) -> None:
+    """Raises ValueError, before hours of comparing, if the card could not be written."""
+    if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written; name another file with --card FILE")
 
 
 def open_side(path: Path, base: Path | None = None) -> Side:

@@ -6,6 +6,7 @@ transformers wrote them.
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +54,9 @@ class SafetensorsFile:
         try:
             return safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
+            raise ValueError(
+                f"{self.path} is not a whole safetensors file ({error}): download it again"
+            ) from error
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -97,11 +100,17 @@ class TorchFile:
         self.path = path
 
     def _load(self) -> dict[str, Tensor]:
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(
+                f"{self.path} is not a whole file of torch.save since torch 1.6: download it "
+                "again, or, if it is older, load and save it with a newer torch"
+            )
         try:
             value = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many types for a broken or hostile file
             raise ValueError(
-                f"{self.path} is not a whole file of tensors: {error}\nIf you trust its source, "
+                f"{self.path} is not a whole file of tensors ({str(error).partition('. ')[0]}): "
+                "download it again, or, if it holds more than tensors and you trust its source, "
                 "load it there and save its tensors with safetensors.torch.save_file"
             ) from error
         if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
@@ -187,6 +196,20 @@ def check_finite(where: str, tensor: Tensor) -> None:
             f"{where} holds NaN or infinity in {bad} of {tensor.numel()} places; "
             "use an earlier checkpoint, or download the file again"
         )
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`. Raises ValueError, naming it, if that makes infinity of a number."""
+    found = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and found.numel():
+        smallest, largest = torch.aminmax(found)
+        if not torch.isfinite(smallest) or not torch.isfinite(largest):
+            spelled = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} holds values up to {float(tensor.abs().max()):.3g}, more than {spelled} "
+                "can hold; choose another --dtype"
+            )
+    return found
 
 
 def respell(name: str) -> str:

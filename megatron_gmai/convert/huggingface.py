@@ -3,6 +3,7 @@
 from megatron_gmai.convert.read import (
     Pretrained,
     check_tokenizer,
+    existing_folder,
     open_pretrained,
     open_separate,
     open_start,
@@ -12,6 +13,7 @@ from megatron_gmai.convert.write import write_pretrained
 __all__ = [
     "Pretrained",
     "check_tokenizer",
+    "existing_folder",
     "open_pretrained",
     "open_separate",
     "open_start",

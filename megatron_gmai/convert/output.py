@@ -22,14 +22,19 @@ def new_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Yields a hidden folder beside `folder`, which takes its name when the block ends well.
 
     After any failure the hidden folder is removed. One that a killed process left behind is
-    cleared by the next run, so starting again needs no cleaning up.
+    cleared by the next run, so starting again needs no cleaning up. A link is followed: the folder
+    appears where it points.
 
     Raises:
-        ValueError: `folder` exists and is not an empty folder, another process is writing it, or
-            the disk has no room for `needed_bytes`.
+        ValueError: `folder` exists and is not an empty folder, is a mount point or the working
+            directory, another process is writing it, or the disk has no room for `needed_bytes`.
         OSError: writing failed; for a full disk the message says so.
     """
+    folder = Path(os.path.realpath(folder))  # no folder can take the name of a link
     _refuse_contents(folder)
+    if folder.is_mount() or folder == Path.cwd():  # a shell would stay in the old one
+        kind = "a mount point" if folder.is_mount() else "the working directory"
+        raise ValueError(f"{folder} is {kind}; choose a new folder inside it")
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     # The kernel drops this lock with the process, however it ends: no stale lock files.
@@ -89,8 +94,8 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{needed / 1e9:.1f} GB are needed on the disk of {folder.parent.absolute()}, "
-            f"{free / 1e9:.1f} GB are free; make room or choose another folder"
+            f"{needed / 1e9:.3g} GB are needed on the disk of {folder.parent.absolute()}, "
+            f"{free / 1e9:.3g} GB are free; make room or choose another folder"
         )
 
 

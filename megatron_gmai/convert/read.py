@@ -63,13 +63,14 @@ def open_pretrained(folder: str | Path) -> Pretrained:
             missing, broken or outside the folder, or tensors that are missing, of another shape,
             or unknown; the message names them.
     """
-    folder = _folder(folder)
+    folder = existing_folder(folder)
     described = read_config(folder)
     tensors = TensorFolder(folder)
     table = rows(described.model, described.flavour)
     _check(f"{folder} is not a whole {described.flavour} checkpoint", described, table, tensors)
     memory = ReusedMemory()
     makers = {row.canonical: _maker(row, tensors, memory) for row in table}
+    _expect_tied(makers, described, tensors)
     return _pretrained(described, makers, tensors, [folder])
 
 
@@ -89,7 +90,7 @@ def open_separate(
     Raises:
         ValueError: as `open_pretrained`.
     """
-    llm, vision = _folder(llm), _folder(vision)
+    llm, vision = existing_folder(llm), existing_folder(vision)
     described = read_separate_configs(llm, vision)
     tensors = TensorFolder(llm, "language_model.")
     tensors.join(TensorFolder(vision, "vision_tower."))
@@ -101,6 +102,7 @@ def open_separate(
     model = replace(described.model, language=language, image_token_id=image_token_id)
     memory = ReusedMemory()
     makers = {row.canonical: _maker(row, tensors, memory) for row in table}
+    _expect_tied(makers, described, tensors)
     for name in {EMBEDDING, OUTPUT} & makers.keys():
         makers[name] = _with_rows(makers[name], language.vocab_size)
     norm = makers["language_model.decoder.final_layernorm.weight"]
@@ -139,7 +141,8 @@ def check_tokenizer(model: ModelConfig, vocab_size: int, image_token_id: int) ->
         )
 
 
-def _folder(path: str | Path) -> Path:
+def existing_folder(path: str | Path) -> Path:
+    """The path of a source. Raises ValueError if it is no folder."""
     if not Path(path).is_dir():
         raise ValueError(f"{path} is not a folder; give the one that holds config.json")
     return Path(path)
@@ -178,6 +181,38 @@ def _with_rows(make: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
     return more
 
 
+def _untied_output(described: Described) -> Row:
+    """Where the output layer would lie: some files of a tied model repeat the embedding there."""
+    language = replace(described.model.language, tie_word_embeddings=False)
+    untied = replace(described.model, language=language)
+    return next(row for row in rows(untied, described.flavour) if row.canonical == OUTPUT)
+
+
+def _expect_tied(
+    makers: dict[str, Callable[[], Tensor]], described: Described, tensors: TensorFolder
+) -> None:
+    """Let a tied embedding be read only if an output layer beside it is the same: one that is
+    another would be lost."""
+    tied, output = (
+        described.model.language.tie_word_embeddings,
+        _untied_output(described).sources[0],
+    )
+    if not tied or output not in tensors:
+        return
+    make = makers[EMBEDDING]
+
+    def same() -> Tensor:
+        embedding = make()
+        if not torch.equal(embedding, tensors.tensor(output)):
+            raise ValueError(
+                f"{tensors.folder}: {output} is not the embedding, but config.json ties the two; "
+                "set tie_word_embeddings there to false (in text_config, if it has one)"
+            )
+        return embedding
+
+    makers[EMBEDDING] = same
+
+
 def _check(
     complaint: str, described: Described, table: tuple[Row, ...], tensors: TensorFolder
 ) -> None:
@@ -187,14 +222,9 @@ def _check(
         for source, shape in zip(row.sources, row.source_shapes, strict=True)
     }
     known = {**needed, **leftover_shapes(described.model)}
-    language = described.model.language
-    if language.tie_word_embeddings:  # some files repeat the embedding as the output layer
-        untied = replace(described.model, language=replace(language, tie_word_embeddings=False))
-        known |= {
-            source: row.shape
-            for row in rows(untied, described.flavour)
-            for source in row.sources * (row.canonical == OUTPUT)
-        }
+    if described.model.language.tie_word_embeddings:
+        output = _untied_output(described)
+        known[output.sources[0]] = output.shape
     problems = [
         f"{name} is missing (expected {shape})"
         for name, shape in needed.items()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmai.convert.disk_file import DiskFile
-from megatron_gmai.convert.files import SAFETENSORS_DTYPES
+from megatron_gmai.convert.files import SAFETENSORS_DTYPES, cast
 from megatron_gmai.convert.output import Advance, not_counted
 
 _SPELLINGS = {dtype: spelled for spelled, dtype in SAFETENSORS_DTYPES.items()}
@@ -30,13 +30,15 @@ def write_safetensors(
     """Write `tensors`, which come in the order of `shapes`, cast to `dtype`.
 
     Only one tensor is in memory at a time. The file's mode follows the umask.
+
+    Raises ValueError where `dtype` cannot hold a number of a tensor.
     """
     assert sys.byteorder == "little"
     with DiskFile(path) as file:
         file.write(_header(shapes, dtype))
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-            flat = tensor.detach().cpu().to(dtype).contiguous().flatten()
+            flat = cast(name, tensor.detach().cpu(), dtype).contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
             advance(flat.nbytes)
 

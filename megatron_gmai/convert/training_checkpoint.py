@@ -30,6 +30,7 @@ from megatron_gmai.config import Config
 from megatron_gmai.convert.carried import write_carried
 from megatron_gmai.convert.crc32 import joined
 from megatron_gmai.convert.disk_file import DiskFile
+from megatron_gmai.convert.files import cast
 from megatron_gmai.convert.manifest import LATEST, write_manifest
 from megatron_gmai.convert.output import Advance, new_folder, not_counted, sync
 from megatron_gmai.convert.read_ahead import read_ahead
@@ -87,7 +88,7 @@ def _stored(
 ) -> tuple[str, Tensor, list["_Piece"]]:
     """A tensor's name, the tensor as the checkpoint holds it, and the archive of it."""
     tensor = weights[name].detach().cpu()
-    tensor = _alone((tensor if dtype is None else tensor.to(dtype)).contiguous())
+    tensor = _alone((tensor if dtype is None else cast(name, tensor, dtype)).contiguous())
     return name, tensor, _archive(tensor)
 
 

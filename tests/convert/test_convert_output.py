@@ -46,6 +46,33 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").is_file()
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_is_followed(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "disk" / "target"
+    target.parent.mkdir()
+    if exists:
+        target.mkdir()
+    (tmp_path / "out").symlink_to(target)
+    with new_folder(tmp_path / "out") as partial:
+        assert partial.parent == target.parent
+        (partial / "a").write_text("x")
+    assert (tmp_path / "out").is_symlink() and (target / "a").is_file()
+
+
+@pytest.mark.parametrize("kind", ["a mount point", "the working directory"])
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda self: kind == "a mount point")
+    with (
+        pytest.raises(ValueError, match=f"is {kind}; choose a new folder inside it"),
+        new_folder(Path(".")),
+    ):
+        raise AssertionError("never entered")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["file", "folder"])
 def test_what_exists_is_refused_and_untouched(tmp_path: Path, content: str) -> None:
     if content == "file":
@@ -78,13 +105,17 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [(15_200_000_000, 3 * 10**9, "15.2 GB .* 3 GB"), (482_000, 307_200, "0.000482 GB .* 0.000307")],
+)
 def test_a_disk_too_small_is_told_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, free: int, said: str
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with (
-        pytest.raises(ValueError, match=r"15\.2 GB are needed .* 3\.0 GB are free"),
-        new_folder(tmp_path / "out", needed_bytes=15_200_000_000),
+        pytest.raises(ValueError, match=said),
+        new_folder(tmp_path / "out", needed_bytes=needed),
     ):
         raise AssertionError("never entered")
     assert not list(tmp_path.iterdir())

@@ -84,6 +84,20 @@ def test_the_dtype_is_kept_unless_told_otherwise(source: Export, tmp_path: Path)
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
 
 
+def test_a_cast_that_would_make_infinity_is_refused(
+    source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = source.folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["language_model.model.norm.weight"][3] = -7e4
+    save_file(tensors, file)
+    assert from_hf(source.folder, tmp_path / "start") == 0
+    for convert, start in ((from_hf, source.folder), (to_hf, tmp_path / "start")):
+        assert convert(start, tmp_path / "cast", "--dtype", "fp16") == 2
+        assert "norm.weight holds values up to 7e+04, more than float16" in capsys.readouterr().err
+        assert not (tmp_path / "cast").exists()
+
+
 def test_a_training_run_is_not_taken_over(
     source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +262,14 @@ def test_sources_that_do_not_go_together_are_refused(
     assert "give --model DIR, or both --llm DIR and --vision DIR" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--model nowhere", "--llm nowhere --vision clip"])
+def test_a_source_that_is_not_there_is_told(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["from-hf", *flags.split(), "--output", str(tmp_path / "out")]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
 class TestVerify:
     def test_a_checkpoint_and_both_flavours_agree(
         self, source: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -293,6 +315,8 @@ class TestVerify:
         lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" 0.25")]
         (line,) = lines
         assert line.startswith("language_model.decoder.layers.*.mlp.linear_fc2.weight")
+        assert main([*words, "--tolerance", "0.2"]) == 1
+        assert main([*words, "--tolerance", "0.3"]) == 0
 
     def test_what_only_one_side_has_is_told(
         self, source: Export, bare: Path, capsys: pytest.CaptureFixture[str]
@@ -307,6 +331,14 @@ class TestVerify:
         card = json.loads((tmp_path / "half" / "card.json").read_text())
         assert card["groups"][0]["dtypes"] == ["float32", "bfloat16"]
         assert card["run"].startswith("not run: the weights differ, or one side was cast")
+
+    @pytest.mark.parametrize("card", [".", "missing/card.json", "/dev/null"])
+    def test_a_card_that_cannot_be_written_is_told_before_the_comparison(
+        self, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str
+    ) -> None:
+        assert main(["verify", str(bare), str(bare), "--card", str(tmp_path / card)]) == 2
+        said = capsys.readouterr()
+        assert "cannot be written; name another file with --card" in said.err and not said.out
 
     def test_other_models_are_refused(
         self, source: Export, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
