@@ -74,7 +74,7 @@ def write_peft(
     shapes = {name: shape for row in table for name, shape in _shapes(row, lora).items()}
     words = {
         "towers": in_words(lora.towers),
-        "base": base or "the model that training began with (BASE)",
+        "base": base or "what the adapters lie on (BASE: `to-hf --without-adapters` writes it)",
         "below": _CHANGED.format(changed=in_words(changed)) if changed else "",
     }
     needed = dtype.itemsize * sum(map(math.prod, shapes.values()))
