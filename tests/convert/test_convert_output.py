@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -189,6 +190,24 @@ def test_a_disk_file_holds_what_was_written(
             assert file.write(part) == len(part)
         assert file.tell() == sum(sizes)
     assert (tmp_path / "x").read_bytes() == b"".join(parts)
+
+
+def test_both_threads_may_learn_at_once_that_a_file_is_not_written_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, together = os.pwrite, threading.Barrier(2)
+
+    def pwrite(file: int, data: memoryview, at: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            if together.wait(10):
+                time.sleep(0.05)  # the other one has turned it off by now
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(file, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with DiskFile(tmp_path / "x") as file:
+        file.write(bytes(2 * _BUFFER))
+    assert (tmp_path / "x").stat().st_size == 2 * _BUFFER
 
 
 def test_checksums_of_parts_join() -> None:
