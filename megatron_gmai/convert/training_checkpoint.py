@@ -9,6 +9,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,8 +68,9 @@ def write_training_checkpoint(
         writer = _Writer(checkpoint, advance)
         try:
             makers = (partial(_stored, weights, name, dtype) for name in weights)
-            for name, (tensor, archive) in zip(weights, read_ahead(makers), strict=True):
-                writer.write(name, tensor, archive)
+            with closing(read_ahead(makers)) as stored:
+                for name, (tensor, archive) in zip(weights, stored, strict=True):
+                    writer.write(name, tensor, archive)
             writer.finish()
         finally:
             writer.abandon()

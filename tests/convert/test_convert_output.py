@@ -157,6 +157,20 @@ def test_reading_ahead_makes_few_items_before_their_time() -> None:
     assert [next(ahead), next(ahead)] == [0, 1] and len(asked) == 5
 
 
+def test_reading_ahead_ends_when_it_is_closed() -> None:
+    called: list[int] = []
+
+    def make(number: int) -> None:
+        called.append(number)
+        time.sleep(0.2 * (number > 0))
+
+    before = torch.get_num_threads()
+    ahead = read_ahead(partial(make, number) for number in range(9))
+    next(ahead)
+    ahead.close()
+    assert sorted(called) in ([0, 1], [0, 1, 2]) and torch.get_num_threads() == before
+
+
 def test_memory_is_used_again_when_nobody_has_a_part_of_it() -> None:
     memory = ReusedMemory()
     first = memory.new_tensor((4, 8), torch.float32)
