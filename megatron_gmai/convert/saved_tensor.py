@@ -6,6 +6,7 @@ a bit that has changed on the disk is told instead of becoming a weight.
 
 import io
 import os
+import pickle
 import struct
 import zipfile
 import zlib
@@ -50,7 +51,10 @@ def read_saved(path: Path, start: int, length: int, memory: ReusedMemory) -> Ten
                 else:
                     archive.read(part)
         window.seek(0)
-        tensor = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+        try:
+            tensor = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+        except pickle.UnpicklingError as error:  # torch tells how to load it all the same
+            raise ValueError("it is no tensor") from error
     if not isinstance(tensor, Tensor):
         raise ValueError("it is no tensor")
     if tensor.nbytes > content.nbytes:  # strides of 0 could spell one that fills all memory

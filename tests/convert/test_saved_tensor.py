@@ -1,13 +1,14 @@
 """A stranger's archive of a tensor is read or refused: soon, and in the memory of its size."""
 
 import io
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.saved_tensor import read_saved
@@ -15,10 +16,10 @@ from megatron_gmai.convert.saved_tensor import read_saved
 Change = Callable[[zipfile.ZipFile], None]
 
 
-def archive(tensor: Tensor, change: Change = lambda archive: None) -> bytes:
+def archive(content: Any, change: Change = lambda archive: None) -> bytes:
     """As torch.save wrote it, and changed."""
     written = io.BytesIO()
-    torch.save(tensor, written)
+    torch.save(content, written)
     with zipfile.ZipFile(written, "a") as opened:
         change(opened)
     return written.getvalue()
@@ -40,6 +41,7 @@ def overlapping(opened: zipfile.ZipFile) -> None:
         (archive(torch.ones(9), compressed), "larger than all of it"),
         (archive(torch.ones(9), overlapping), "larger than all of it"),
         (archive(torch.ones(9)).replace(b"archive/data/0", b"archive/data/1"), "data/0"),
+        (archive(os.system), "^it is no tensor$"),
         (archive(torch.ones(9))[:-1], "end of the file"),
     ],
 )
