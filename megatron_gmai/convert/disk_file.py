@@ -92,11 +92,12 @@ class DiskFile:
     def _put(self, data: memoryview, at: int) -> None:
         done = 0
         while done < len(data):
+            was_direct = self._is_direct  # the other thread may turn it off meanwhile
             try:
                 done += os.pwrite(self._file, data[done:], at + done)
             except OSError as error:
                 # Some file systems say only now that they cannot, or that their blocks are larger.
-                if not self._is_direct or error.errno != errno.EINVAL:
+                if not was_direct or error.errno != errno.EINVAL:
                     raise
                 self._is_direct = _set_direct(self._file, False)
 

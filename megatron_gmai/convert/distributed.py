@@ -5,8 +5,10 @@ are stored under their canonical names with the offsets of each rank's part, so 
 a whole tensor together.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_gmai.config import LoraConfig, ModelConfig
-from megatron_gmai.convert.files import check_finite
+from megatron_gmai.convert.files import DTYPES, check_finite
 from megatron_gmai.convert.memory import ReusedMemory
 from megatron_gmai.convert.safe_metadata import CheckedReader
 from megatron_gmai.convert.saved_tensor import read_saved
@@ -33,18 +35,26 @@ class _Reader(CheckedReader):
 
     def tensor(self, name: str, stored: TensorStorageMetadata) -> Tensor:
         if len(stored.chunks) == 1:
-            return self._chunk(name, stored.chunks[0])
+            return self._chunk(name, stored, stored.chunks[0])
+        held = sum(self._info(name, chunk).length for chunk in stored.chunks)
+        if math.prod(stored.size) * stored.properties.dtype.itemsize > held:
+            raise ValueError(f"{self.path} is damaged: it does not hold every number of {name}")
         whole = self._memory.new_tensor(tuple(stored.size), stored.properties.dtype)
         for chunk in stored.chunks:
             slices = tuple(
                 slice(start, start + size)
                 for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
             )
-            whole[slices] = self._chunk(name, chunk)
+            whole[slices] = self._chunk(name, stored, chunk)
         return whole
 
-    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self.table.storage_data[MetadataIndex(name, chunk.offsets)]
+    def _info(self, name: str, chunk: ChunkStorageMetadata) -> Any:
+        return self.table.storage_data[MetadataIndex(name, chunk.offsets)]
+
+    def _chunk(
+        self, name: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata
+    ) -> Tensor:
+        info = self._info(name, chunk)
         path = Path(self.path) / Path(info.relative_path).name  # never outside the folder
         try:
             tensor = read_saved(path, info.offset, info.length, self._memory)
@@ -53,7 +63,7 @@ class _Reader(CheckedReader):
                 f"{path} is damaged: {name} cannot be read from it ({error}). "
                 "Use an earlier checkpoint"
             ) from error
-        if tensor.shape != chunk.sizes:
+        if (tensor.shape, tensor.dtype) != (chunk.sizes, stored.properties.dtype):
             raise ValueError(f"{path} is damaged: it holds something else in the place of {name}")
         return tensor
 
@@ -107,10 +117,12 @@ class CheckpointWeights(Mapping[str, Tensor]):
         if name not in self._stored:
             return f"{name} is missing"
         weight, found = self.table[name], tuple(self._stored[name].size)
+        if (dtype := self._stored[name].properties.dtype) not in DTYPES:
+            return f"{name} is {dtype}"
         return None if _fits(weight, found) else f"{name} has shape {found}, not {weight.shape}"
 
 
 def _fits(weight: Weight, found: Shape) -> bool:
     if weight.cut == "vocabulary":  # may be stored with its padding rows
-        return found[0] >= weight.shape[0] and found[1:] == weight.shape[1:]
+        return found[:1] >= weight.shape[:1] and found[1:] == weight.shape[1:]
     return found == weight.shape

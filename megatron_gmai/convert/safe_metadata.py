@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,15 @@ class _Tables(pickle._Unpickler):
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """torch's reader of a checkpoint folder, over a table of contents that was checked."""
+    """torch's reader of a checkpoint folder, over a table of contents that was checked.
+
+    Raises ValueError as `read_metadata`, and for a file that does not hold what the table says.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.table = read_metadata(folder / ".metadata")
+        _check_files(folder, self.table)
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         """The table that was read when the reader was made; the file is not opened again."""
@@ -134,7 +139,10 @@ def read_metadata(path: Path) -> Metadata:
             a weight as bytes, or boxes that do not cover a tensor exactly.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise ValueError("it is no file")
+        if status.st_size > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES} bytes")
         return _metadata(_Tables(io.BytesIO(path.read_bytes())).load())
     except OSError as error:
@@ -143,6 +151,25 @@ def read_metadata(path: Path) -> Metadata:
         raise ValueError(
             f"{path} is not the metadata of a checkpoint and was not loaded: {error}"
         ) from error
+
+
+def _check_files(folder: Path, table: Metadata) -> None:
+    ends: dict[str, int] = {}  # last byte that the table speaks of, by file
+    for name, tensor in table.state_dict_metadata.items():
+        for chunk in tensor.chunks:  # type: ignore[union-attr]
+            info = table.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if info is None:
+                raise ValueError(f"{folder} is damaged: {name} has a box that lies in no file")
+            file, end = info.relative_path, info.offset + info.length
+            ends[file] = max(end, ends.get(file, 0))
+    for file, end in ends.items():
+        path = folder / file
+        found = path.stat().st_size if path.is_file() else 0  # a pipe would wait for ever
+        if found < end:
+            raise ValueError(
+                f"{folder} is damaged: {file} should have {end} bytes, found {found}. "
+                "Use an earlier checkpoint"
+            )
 
 
 def check_metadata(path: Path) -> frozenset[str]:

@@ -5,12 +5,15 @@ a bit that has changed on the disk is told instead of becoming a weight.
 """
 
 import io
+import os
+import pickle
 import struct
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +33,15 @@ def read_saved(path: Path, start: int, length: int, memory: ReusedMemory) -> Ten
     Raises any type of exception where they are something else, or a checksum does not fit: torch
     does. Loading never runs code of the file.
     """
+    content = np.empty(0, np.uint8)
     with path.open("rb") as file:
+        if start + length > os.fstat(file.fileno()).st_size:
+            raise ValueError("it ends after the end of the file")
         window = _Window(file, start, length)
-        tensor = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
-        if not isinstance(tensor, Tensor):
-            raise ValueError("it is no tensor")
         with zipfile.ZipFile(window) as archive:
+            # Compressed or overlapping parts could fill all memory, or take for ever.
+            if sum(part.file_size for part in archive.infolist()) > length:
+                raise ValueError("its parts are larger than all of it")
             for part in archive.infolist():
                 if part.filename.endswith("/data/0"):  # all other parts are a few bytes each
                     place = start + _place(window, part)
@@ -44,6 +50,15 @@ def read_saved(path: Path, start: int, length: int, memory: ReusedMemory) -> Ten
                         raise ValueError(f"Bad CRC-32 for file {part.filename!r}")
                 else:
                     archive.read(part)
+        window.seek(0)
+        try:
+            tensor = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+        except pickle.UnpicklingError as error:  # torch tells how to load it all the same
+            raise ValueError("it is no tensor") from error
+    if not isinstance(tensor, Tensor):
+        raise ValueError("it is no tensor")
+    if tensor.nbytes > content.nbytes:  # strides of 0 could spell one that fills all memory
+        raise ValueError("it does not hold every number")
     values = aligned(content, tensor.dtype, memory)
     return values.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 

@@ -9,6 +9,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,10 @@ def write_training_checkpoint(
         writer = _Writer(checkpoint, advance)
         try:
             makers = (partial(_stored, weights, name, dtype) for name in weights)
-            for stored in read_ahead(makers):
-                writer.write(*stored)
-                del stored  # before the next one is waited for
+            with closing(read_ahead(makers)) as ahead:
+                for stored in ahead:
+                    writer.write(*stored)
+                    del stored  # before the next one is waited for
             writer.finish()
         finally:
             writer.abandon()

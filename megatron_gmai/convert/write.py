@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -84,8 +85,9 @@ def write_pretrained(
         for name, text in texts.items():
             (unfinished / name).write_text(text, encoding="utf-8")
         shutil.copyfile(tokenizer_model, unfinished / "tokenizer.model")
-        tensors = chain.from_iterable(read_ahead(_readers(model, weights, leftovers, flavour)))
-        _write_shards(unfinished, shapes, tensors, dtype, max_shard_bytes, advance)
+        with closing(read_ahead(_readers(model, weights, leftovers, flavour))) as read:
+            tensors = chain.from_iterable(read)
+            _write_shards(unfinished, shapes, tensors, dtype, max_shard_bytes, advance)
 
 
 def export_shapes(model: ModelConfig, flavour: Flavour = "transformers") -> dict[str, Shape]:

@@ -93,3 +93,20 @@ def test_a_flipped_bit_is_told_with_the_tensor(
     with pytest.raises(ValueError, match=rf"distcp is damaged: {name} cannot .*Bad CRC-32"):
         found[name]
     assert all(torch.equal(found[other], weights[other]) for other in weights if other != name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
+def test_numbers_that_are_no_weights_are_refused(
+    tmp_path: Path,
+    model_config: ModelConfig,
+    random_weights: Callable[[ModelConfig], dict[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    weights = random_weights(model_config)
+    name = next(iter(weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = weights | {name: weights[name].to(dtype)}
+        dcp.save(stored, checkpoint_id=tmp_path / "it", no_dist=True)
+    with pytest.raises(ValueError, match=rf"{name} is torch\."):
+        CheckpointWeights(tmp_path / "it", model_config)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -187,6 +188,20 @@ def test_reading_ahead_makes_few_items_before_their_time() -> None:
     assert [next(ahead), next(ahead)] == [0, 1] and len(asked) == 4
 
 
+def test_reading_ahead_ends_when_it_is_closed() -> None:
+    called: list[int] = []
+
+    def make(number: int) -> None:
+        called.append(number)
+        time.sleep(0.2 * (number > 0))
+
+    before = torch.get_num_threads()
+    ahead = read_ahead(partial(make, number) for number in range(9))
+    next(ahead)
+    ahead.close()
+    assert sorted(called) in ([0, 1], [0, 1, 2]) and torch.get_num_threads() == before
+
+
 def test_memory_is_used_again_when_nobody_has_a_part_of_it() -> None:
     memory = ReusedMemory()
     first = memory.new_tensor((4, 8), torch.float32)
@@ -220,6 +235,24 @@ def test_a_disk_file_holds_what_was_written(
             assert file.write(part) == len(part)
         assert file.tell() == sum(sizes)
     assert (tmp_path / "x").read_bytes() == b"".join(parts)
+
+
+def test_both_threads_may_learn_at_once_that_a_file_is_not_written_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, together = os.pwrite, threading.Barrier(2)
+
+    def pwrite(file: int, data: memoryview, at: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            if together.wait(10):
+                time.sleep(0.05)  # the other one has turned it off by now
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(file, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with DiskFile(tmp_path / "x") as file:
+        file.write(bytes(2 * _BUFFER))
+    assert (tmp_path / "x").stat().st_size == 2 * _BUFFER
 
 
 def test_checksums_of_parts_join() -> None:

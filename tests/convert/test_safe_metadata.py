@@ -1,5 +1,6 @@
 """A stranger's table of contents makes tables, or is refused: it never runs."""
 
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -122,3 +123,22 @@ def test_a_file_outside_the_folder_is_refused(file: str, folder: Path) -> None:
 
     with pytest.raises(ValueError, match="is no file of its folder"):
         read_metadata(rewrite(folder, move))
+
+
+def test_every_box_lies_in_a_file_that_is_one(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=rf"should have {len(content)} bytes, found"):
+        CheckedReader(folder)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=rf"should have {len(content)} bytes, found 0"):
+        CheckedReader(folder)
+    rewrite(folder, lambda metadata: metadata.storage_data.popitem())
+    with pytest.raises(ValueError, match="has a box that lies in no file"):
+        CheckedReader(folder)
+    (folder / ".metadata").unlink()
+    os.mkfifo(folder / ".metadata")
+    with pytest.raises(ValueError, match="it is no file"):
+        read_metadata(folder / ".metadata")
