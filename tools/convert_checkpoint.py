@@ -35,6 +35,7 @@ from megatron_gmai.convert.huggingface import (
     Pretrained,
     check_tokenizer,
     existing_folder,
+    is_hugging_face,
     open_pretrained,
     open_separate,
     write_pretrained,
@@ -327,7 +328,7 @@ def _check_card(file: Path) -> None:
 
 def open_side(path: Path, base: Path | None = None) -> Side:
     """A Hugging Face folder of either flavour, or a training checkpoint, adapters merged."""
-    if (path / "config.json").is_file():
+    if is_hugging_face(path):
         source = open_pretrained(path)
         kind = "transformers" if source.flavour == "transformers" else "gmai-vl"
         return Side(path, kind, source.model, source.weights, source.leftovers)

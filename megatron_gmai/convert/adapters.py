@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_gmai.config import Config, LoraConfig, ModelConfig
 from megatron_gmai.convert.distributed import CheckpointWeights
 from megatron_gmai.convert.manifest import Manifest, read_manifest
-from megatron_gmai.convert.read import open_pretrained, open_start
+from megatron_gmai.convert.read import is_hugging_face, open_pretrained, open_start
 from megatron_gmai.convert.seeded import SeededWeights
 from megatron_gmai.weights import Tower, weights
 
@@ -91,7 +91,7 @@ def open_base(config: Config, given: Path | None = None) -> Mapping[str, Tensor]
 
 
 def _open_folder(folder: Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    if (_folder(folder) / "config.json").is_file():
+    if is_hugging_face(_folder(folder)):
         source = open_pretrained(folder)
         return source.model, source.weights
     checkpoint = read_manifest(folder)

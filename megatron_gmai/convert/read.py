@@ -18,6 +18,7 @@ from megatron_gmai.weights import EMBEDDING, OUTPUT, Shape
 
 _SHOWN = 8  # problems listed in one message
 _PROJECTOR = "projector."
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,12 @@ def check_tokenizer(model: ModelConfig, vocab_size: int, image_token_id: int) ->
             f"<image> is {image_token_id} in the tokenizer, {model.image_token_id} in config.json; "
             "give the tokenizer that belongs to these weights, with its tokenizer_config.json"
         )
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is a model's in Hugging Face's format. A run's own folder has a config.json
+    too, but no weights beside it."""
+    return (path / "config.json").is_file() and any(any(path.glob(name)) for name in _WEIGHTS)
 
 
 def existing_folder(path: str | Path) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gmai.config import Config
-from megatron_gmai.convert.huggingface import open_pretrained
+from megatron_gmai.convert.huggingface import is_hugging_face, open_pretrained
 from megatron_gmai.convert.treatment import read_treatment
 from megatron_gmai.model.gmai_vl import GMAIVL, build_chunks
 from megatron_gmai.runtime.world import World
@@ -15,9 +15,6 @@ from megatron_gmai.training.checkpoint import (
 )
 from megatron_gmai.training.setup import fill_base
 from megatron_gmai.training.start import Start, with_base
-
-_CONFIG = "config.json"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ def open_trained(path: Path) -> Trained:
 
     Raises ValueError for what is none of these, or is damaged.
     """
-    if _is_hugging_face(path):
+    if is_hugging_face(path):
         pretrained = open_pretrained(path)
         data = read_treatment(path, pretrained.flavour)
         return Trained(
@@ -55,8 +52,3 @@ def load_for_inference(trained: Trained, config: Config, world: World) -> GMAIVL
         verify_checkpoint(checkpoint)
         load_checkpoint(checkpoint, [model], optimizer=None)
     return model.requires_grad_(False).eval()
-
-
-def _is_hugging_face(path: Path) -> bool:
-    # A run's own folder has a config.json too, but no weights beside it.
-    return (path / _CONFIG).is_file() and any(any(path.glob(pattern)) for pattern in _WEIGHTS)

@@ -289,6 +289,13 @@ class TestVerify:
         assert all(len(h) == 64 for h in card["compared"][1]["sha256"].values())
         assert card["versions"]["torch"]
 
+    def test_a_run_that_saves_beside_its_own_configuration_is_no_hugging_face_folder(
+        self, source: Export, tmp_path: Path
+    ) -> None:
+        assert from_hf(source.folder, tmp_path / "run") == 0
+        (tmp_path / "run" / "config.json").write_text(Config(model=source.model).to_json())
+        assert main(["verify", str(tmp_path / "run"), str(source.folder)]) == 0
+
     def test_ranks_of_a_layout_hold_and_say_what_the_folders_do(
         self, source: Export, tmp_path: Path
     ) -> None:
