@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.utils._pytree import tree_iter
 
 from megatron_gmai.dry_run.counter import DeviceCounter
@@ -21,9 +22,11 @@ from tests.parallel.cases import Case, Processes
 
 IMAGES = 2
 COLLECTIVES = (
-    *("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"),
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"),
     *("broadcast", "gather", "scatter", "send", "recv"),
 )
+# Callers have them from the first; those of objects call the second's, with bytes as tensors.
+MODULES = (dist, distributed_c10d)
 
 
 def count_cases(cases: list[Case], folder: Path) -> None:
@@ -60,7 +63,8 @@ def let_go_at_once() -> Iterator[None]:
     with ExitStack() as stack:
         for name in COLLECTIVES:
             until_let_go = _until_let_go(getattr(dist, name))
-            stack.enter_context(mock.patch.object(dist, name, until_let_go))
+            for module in MODULES:
+                stack.enter_context(mock.patch.object(module, name, until_let_go))
         yield
 
 
