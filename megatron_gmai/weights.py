@@ -8,6 +8,7 @@ Letters in shapes: `H` language hidden, `Hv` vision hidden, `F` feed-forward, `V
 `P` patches an image, `D` head size.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def weights(model: ModelConfig, lora: LoraConfig = LoraConfig()) -> dict[str, We
     own = (*_vision(model), *_projector(model), *_language(model))
     adapters = (pair for base in own if _has_adapter(base, lora) for pair in _adapter(base, lora))
     return {weight.name: weight for weight in (*own, *adapters)}
+
+
+def parameters(model: ModelConfig) -> int:
+    """Values in all weights that are run."""
+    return sum(math.prod(weight.shape) for weight in weights(model).values())
 
 
 def is_stored(weight: Weight, lora: LoraConfig) -> bool:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from megatron_gmai.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_gmai.config import Config, DataConfig, ParallelConfig
 from megatron_gmai.convert.adapters import changed_towers, open_base, open_trained
 from megatron_gmai.convert.carried import read_carried
 from megatron_gmai.convert.compare import Side, card, compare, only_in_one, table
@@ -52,8 +52,7 @@ from megatron_gmai.evaluate.loading import add_layout_flags
 from megatron_gmai.runtime.quiet import quiet_libraries
 from megatron_gmai.tokenizer_file import tokenizer_file
 from megatron_gmai.training.resilience import run_guarded
-from megatron_gmai.weights import in_words
-from megatron_gmai.weights import weights as table_of_weights
+from megatron_gmai.weights import in_words, parameters
 
 if TYPE_CHECKING:
     from megatron_gmai.verification.ranks import Ranks
@@ -337,11 +336,6 @@ def open_side(path: Path, base: Path | None = None) -> Side:
     carried = read_carried(checkpoint.path, model)
     weights = open_trained(checkpoint, base)
     return Side(checkpoint.path, _TRAINING, model, weights, carried)
-
-
-def parameters(model: ModelConfig) -> int:
-    """Values in all weights that are run."""
-    return sum(math.prod(weight.shape) for weight in table_of_weights(model).values())
 
 
 if __name__ == "__main__":

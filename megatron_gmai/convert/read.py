@@ -200,11 +200,8 @@ def _expect_tied(
 ) -> None:
     """Let a tied embedding be read only if an output layer beside it is the same: one that is
     another would be lost."""
-    tied, output = (
-        described.model.language.tie_word_embeddings,
-        _untied_output(described).sources[0],
-    )
-    if not tied or output not in tensors:
+    output = _untied_output(described).sources[0]
+    if not described.model.language.tie_word_embeddings or output not in tensors:
         return
     make = makers[EMBEDDING]
 

@@ -31,6 +31,8 @@ def training_world(model: ModelConfig, parallel: ParallelConfig) -> Iterator["Ra
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     try:
         yield Ranks(config, open_world(config))
+        # torchrun ends the others when one leaves with a status, and the first has more to do.
+        dist.barrier()
     finally:
         destroy_groups()
 

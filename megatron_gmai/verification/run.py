@@ -1,6 +1,5 @@
 """What two folders of one model say: logits and greedy tokens."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_gmai.evaluate.agreement import (
 )
 from megatron_gmai.evaluate.generate import Prompt
 from megatron_gmai.verification.ranks import HeldWeights, Ranks, training_world
-from megatron_gmai.weights import weights
+from megatron_gmai.weights import parameters
 
 _LOGITS_TOLERANCE = 1e-5  # of the largest logit, in fp32
 
@@ -50,8 +49,7 @@ def _reason_not_to_run(model: ModelConfig, is_exact: bool) -> str | None:
         return "not run: the weights differ, or one side was cast"
     if find_spec("transformers") is None:
         return "not run: transformers is not installed"
-    count = sum(math.prod(weight.shape) for weight in weights(model).values())
-    needed = 6 * count  # fp32, and room to work
+    needed = 6 * parameters(model)  # fp32, and room to work
     if needed > psutil.virtual_memory().available:
         return f"not run: it takes {needed / 1e9:.0f} GB of memory"
     return None
