@@ -15,6 +15,8 @@ from tools.convert_checkpoint import main, open_side
 def verify_in_a_layout(checkpoints: Path, folder: Path) -> None:
     """All four ranks exit with what was found."""
     assert main(["verify", str(checkpoints), str(folder), "--tp", "2", "--pp", "2"]) == 0
+    # torchrun ends the first rank when another has left with a status.
+    assert (folder / "card.json").is_file()
 
 
 def change_one_value_on_one_rank(folder: Path) -> None:
